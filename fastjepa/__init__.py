@@ -1,0 +1,10 @@
+"""Video JEPA, readable and fast. The eager reference lives here; fused Triton ops live in `fastjepa.kernels`."""
+
+import importlib.util
+from pathlib import Path
+
+# `python train.py` must work from a checkout whose dependencies are there but which was never installed. Installed,
+# pyproject.toml maps kernels/ to fastjepa.kernels; in a bare checkout the folder beside this package is added.
+_checkout = Path(__file__).resolve().parent.parent
+if importlib.util.find_spec("fastjepa.kernels") is None and (_checkout / "kernels" / "launch.py").is_file():
+    __path__.append(str(_checkout))

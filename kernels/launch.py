@@ -1,0 +1,138 @@
+"""The launch gate: the one place that knows whether Triton compiles for a GPU or interprets on the CPU.
+
+`TRITON_INTERPRET=1` (read once, here and by Triton, when a kernel is decorated) runs every kernel in Triton's CPU
+interpreter, so the same tests run with and without a GPU. Everything an op file needs around its kernels is here:
+op registration, input checks, the dot helper, and the record from which the static audit compiles a kernel.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import custom_op, triton_op, wrap_triton
+
+INTERPRET: bool = os.environ.get("TRITON_INTERPRET") == "1"
+_INTERPRET = tl.constexpr(INTERPRET)
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_TYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """acc (M, N) fp32 + a (M, K) @ b (K, N); PRECISION is "ieee", "tf32" or "tf32x3" and matters for fp32 only.
+
+    The interpreter's bf16 dot works on bit patterns and returns garbage, so operands are upcast there; the product of
+    two bf16 numbers is exact in fp32, so this changes nothing but the order of the sum.
+    """
+    if _INTERPRET:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+def unavailable_reason(device: torch.device) -> str | None:
+    """Why fused kernels cannot run on tensors of `device`, or None if they can."""
+    if device.type == "cuda":
+        if INTERPRET:
+            return "TRITON_INTERPRET=1 is set, which runs kernels on the CPU; unset it to use the GPU"
+        return None
+    if device.type == "cpu":
+        return (
+            None if INTERPRET else "Triton kernels need a CUDA device (TRITON_INTERPRET=1 runs them on the CPU, slowly)"
+        )
+    return f"device type {device.type!r} is not supported: kernels run on 'cuda', or on 'cpu' with TRITON_INTERPRET=1"
+
+
+def require_available(op: str, device: torch.device) -> None:
+    """Raise RuntimeError with the reason if fused kernels cannot run on `device`."""
+    reason = unavailable_reason(device)
+    if reason is not None:
+        raise RuntimeError(f"{op}: {reason}")
+
+
+def check_tensor(
+    op: str,
+    name: str,
+    tensor: Tensor,
+    *,
+    shape: tuple[int | None, ...] | None = None,
+    dtypes: Iterable[torch.dtype] = FLOAT_DTYPES,
+    device: torch.device | None = None,
+) -> None:
+    """Raise a TypeError or ValueError that names the argument if `tensor` is not what `op` accepts.
+
+    `shape` has None where any size is accepted. `device`: the one all arguments must share.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    accepted = tuple(dtypes)
+    if tensor.dtype not in accepted:
+        raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; accepted: {', '.join(map(str, accepted))}")
+    if shape is not None and (
+        tensor.dim() != len(shape)
+        or any(want not in (None, got) for want, got in zip(shape, tensor.shape, strict=True))
+    ):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; accepted: ({wanted})")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}, but the other arguments are on {device}")
+
+
+def kernel_op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Register a function that launches kernels as the `torch.library` op `name` ("fastjepa::...").
+
+    Compiled, it is a `triton_op`, so that torch.compile sees the kernels inside; interpreted, a `custom_op`, because
+    the interpreter cannot run on the fake tensors with which torch.compile traces a `triton_op`. `fake` computes the
+    outputs' shapes and dtypes from the same arguments.
+    """
+
+    def register(function: Callable[..., Any]) -> Any:
+        op: Any = (custom_op if INTERPRET else triton_op)(name, function, mutates_args=())
+        op.register_fake(fake)
+        return op
+
+    return register
+
+
+def wrap(kernel: Any) -> Any:
+    """The kernel in the form in which a `kernel_op` launches it: `wrap(kernel)[grid](...)`."""
+    return kernel if INTERPRET else wrap_triton(kernel)
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How a kernel is launched: data, chosen from a measured or audited table, never tuned on the user's first step."""
+
+    num_warps: int = 4
+    num_stages: int = 1
+    blocks: dict[str, int] = field(default_factory=dict)  # BLOCK_* constexprs
+
+
+@dataclass(frozen=True)
+class AuditCase:
+    """One kernel × config × dtype: what the static audit compiles, and the work it does at the default recipe's size.
+
+    Every op file has `audit_cases() -> list[AuditCase]`. `signature` maps every non-constexpr argument to its Triton
+    type ("*bf16", "*fp32", "i32", "i64", "fp32"); pointers, and the integers named in `divisible_by_16`, are compiled
+    as multiples of 16, as in a real launch. `bytes_moved` counts each input read once and each output written once.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    config: LaunchConfig
+    bytes_moved: int
+    flops: int
+    divisible_by_16: tuple[str, ...] = ()
+    expects_tensor_cores: bool = False
+    allowed_spill_bytes: int = 0
+    allowed_spill_reason: str = ""
