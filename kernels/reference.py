@@ -1,0 +1,334 @@
+"""The projected losses in plain torch, dtype-generic, without Triton: the literal definition and the closed form.
+
+    B batch  D channels  T frames  H, W pixels  N = B·T·H·W rows  K predictions
+
+`projected_losses_eager` materialises every projection, as the definition says; in float64 it is the truth of the tests.
+`projected_losses` computes the same numbers, and the same gradients, from small moments (see projector_algebra.py): it
+walks over the pixels in chunks that stay in cache and stores nothing of size (N, hidden), forward or backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import projector_algebra as algebra
+
+_CHUNK = 2048  # pixels: the three (hidden, chunk) temporaries then take 1.5 MB at 64 features in fp32 and stay in L2
+
+
+class ProjectedLosses(NamedTuple):
+    """Losses of a state z and K predictions under one projector, and the BatchNorm statistics of the 1+K calls."""
+
+    std_loss: Tensor  # ()
+    cov_loss: Tensor  # ()
+    prediction_losses: Tensor  # (K,): mean squared difference of the projections of z and of each prediction
+    batch_means: Tensor  # (1+K, hidden): batch mean of the first Linear's output, for z, p1..pK; detached
+    batch_vars: Tensor  # (1+K, hidden): its unbiased batch variance, as running buffers take it; detached
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(B, D, ...) or (N, D) → (N, D), channels last; a view where the memory allows it."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
+
+
+def vc_loss(f: Tensor) -> tuple[Tensor, Tensor]:
+    """(std_loss, cov_loss) of rows f (N, D): mean_j relu(1 − sqrt(var_j + 1e-4)), and the mean off-diagonal cov²."""
+    if f.shape[0] < 2 or f.shape[1] < 2:
+        raise ValueError(f"vc_loss: f has shape {tuple(f.shape)}; it needs at least 2 rows and 2 features")
+    centred = f - f.mean(dim=0)
+    return algebra.vc_from_covariance(centred.T @ centred / (f.shape[0] - 1))
+
+
+def projected_losses_eager(
+    z: Tensor,
+    predictions: Sequence[Tensor],
+    weight1: Tensor,
+    bias1: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    weight2: Tensor,
+    eps: float,
+) -> ProjectedLosses:
+    """The definition: project every tensor, then compare. Arguments and results as in `projected_losses`.
+
+    Half-precision inputs are projected at their own precision; the losses are computed from the projections in fp32.
+    """
+    dtype = z.dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    means, variances, projections = [], [], []
+    for x in (z, *predictions):
+        h = F.linear(as_rows(x), weight1.to(dtype), None if bias1 is None else bias1.to(dtype))
+        variance, mean = torch.var_mean(h.detach().to(wide), dim=0)
+        means.append(mean)
+        variances.append(variance)
+        y = F.batch_norm(
+            h,
+            None,
+            None,
+            None if bn_weight is None else bn_weight.to(wide),
+            None if bn_bias is None else bn_bias.to(wide),
+            training=True,
+            eps=eps,
+        )
+        projections.append(F.linear(F.relu(y), weight2.to(dtype)).to(wide))
+    std_loss, cov_loss = vc_loss(projections[0])
+    differences = [F.mse_loss(projections[0], p) for p in projections[1:]]
+    return ProjectedLosses(
+        std_loss,
+        cov_loss,
+        torch.stack(differences) if differences else projections[0].new_zeros(0),
+        torch.stack(means),
+        torch.stack(variances),
+    )
+
+
+def projected_losses(
+    z: Tensor,
+    predictions: Sequence[Tensor],
+    weight1: Tensor,
+    bias1: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    weight2: Tensor,
+    eps: float,
+) -> ProjectedLosses:
+    """std_loss and cov_loss of P(z), and the mean squared difference of P(z) and each P(prediction).
+
+    P(x) = weight2·relu(BatchNorm(weight1·x + bias1)) on rows of D channels; BatchNorm in train mode, each tensor with
+    its own batch statistics. Gradients flow into z, every prediction and all parameters. Closed form; see the module.
+
+    Args:
+        z: (B, D, T, H, W), (B, D, H, W) or rows (N, D), with N ≥ 2 rows in all; any layout and floating dtype.
+        predictions: K ≥ 0 tensors of z's shape and dtype.
+        weight1: (hidden, D).
+        bias1: (hidden,), or None for none. It changes `batch_means` only.
+        bn_weight: (hidden,), or None for ones.
+        bn_bias: (hidden,), or None for zeros.
+        weight2: (out, hidden), out ≥ 2.
+        eps: BatchNorm's eps.
+
+    Raises:
+        ValueError: a shape that does not fit.
+    """
+    check_shapes("projected_losses", z, predictions, weight1, weight2)
+    ones = weight1.new_ones(weight1.shape[0]) if bn_weight is None else bn_weight
+    bias = weight1.new_zeros(weight1.shape[0]) if bias1 is None else bias1
+    offset = weight1.new_zeros(weight1.shape[0]) if bn_bias is None else bn_bias
+    return ProjectedLosses(*_ClosedForm.apply(eps, weight1, bias, ones, offset, weight2, z, *predictions))
+
+
+def check_shapes(op: str, z: Tensor, predictions: Sequence[Tensor], weight1: Tensor, weight2: Tensor) -> None:
+    """Raise a ValueError that names the argument if the shapes do not fit together."""
+    if z.dim() < 2:
+        raise ValueError(f"{op}: z has shape {tuple(z.shape)}; accepted: (B, D, T, H, W), (B, D, H, W) or (N, D)")
+    n_rows = z.numel() // max(z.shape[1], 1)
+    if n_rows < 2:
+        raise ValueError(f"{op}: z has shape {tuple(z.shape)}, which is {n_rows} row(s); a variance needs at least 2")
+    for k, p in enumerate(predictions):
+        if p.shape != z.shape or p.dtype != z.dtype:
+            raise ValueError(
+                f"{op}: predictions[{k}] is {tuple(p.shape)} {p.dtype}; it must be as z: {tuple(z.shape)} {z.dtype}"
+            )
+    if weight1.dim() != 2 or weight1.shape[1] != z.shape[1]:
+        raise ValueError(f"{op}: weight1 has shape {tuple(weight1.shape)}; accepted: (hidden, {z.shape[1]})")
+    if weight2.dim() != 2 or weight2.shape[1] != weight1.shape[0] or weight2.shape[0] < 2:
+        raise ValueError(
+            f"{op}: weight2 has shape {tuple(weight2.shape)}; accepted: (out, {weight1.shape[0]}) with out ≥ 2"
+        )
+
+
+class _ClosedForm(torch.autograd.Function):
+    """Two passes over the pixels forward, two backward. Saves the inputs and a few small matrices."""
+
+    @staticmethod
+    def forward(ctx: Any, eps: float, *inputs: Tensor) -> tuple[Tensor, ...]:
+        params, tensors = algebra.Projector(*inputs[:5]), inputs[5:]
+        n_rows = tensors[0].numel() // tensors[0].shape[1]
+        columns = [_columns(x) for x in _same_layout(tensors)]
+        means, scatters = zip(*(_moments(c) for c in columns), strict=True)
+        mean, scatter = torch.stack(means), torch.stack(scatters)
+        folded = algebra.fold(params, mean, scatter, n_rows, eps)
+        mean_r, scatter_r, delta_moments = _activation_moments(columns, folded, mean, params.bn_bias, n_rows)
+        std_loss, cov_loss = algebra.vc_from_covariance(algebra.covariance(params.weight2, scatter_r, n_rows))
+        prediction = algebra.prediction_losses(params.weight2, delta_moments, n_rows)
+        ctx.save_for_backward(*inputs, mean, scatter, mean_r, scatter_r, delta_moments)
+        ctx.eps, ctx.n_inputs, ctx.n_rows = eps, len(inputs), n_rows
+        wide = _compute_dtype(tensors[0].dtype)
+        results = tuple(x.to(wide) for x in (std_loss, cov_loss, prediction, folded.hidden_mean, folded.hidden_var))
+        ctx.mark_non_differentiable(*results[3:])
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, saved = ctx.saved_tensors[: ctx.n_inputs], ctx.saved_tensors[ctx.n_inputs :]
+        mean, scatter, mean_r, scatter_r, delta_moments = saved
+        params, tensors = algebra.Projector(*inputs[:5]), inputs[5:]
+        folded = algebra.fold(params, mean, scatter, ctx.n_rows, ctx.eps)
+        out = algebra.output_gradients(params.weight2, scatter_r, delta_moments, ctx.n_rows, *grads[:3])
+        same = _same_layout(tensors)
+        columns = [_columns(x) for x in same]
+        results = [torch.empty_like(x) for x in same]
+        grad_columns = [_columns(x) for x in results]
+        sums = _slope_gradients(columns, grad_columns, folded, mean, params.bn_bias, mean_r, out)
+        grad = algebra.input_gradients(params, folded, scatter, *sums, ctx.n_rows)
+        _subtract_correction(columns, grad_columns, mean, grad.constant, grad.linear)
+        grad_params = (grad.weight1, grad.bias1, grad.bn_weight, grad.bn_bias, out.weight2)
+        grad_tensors = [_from_rows(g, x) if g.shape != x.shape else g for g, x in zip(results, tensors, strict=True)]
+        return (None, *(g.to(p.dtype) for g, p in zip(grad_params, params, strict=True)), *grad_tensors)
+
+
+# -- Layout: a tensor is a list of (D, L) matrices, one per batch entry, in whatever memory order it has
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _same_layout(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors, so that all can be walked in the same order without copying; else their rows, (N, D)."""
+    if all(x.movedim(1, -1).is_contiguous() for x in tensors):
+        return [as_rows(x) for x in tensors]
+    long_maps = tensors[0].dim() > 2 and tensors[0][0, 0].numel() >= _CHUNK
+    if long_maps and all(x.is_contiguous() for x in tensors):
+        return list(tensors)
+    return [as_rows(x).contiguous() for x in tensors]
+
+
+def _columns(x: Tensor) -> list[Tensor]:
+    matrices = [x.T] if x.dim() == 2 else x.flatten(2).unbind(0)
+    return [chunk for matrix in matrices for chunk in matrix.split(_CHUNK, dim=1)]
+
+
+def _from_rows(rows: Tensor, like: Tensor) -> Tensor:
+    shape = (like.shape[0], *like.shape[2:], like.shape[1])
+    return rows.view(shape).movedim(-1, 1)
+
+
+# -- The passes
+
+
+def _moments(columns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and scatter (D, D) in float64: every chunk about its own centre, combined by Chan's formula."""
+    wide = _compute_dtype(columns[0].dtype)
+    counts, means, scatters = [], [], []
+    for chunk in columns:
+        x = chunk.to(wide)
+        centre = x.mean(1, keepdim=True)
+        x = x - centre
+        # The centre is rounded; the exact chunk mean is centre + residual.
+        residual = x.mean(1).double()
+        counts.append(x.shape[1])
+        means.append(centre[:, 0].double() + residual)
+        scatters.append((x @ x.T).double() - x.shape[1] * torch.outer(residual, residual))
+    n = torch.tensor(counts, dtype=torch.float64, device=columns[0].device).unsqueeze(1)
+    chunk_means = torch.stack(means)
+    mean = (n * chunk_means).sum(0) / n.sum()
+    apart = chunk_means - mean
+    return mean, torch.stack(scatters).sum(0) + (n * apart).T @ apart
+
+
+class _Affine(NamedTuple):
+    """y = slope·(x − centre) + offset at the compute precision; offset carries what rounding took from the centre."""
+
+    centre: Tensor  # (D, 1)
+    slope: Tensor  # (H, D)
+    offset: Tensor  # (H, 1)
+
+    def __call__(self, chunk: Tensor) -> tuple[Tensor, Tensor]:
+        """(x − centre, relu(y))."""
+        x = chunk.to(self.slope.dtype) - self.centre
+        return x, torch.addmm(self.offset, self.slope, x).relu_()
+
+
+def _affines(folded: algebra.Folded, mean: Tensor, bn_bias: Tensor, dtype: torch.dtype) -> list[_Affine]:
+    wide = _compute_dtype(dtype)
+    centre = mean.to(wide)
+    offset = bn_bias.double() - torch.einsum("thd,td->th", folded.slope, mean - centre.double())
+    return [
+        _Affine(c.unsqueeze(1), s, o.unsqueeze(1))
+        for c, s, o in zip(centre, folded.slope.to(wide), offset.to(wide), strict=True)
+    ]
+
+
+def _activation_moments(
+    columns: Sequence[Sequence[Tensor]], folded: algebra.Folded, mean: Tensor, bn_bias: Tensor, n_rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (H,) and scatter (H, H) of r(z), and ΣΔΔᵀ (K, H, H); float64."""
+    affines = _affines(folded, mean, bn_bias, columns[0][0].dtype)
+    wide = affines[0].slope.dtype
+    shift = folded.shift.to(wide).unsqueeze(1)
+    hidden = shift.shape[0]
+    total = mean.new_zeros(hidden)
+    second = mean.new_zeros(hidden, hidden)
+    delta_moments = mean.new_zeros(len(columns) - 1, hidden, hidden)
+    for chunks in zip(*columns, strict=True):
+        r = affines[0](chunks[0])[1]
+        for k, chunk in enumerate(chunks[1:]):
+            delta = affines[k + 1](chunk)[1].sub_(r)
+            delta_moments[k] += delta @ delta.T
+        r -= shift
+        total += r.sum(1)
+        second += r @ r.T
+    residual = total / n_rows
+    return residual + shift[:, 0], second - n_rows * torch.outer(residual, residual), delta_moments
+
+
+def _slope_gradients(
+    columns: Sequence[Sequence[Tensor]],
+    grad_columns: Sequence[Sequence[Tensor]],
+    folded: algebra.Folded,
+    mean: Tensor,
+    bn_bias: Tensor,
+    mean_r: Tensor,
+    out: algebra.OutputGradients,
+) -> tuple[Tensor, Tensor]:
+    """Write Aᵀdy of every tensor to `grad_columns`; return Σdy (T, H) and Σdy(x−μ)ᵀ (T, H, D) in float64."""
+    affines = _affines(folded, mean, bn_bias, columns[0][0].dtype)
+    wide = affines[0].slope.dtype
+    variance, gram = out.variance.to(wide), out.gram.to(wide)
+    scaled_grams = [c * gram for c in out.prediction.to(wide)]
+    centre_r = mean_r.to(wide).unsqueeze(1)
+    sum_dy = torch.zeros_like(folded.inv_std)
+    dy_x = torch.zeros_like(folded.slope)
+
+    def reduce(t: int, dy: Tensor, x: Tensor, grad_chunk: Tensor) -> None:
+        grad_chunk.copy_(affines[t].slope.T @ dy)
+        sum_dy[t] += dy.sum(1)
+        dy_x[t] += dy @ x.T
+
+    for chunks, grad_chunks in zip(zip(*columns, strict=True), zip(*grad_columns, strict=True), strict=True):
+        x_z, r_z = affines[0](chunks[0])
+        dr_z = variance @ (r_z - centre_r)
+        for k, chunk in enumerate(chunks[1:]):
+            x, r = affines[k + 1](chunk)
+            dr = scaled_grams[k] @ (r - r_z)
+            dr_z -= dr
+            reduce(k + 1, torch.ops.aten.threshold_backward(dr, r, 0), x, grad_chunks[k + 1])
+        reduce(0, torch.ops.aten.threshold_backward(dr_z, r_z, 0), x_z, grad_chunks[0])
+    # The chunks were centred at the rounded mean.
+    rounding = mean - torch.stack([a.centre[:, 0].double() for a in affines])
+    return sum_dy, dy_x - sum_dy.unsqueeze(-1) * rounding.unsqueeze(1)
+
+
+def _subtract_correction(
+    columns: Sequence[Sequence[Tensor]],
+    grad_columns: Sequence[Sequence[Tensor]],
+    mean: Tensor,
+    constant: Tensor,
+    linear: Tensor,
+) -> None:
+    """grad ← grad − constant − linear·(x − μ), in place."""
+    wide = _compute_dtype(columns[0][0].dtype)
+    centre = mean.to(wide)
+    constant = constant - torch.einsum("tde,te->td", linear, mean - centre.double())
+    for t, (chunks, grad_chunks) in enumerate(zip(columns, grad_columns, strict=True)):
+        c, m, s = centre[t].unsqueeze(1), linear[t].to(wide), constant[t].to(wide).unsqueeze(1)
+        for chunk, grad_chunk in zip(chunks, grad_chunks, strict=True):
+            grad_chunk.copy_(grad_chunk.to(wide) - torch.addmm(s, m, chunk.to(wide) - c))
