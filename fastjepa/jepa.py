@@ -1,0 +1,215 @@
+"""The JEPA: an encoder, a predictor unrolled through time, and the losses of an unroll.
+
+Shapes: a video is (B, C, T, H, W), its states (B, D, T, H, W).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastjepa.losses import SquareLossSeq, VCLoss
+from fastjepa.networks import DetHead, ImageDecoder, Projector, ResNet5, ResUNet, StateOnlyPredictor
+
+# total, vc, vc_unweighted, {"std_loss", "cov_loss"}, prediction
+UnrollLosses = tuple[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor]
+
+UNROLL_MODES = ("parallel", "autoregressive")
+
+
+class JEPA(nn.Module):
+    """Joint Embedding Predictive Architecture for video (arXiv 2602.03604), with the interface of `eb_jepa`."""
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        action_encoder: nn.Module,
+        predictor: nn.Module,
+        regularizer: nn.Module,
+        predcost: nn.Module,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.action_encoder = action_encoder
+        self.predictor = predictor
+        self.regularizer = regularizer
+        self.predcost = predcost
+
+    @torch.no_grad()
+    def encode(self, observations: Tensor) -> Tensor:
+        """Video (B, C, T, H, W) → states (B, D, T, H, W), without gradients."""
+        return self.encoder(observations)
+
+    @torch.no_grad()
+    def infer(self, observations: Tensor, actions: Tensor | None = None) -> Tensor:
+        """One-step predictions (B, D, T-2, H, W) of every frame from its two encoded predecessors."""
+        states, _ = self.unroll(observations, actions, compute_loss=False, return_all_steps=True)
+        return states[0]
+
+    def unroll(
+        self,
+        observations: Tensor,
+        actions: Tensor | None = None,
+        nsteps: int = 1,
+        unroll_mode: str = "parallel",
+        ctxt_window_time: int = 1,
+        compute_loss: bool = True,
+        return_all_steps: bool = False,
+    ) -> tuple[Tensor | list[Tensor], UnrollLosses | None]:
+        """Predict the future of the encoded video, step after step, each step reading the one before.
+
+        *parallel*: every frame at once. p⁰ = z; each step predicts all frames from p and keeps the first
+        `context_length` encoded ones: pᵏ = cat(z[:, :, :2], predictor(pᵏ⁻¹) without its last entry).
+        *autoregressive*: starts from the first `ctxt_window_time` encoded frames and appends one frame a step.
+
+        Args:
+            observations: (B, C, T, H, W) floating point.
+            actions: (B, A, ·) or None; encoded by the action encoder and passed to the predictor.
+            nsteps: how many steps, ≥ 1.
+            unroll_mode: "parallel" or "autoregressive".
+            ctxt_window_time: the autoregressive window, in frames.
+            compute_loss: also return the losses; each step's prediction loss is divided by `nsteps`.
+            return_all_steps: return the list over steps instead of the last step's states.
+
+        Returns:
+            States: the last pᵏ (B, D, T, H, W) in parallel mode, the sequence (B, D, window + nsteps, H, W) in
+            autoregressive mode; or the list over steps: predictions (B, D, T-2, H, W), or the growing sequence.
+            Losses: (total, vc, vc_unweighted, {"std_loss", "cov_loss"}, prediction), or None.
+
+        Raises:
+            ValueError: an unknown mode, a rank other than 5, too few frames, `nsteps` < 1 or beyond the actions.
+        """
+        if unroll_mode not in UNROLL_MODES:
+            raise ValueError(f"unroll_mode must be one of {', '.join(UNROLL_MODES)}; got {unroll_mode!r}")
+        if nsteps < 1:
+            raise ValueError(f"nsteps must be at least 1, got {nsteps}")
+        if observations.dim() != 5:
+            raise ValueError(f"expected a video (B, C, T, H, W), got shape {tuple(observations.shape)}")
+        context_length = getattr(self.predictor, "context_length", 0)
+        _check_frames(unroll_mode, observations.shape[2], nsteps, context_length, ctxt_window_time, compute_loss)
+
+        encoded_actions = None
+        if actions is not None:
+            if nsteps > actions.shape[2]:
+                raise ValueError(f"nsteps is {nsteps}, but there are only {actions.shape[2]} actions")
+            encoded_actions = self.action_encoder(actions)
+
+        state = self.encoder(observations)
+        vc = self.regularizer(state, actions) if compute_loss else None
+        if unroll_mode == "parallel":
+            states, pred_loss = self._unroll_parallel(state, encoded_actions, nsteps, context_length, compute_loss)
+        else:
+            states, pred_loss = self._unroll_autoregressive(
+                state, encoded_actions, nsteps, ctxt_window_time, compute_loss
+            )
+        if not return_all_steps:
+            last = states[-1]
+            if unroll_mode == "parallel":
+                last = torch.cat((state[:, :, :context_length], last), dim=2)
+            return last, _total(vc, pred_loss)
+        return states, _total(vc, pred_loss)
+
+    def _unroll_parallel(
+        self, state: Tensor, actions: Tensor | None, nsteps: int, context_length: int, compute_loss: bool
+    ) -> tuple[list[Tensor], Tensor]:
+        steps, loss = [], state.new_zeros(())
+        current = state
+        for _ in range(nsteps):
+            # The last entry predicts the frame after the video: it is dropped, but it did count in BatchNorm.
+            prediction = self.predictor(current, actions)[:, :, :-1]
+            steps.append(prediction)
+            current = torch.cat((state[:, :, :context_length], prediction), dim=2)
+            if compute_loss:
+                loss = loss + self.predcost(state, current) / nsteps
+        return steps, loss
+
+    def _unroll_autoregressive(
+        self, state: Tensor, actions: Tensor | None, nsteps: int, window: int, compute_loss: bool
+    ) -> tuple[list[Tensor], Tensor]:
+        steps, loss = [], state.new_zeros(())
+        current = state[:, :, :window]
+        for i in range(nsteps):
+            step_actions = None if actions is None else actions[:, :, max(0, i + 1 - window) : i + 1]
+            prediction = self.predictor(current[:, :, -window:], step_actions)[:, :, -1:]
+            current = torch.cat((current, prediction), dim=2)
+            steps.append(current)
+            if compute_loss:
+                loss = loss + self.predcost(state[:, :, window + i : window + i + 1], prediction) / nsteps
+        return steps, loss
+
+
+def _check_frames(mode: str, frames: int, nsteps: int, context: int, window: int, compute_loss: bool) -> None:
+    if mode == "parallel":
+        if frames < context + 1:
+            raise ValueError(f"parallel unrolling takes at least {context + 1} frames, got T = {frames}")
+        return
+    if window < max(context, 1):
+        raise ValueError(f"ctxt_window_time must be at least {max(context, 1)} for this predictor, got {window}")
+    needed = window + nsteps if compute_loss else window
+    if frames < needed:
+        raise ValueError(f"this autoregressive unroll takes at least {needed} frames, got T = {frames}")
+
+
+def _total(vc: tuple[Tensor, Tensor, dict[str, Tensor]] | None, pred_loss: Tensor) -> UnrollLosses | None:
+    if vc is None:
+        return None
+    weighted, unweighted, parts = vc
+    return weighted + pred_loss, weighted, unweighted, parts, pred_loss
+
+
+class JEPAProbe(nn.Module):
+    """A head trained on the frozen states of a JEPA; it never moves the JEPA's parameters."""
+
+    def __init__(self, jepa: JEPA, head: nn.Module, loss: nn.Module) -> None:
+        super().__init__()
+        self.jepa = jepa
+        self.head = head
+        self.loss = loss
+
+    def forward(self, observations: Tensor, targets: Tensor) -> Tensor:
+        """Video (B, C, T, H, W) and the head's targets → the probe's loss, a scalar."""
+        return self.loss(self.head(self.jepa.encode(observations)), targets)
+
+    @torch.no_grad()
+    def infer(self, observations: Tensor) -> Tensor:
+        """Video (B, C, T, H, W) → the head's output."""
+        return self.apply_head(self.jepa.encode(observations))
+
+    @torch.no_grad()
+    def apply_head(self, states: Tensor) -> Tensor:
+        """States (B, D, T, H, W) → the head's output."""
+        return self.head(states)
+
+
+def detection_loss(probabilities: Tensor, digit_location: Tensor) -> Tensor:
+    """Binary cross-entropy of (B, T, 8, 8) probabilities against digit maps of the same shape, in fp32 at least."""
+    dtype = torch.promote_types(probabilities.dtype, torch.float32)
+    return F.binary_cross_entropy(probabilities.to(dtype), digit_location.to(dtype))
+
+
+def build_jepa(
+    *, dobs: int, henc: int, hpre: int, dstc: int, std_coeff: float, cov_coeff: float, projector: str | None = None
+) -> JEPA:
+    """The published Video JEPA: `dobs` image channels, `henc` / `hpre` widths, `dstc` state channels.
+
+    `projector` defaults to "{dstc}-64-64"; one projector serves both losses, as in the original.
+
+    Raises:
+        ValueError: a size below 1, or a projector whose first size is not `dstc`.
+    """
+    for name, value in (("dobs", dobs), ("henc", henc), ("hpre", hpre), ("dstc", dstc)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    sizes = f"{dstc}-64-64" if projector is None else projector
+    proj = Projector(sizes)
+    if proj.net[0].in_features != dstc:
+        raise ValueError(f"the projector {sizes!r} must start with dstc = {dstc}")
+    encoder = ResNet5(dobs, henc, dstc)
+    predictor = StateOnlyPredictor(ResUNet(2 * dstc, hpre, dstc))
+    return JEPA(encoder, encoder, predictor, VCLoss(std_coeff, cov_coeff, proj), SquareLossSeq(proj))
+
+
+def build_probes(*, dobs: int, dstc: int, hdet: int = 32) -> tuple[ImageDecoder, DetHead]:
+    """The two probe heads: `ImageDecoder(dstc, dobs)` and `DetHead(dstc, hdet, 1)`."""
+    return ImageDecoder(dstc, dobs), DetHead(dstc, hdet, 1)

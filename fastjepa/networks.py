@@ -1,0 +1,229 @@
+"""The networks of Video JEPA as plain modules. Parameter names are an interface: checkpoints of the original load.
+
+Shapes: B batch, C image channels, T frames, H×W pixels, D state channels (`dstc`). A video is (B, C, T, H, W); the
+2-D networks see its frames as one batch (B·T, C, H, W). All 3×3 convolutions keep the size (padding 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def per_frame(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply a network of frames to frames (N, C, H, W), or to each frame of a video (B, C, T, H, W).
+
+    Raises:
+        ValueError: `x` is neither 4-D nor 5-D.
+        TypeError: `x` is not floating point.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"expected a floating point tensor, got {x.dtype}; scale uint8 video to [0, 1] first")
+    if x.dim() == 4:
+        return network(x)
+    if x.dim() != 5:
+        raise ValueError(f"expected frames (N, C, H, W) or a video (B, C, T, H, W), got shape {tuple(x.shape)}")
+    batch, frames = x.shape[0], x.shape[2]
+    out = network(x.transpose(1, 2).flatten(0, 1))  # (B·T, C, H, W)
+    return out.unflatten(0, (batch, frames)).transpose(1, 2)
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    """A 3×3 convolution with padding 1 and no bias: a BatchNorm follows it everywhere."""
+    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+
+
+class ResidualBlock(nn.Module):
+    """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)): (N, in, H, W) → (N, out, ceil(H/stride), ceil(W/stride))."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(in_channels, out_channels, stride)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = conv3x3(out_channels, out_channels)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, in, H, W) → (N, out, H/stride, W/stride)."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + self.shortcut(x))
+
+
+class ResNet5(nn.Module):
+    """The encoder: frames to states at full resolution, ending in ReLU, so states are ≥ 0."""
+
+    def __init__(self, in_d: int, h_d: int, out_d: int) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(in_d, h_d)
+        self.bn1 = nn.BatchNorm2d(h_d)
+        self.layer1 = ResidualBlock(h_d, h_d)
+        self.layer2 = ResidualBlock(h_d, 2 * h_d)
+        self.layer3 = ResidualBlock(2 * h_d, out_d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, in_d, T, H, W) or (N, in_d, H, W) → the same with out_d channels."""
+        return per_frame(self._frames, x)
+
+    def _frames(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.layer3(self.layer2(self.layer1(x)))
+
+
+class ResUNet(nn.Module):
+    """The predictor's network: a U-Net of residual blocks, three times down and up, linear at the end.
+
+    Upsampled maps whose size differs from the skip's (sizes not divisible by 8) are resized bilinearly.
+    """
+
+    def __init__(self, in_d: int, h_d: int, out_d: int) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(in_d, h_d)
+        self.bn1 = nn.BatchNorm2d(h_d)
+        self.enc1 = ResidualBlock(h_d, h_d)
+        self.enc2 = ResidualBlock(h_d, 2 * h_d, stride=2)
+        self.enc3 = ResidualBlock(2 * h_d, 4 * h_d, stride=2)
+        self.bott = ResidualBlock(4 * h_d, 8 * h_d, stride=2)
+        self.up3 = nn.ConvTranspose2d(8 * h_d, 4 * h_d, 2, stride=2)
+        self.dec3 = ResidualBlock(8 * h_d, 4 * h_d)
+        self.up2 = nn.ConvTranspose2d(4 * h_d, 2 * h_d, 2, stride=2)
+        self.dec2 = ResidualBlock(4 * h_d, 2 * h_d)
+        self.up1 = nn.ConvTranspose2d(2 * h_d, h_d, 2, stride=2)
+        self.dec1 = ResidualBlock(2 * h_d, h_d)
+        self.head = nn.Conv2d(h_d, out_d, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, in_d, T, H, W) or (N, in_d, H, W) → the same with out_d channels."""
+        return per_frame(self._frames, x)
+
+    def _frames(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        s1 = self.enc1(x)
+        s2 = self.enc2(s1)
+        s3 = self.enc3(s2)
+        x = self.bott(s3)
+        x = self.dec3(join_skip(self.up3(x), s3))
+        x = self.dec2(join_skip(self.up2(x), s2))
+        x = self.dec1(join_skip(self.up1(x), s1))
+        return self.head(x)
+
+
+def join_skip(x: Tensor, skip: Tensor) -> Tensor:
+    """cat[x, skip] over channels, x (N, C, h, w) resized to the skip's (N, C', H, W) where odd sizes made it differ."""
+    if x.shape[-2:] != skip.shape[-2:]:
+        x = F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=False)
+    return torch.cat((x, skip), dim=1)
+
+
+class Projector(nn.Module):
+    """An MLP over rows, given as "in-hidden-…-out".
+
+    Linear → BatchNorm1d → ReLU for each hidden size, then a Linear without bias.
+
+    Raises:
+        ValueError: `sizes` is not at least two positive integers joined by "-".
+    """
+
+    def __init__(self, sizes: str) -> None:
+        super().__init__()
+        try:
+            dims = [int(size) for size in sizes.split("-")]
+        except ValueError:
+            dims = []
+        if len(dims) < 2 or min(dims) < 1:
+            raise ValueError(f"projector sizes must look like '16-64-64', got {sizes!r}")
+        layers: list[nn.Module] = []
+        for d_in, d_out in pairwise(dims[:-1]):
+            layers += [nn.Linear(d_in, d_out), nn.BatchNorm1d(d_out), nn.ReLU()]
+        layers.append(nn.Linear(dims[-2], dims[-1], bias=False))
+        self.net = nn.Sequential(*layers)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """rows (N, in) → (N, out)."""
+        in_features = self.net[0].in_features
+        if rows.shape[-1] != in_features:
+            raise ValueError(
+                f"the projector takes rows of {in_features} (its first size must equal dstc), got {rows.shape[-1]}"
+            )
+        return self.net(rows)
+
+
+class StateOnlyPredictor(nn.Module):
+    """Feeds a 2-D network with `context_length` consecutive states, the older first in the channels."""
+
+    def __init__(self, predictor: nn.Module, context_length: int = 2) -> None:
+        super().__init__()
+        if context_length < 1:
+            raise ValueError(f"context_length must be at least 1, got {context_length}")
+        self.predictor = predictor
+        self.context_length = context_length
+
+    def forward(self, states: Tensor, actions: Tensor | None = None) -> Tensor:
+        """States (B, D, T, H, W) → (B, D, T - context_length + 1, H, W); entry i predicts frame i + context_length.
+
+        `actions` is accepted, because `JEPA.unroll` passes it to every predictor, and not used.
+        """
+        if states.dim() != 5:
+            raise ValueError(f"expected states (B, D, T, H, W), got shape {tuple(states.shape)}")
+        windows = states.shape[2] - self.context_length + 1
+        if windows < 1:
+            raise ValueError(f"predicting takes at least {self.context_length} frames, got {states.shape[2]}")
+        context = [states[:, :, i : i + windows] for i in range(self.context_length)]
+        return self.predictor(torch.cat(context, dim=1))
+
+
+class ImageDecoder(nn.Module):
+    """A probe that paints the frame from the state: conv → ReLU → conv."""
+
+    def __init__(self, in_d: int, out_d: int, hidden: int = 16) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(in_d, hidden, 3, padding=1), nn.ReLU(), nn.Conv2d(hidden, out_d, 3, padding=1)
+        )
+        self.apply(_init_probe)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """States (B, D, T, H, W) or (N, D, H, W) → images of the same layout with out_d channels."""
+        return per_frame(self.net, states)
+
+
+class DetHead(nn.Module):
+    """A probe that finds the digits: the probability that a digit's centre lies in each of 8×8 cells of a frame."""
+
+    CELLS = 8
+
+    def __init__(self, in_d: int, h_d: int, out_d: int = 1) -> None:
+        super().__init__()
+        convs = nn.Sequential(
+            nn.Conv3d(in_d, h_d, (1, 3, 3), padding="same"),
+            nn.ReLU(),
+            nn.Conv3d(h_d, out_d, (1, 3, 3), padding="same"),
+        )
+        self.head = nn.Sequential(convs, nn.Sigmoid())
+        self.apply(_init_probe)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """States (B, D, T, H, W) → probabilities (B, T, 8, 8); with out_d > 1, (B, out_d, T, 8, 8)."""
+        if states.dim() != 5:
+            raise ValueError(f"expected states (B, D, T, H, W), got shape {tuple(states.shape)}")
+        pooled = per_frame(lambda x: F.adaptive_avg_pool2d(x, self.CELLS), states)
+        convs, sigmoid = self.head
+        logits = convs(pooled)
+        # Under bf16 autocast a sigmoid of bf16 logits would round to exactly 1, and the loss take log(0).
+        return sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32))).squeeze(1)
+
+
+def _init_probe(module: nn.Module) -> None:
+    if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

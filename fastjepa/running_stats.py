@@ -1,0 +1,126 @@
+"""BatchNorm's running buffers when repeated work is done once.
+
+The original calls the encoder three times and the projector 1 + 2·steps times in one training step, and each call moves
+the running buffers by `momentum` towards that call's batch statistics. One call each gives every number of the step;
+the functions here make the buffers end where all the calls would have left them. Nothing here syncs with the
+host, except for layers with `momentum=None`, whose own forward does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class BatchStatistics(NamedTuple):
+    """What one call of one BatchNorm layer adds to its buffers: batch mean and unbiased variance, both (channels,)."""
+
+    mean: Tensor
+    var: Tensor
+
+
+def updating_batch_norms(module: nn.Module) -> list[_BatchNorm]:
+    """The BatchNorm layers in `module` whose buffers move when it is called now, in order of definition."""
+    return [
+        layer
+        for layer in module.modules()
+        if isinstance(layer, _BatchNorm) and layer.training and layer.track_running_stats
+    ]
+
+
+def _buffers(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    assert layer.running_mean is not None, "a layer that tracks running statistics has them"
+    assert layer.running_var is not None
+    return layer.running_mean, layer.running_var
+
+
+@contextmanager
+def repeated_updates(module: nn.Module, times: int) -> Iterator[None]:
+    """Inside, one call of `module` moves every running buffer as `times` calls with the same input would.
+
+    n updates r ← (1 - m)·r + m·s with one s are a single update with momentum 1 - (1 - m)^n.
+    """
+    layers = updating_batch_norms(module)
+    momenta = [layer.momentum for layer in layers]
+    try:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            if momentum is None:  # a cumulative average; c calls so far: (c·r + n·s) / (c + n)
+                assert layer.num_batches_tracked is not None
+                layer.momentum = times / (int(layer.num_batches_tracked) + times)
+            else:
+                layer.momentum = 1 - (1 - momentum) ** times
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+    for layer in layers:
+        if layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.add_(times - 1)
+
+
+class BatchStatisticsRecorder:
+    """Lets a module be called without moving its running buffers, and keeps the batch statistics of each call.
+
+    Used as a context manager: inside, each call gets scratch buffers of its own, and at the end the layers have their
+    own buffers back, to be moved by `fold_updates`. (Restoring values in place would not do: autograd keeps the
+    buffers of each call and rejects a backward once they have changed.)
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._layers = updating_batch_norms(module)
+        self._saved: list[tuple[float | None, Tensor, Tensor, Tensor | None]] = []
+
+    def __enter__(self) -> BatchStatisticsRecorder:
+        for layer in self._layers:
+            self._saved.append((layer.momentum, *_buffers(layer), layer.num_batches_tracked))
+            layer.momentum = 1.0  # the scratch buffers then *are* the statistics of the call
+            if layer.num_batches_tracked is not None:
+                layer.num_batches_tracked = layer.num_batches_tracked.clone()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for layer, (momentum, mean, var, count) in zip(self._layers, self._saved, strict=True):
+            layer.momentum = momentum
+            layer.running_mean, layer.running_var, layer.num_batches_tracked = mean, var, count
+
+    def call(self, function: Callable[[], Tensor]) -> tuple[Tensor, list[BatchStatistics]]:
+        """What `function`, which calls the module once, returns; and that call's statistics, one for each layer."""
+        statistics = []
+        for layer, (_, mean, var, _) in zip(self._layers, self._saved, strict=True):
+            layer.running_mean, layer.running_var = torch.zeros_like(mean), torch.zeros_like(var)
+            statistics.append(BatchStatistics(layer.running_mean, layer.running_var))
+        return function(), statistics
+
+
+@torch.no_grad()
+def fold_updates(layer: _BatchNorm, calls: Sequence[BatchStatistics]) -> None:
+    """Move the buffers of `layer` as the given calls would, in this order; equal calls may be the same object.
+
+    After n calls r = (1 - m)^n·r₀ + Σᵢ m·(1 - m)^(n - i)·sᵢ, and with momentum None (c + n)·r = c·r₀ + Σᵢ sᵢ.
+    """
+    if not layer.training or not layer.track_running_stats or not calls:
+        return
+    n, m = len(calls), layer.momentum
+    keep: float | Tensor
+    if m is None:
+        assert layer.num_batches_tracked is not None
+        count = layer.num_batches_tracked.to(calls[0].mean.dtype)
+        keep, weights = count / (count + n), [1.0] * n
+        divisor: float | Tensor = count + n
+    else:
+        keep, weights = (1 - m) ** n, [m * (1 - m) ** (n - i) for i in range(1, n + 1)]
+        divisor = 1.0
+    summed: dict[int, float] = {}  # a call that is repeated is added once, with the sum of its weights
+    for call, weight in zip(calls, weights, strict=True):
+        summed[id(call)] = summed.get(id(call), 0.0) + weight
+    distinct = {id(call): call for call in calls}
+    for i, buffer in enumerate(_buffers(layer)):
+        added = sum(distinct[key][i] * weight for key, weight in summed.items())
+        buffer.copy_(buffer * keep + added / divisor)
+    if layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.add_(n)
