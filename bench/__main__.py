@@ -1,0 +1,30 @@
+"""`python -m bench SUBCOMMAND ...`: the subcommands, each in its own module, imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+# name: (module with `main(argv) -> exit status`, what it does)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "audit": ("bench.audit", "compile every kernel without a GPU and judge what the assembler made of it"),
+    "losses": ("bench.losses", "time the projected losses, forward and backward"),
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run the subcommand named first in `argv` with the rest; returns its exit status."""
+    listing = "\n".join(f"  {name:<8} {what}" for name, (_, what) in COMMANDS.items())
+    if argv and argv[0] in ("-h", "--help"):
+        print(f"usage: python -m bench SUBCOMMAND [--help] ...\n\nsubcommands:\n{listing}")
+        return 0
+    if not argv or argv[0] not in COMMANDS:
+        given = f"unknown subcommand {argv[0]!r}" if argv else "no subcommand given"
+        print(f"python -m bench: {given}; the subcommands are:\n{listing}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(COMMANDS[argv[0]][0])
+    return int(module.main(argv[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,227 @@
+"""`python -m bench audit`: compile every kernel × config × dtype without a GPU, table the facts, and judge them.
+
+A kernel fails if it spills more than its case allows, needs more shared memory than a block can have (Triton does not
+check), lacks the tensor-core instructions its case expects, has its wgmmas serialised by ptxas, or overwrites a
+register of a wgmma in flight (bench/hazard.py). The exit status is 1 if any does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import fastjepa.kernels
+from fastjepa.kernels.launch import AuditCase
+
+from bench.results import format_table, write_text
+from bench.roofline import H200
+
+# Shared memory one block can have, in bytes, by compute capability: 163, 227 and 227 KiB (CUDA C++ Programming Guide,
+# "Technical Specifications per Compute Capability": maximum amount of shared memory per thread block).
+SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TENSOR_MEMORY_COLUMNS = 512  # of a Blackwell SM
+
+_RATES = ", ".join(f"{H200.flops_per_second[name] / 1e12:.0f} {name}" for name in ("bf16", "tf32", "tf32x3", "fma"))
+LEGEND = f"""
+matrix-instructions: RS takes operand A from registers, SS from shared memory.
+wide: accesses to global memory that are 128 bits or more per thread, or bulk copies, of all of them (static counts).
+H200-roofline: the declared bytes at {H200.dram_bytes_per_second / 1e12:.1f} TB/s or the declared FLOPs at their rate
+(TFLOP/s: {_RATES}; fma: no matrix instructions), whichever takes longer."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the audit says about one case on one architecture. `failures` empty: it passes."""
+
+    case: str
+    arch: int
+    failures: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    facts: dict[str, object] = field(default_factory=dict)  # bench.sass.Inspection as a dict; empty: did not compile
+    hazards: tuple[str, ...] = ()
+    bytes_moved: int = 0
+    flops: int = 0
+    roofline_us: float | None = None  # on an H200, for sm_90
+    roofline_bound: str = ""
+
+
+def collect_cases(module_names: Iterable[str]) -> dict[str, tuple[str, AuditCase]]:
+    """{case name: (module, case)} from `audit_cases()` of each module that has it.
+
+    Raises ValueError if two cases have one name, or if there are none.
+    """
+    found: dict[str, tuple[str, AuditCase]] = {}
+    names = list(module_names)
+    for module_name in names:
+        module = importlib.import_module(module_name)
+        for case in module.audit_cases() if hasattr(module, "audit_cases") else ():
+            if case.name in found:
+                raise ValueError(
+                    f"two audit cases are called {case.name!r}: in {found[case.name][0]} and {module_name}"
+                )
+            found[case.name] = (module_name, case)
+    if not found:
+        raise ValueError(f"no audit_cases() in {', '.join(names)}")
+    return found
+
+
+def kernel_modules() -> list[str]:
+    """The modules of fastjepa.kernels, sorted."""
+    return sorted(f"fastjepa.kernels.{module.name}" for module in pkgutil.iter_modules(fastjepa.kernels.__path__))
+
+
+def judge(case: AuditCase, arch: int) -> Finding:
+    """Compile one case for one architecture and judge it. A kernel that does not compile is a failure, not an error."""
+    from bench.hazard import find_hazards
+    from bench.sass import compile_case, inspect
+
+    try:
+        binary = compile_case(case, arch)
+        facts = inspect(binary)
+        hazards = find_hazards(binary.instructions)
+    except Exception as error:  # Triton raises many types; one broken kernel must not hide the others' findings
+        lines = str(error).strip().splitlines() or [""]  # Triton: where, the source around it, and what, last
+        message = lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
+        return Finding(case.name, arch, failures=(f"cannot be audited: {type(error).__name__}: {message}",))
+    failures, notes = [], []
+    if facts.spill_bytes > case.allowed_spill_bytes:
+        failures.append(f"spills {facts.spill_bytes} bytes; allowed: {case.allowed_spill_bytes}")
+    elif facts.spill_bytes:
+        notes.append(f"spills {facts.spill_bytes} bytes, allowed: {case.allowed_spill_reason or 'no reason given'}")
+    if facts.shared_bytes > SHARED_MEMORY_LIMIT[arch]:
+        failures.append(f"needs {facts.shared_bytes} bytes of shared memory; a block has {SHARED_MEMORY_LIMIT[arch]}")
+    if facts.tensor_memory_columns > TENSOR_MEMORY_COLUMNS:
+        failures.append(f"needs {facts.tensor_memory_columns} tensor memory columns; there are {TENSOR_MEMORY_COLUMNS}")
+    if case.expects_tensor_cores and not facts.tensor_cores:
+        failures.append("has no tensor-core instruction, but should")
+    failures.extend(f"ptxas warns {warning}" for warning in facts.warnings)
+    if hazards:
+        failures.append(f"may overwrite registers of a wgmma in flight, {len(hazards)} times; {hazards[0]}")
+    arithmetic = _arithmetic(case, facts.tensor_cores)
+    return Finding(
+        case=case.name,
+        arch=arch,
+        failures=tuple(failures),
+        notes=tuple(notes),
+        facts=asdict(facts),
+        hazards=tuple(map(str, hazards)),
+        bytes_moved=case.bytes_moved,
+        flops=case.flops,
+        roofline_us=1e6 * H200.seconds(case.bytes_moved, case.flops, arithmetic) if arch == 90 else None,
+        roofline_bound=H200.bound(case.bytes_moved, case.flops, arithmetic) if arch == 90 else "",
+    )
+
+
+def _arithmetic(case: AuditCase, tensor_cores: Iterable[str]) -> str:
+    """The roofline's rate for this binary: what its matrix instructions are, and how often each product is done."""
+    forms = " ".join(tensor_cores)
+    if not forms:
+        return "fma"
+    emulated = {"tf32x3", "bf16x3", "bf16x6"} & {str(value) for value in case.constexprs.values()}
+    if emulated:
+        return emulated.pop()
+    return "tf32" if "TF32" in forms else "bf16"
+
+
+def _judge_named(module_name: str, case_name: str, arch: int) -> Finding:
+    """In a worker process: a compiled kernel cannot be pickled, so the case is looked up again by its name."""
+    return judge(collect_cases([module_name])[case_name][1], arch)
+
+
+def judge_all(cases: dict[str, tuple[str, AuditCase]], archs: Iterable[int], jobs: int) -> list[Finding]:
+    """Judge every case for every architecture, in `jobs` processes; the order does not depend on `jobs`."""
+    tasks = [(module, name, arch) for name, (module, _) in cases.items() for arch in archs]
+    if jobs == 1:
+        return [judge(cases[name][1], arch) for _, name, arch in tasks]
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(_judge_named, *zip(*tasks, strict=True)))
+
+
+def render(findings: Iterable[Finding]) -> str:
+    """The table of facts, one line per case and architecture."""
+    header = "case arch regs spill smem matrix-instructions wide-loads wide-stores serial hazard H200-roofline verdict"
+    rows = []
+    for finding in findings:
+        start, verdict = [finding.case, f"sm_{finding.arch}"], "FAIL" if finding.failures else "ok"
+        if not finding.facts:
+            rows.append([*start, *[""] * 9, verdict])
+            continue
+        facts = dict(finding.facts)
+        forms = facts["tensor_cores"]
+        assert isinstance(forms, dict)
+        roofline = "" if finding.roofline_us is None else f"{finding.roofline_us:.1f} us ({finding.roofline_bound})"
+        rows.append(
+            [
+                *start,
+                *(str(facts[name]) for name in ("registers", "spill_bytes", "shared_bytes")),
+                ", ".join(f"{count} {form}" for form, count in forms.items()) or "none",
+                *(f"{facts[f'wide_{kind}']}/{facts[f'global_{kind}']}" for kind in ("loads", "stores")),
+                "YES" if facts["warnings"] else "no",
+                f"YES ({len(finding.hazards)})" if finding.hazards else "no" if finding.arch == 90 else "-",
+                roofline,
+                verdict,
+            ]
+        )
+    return format_table(header.split(" "), rows)
+
+
+def main(argv: list[str]) -> int:
+    """The command line; returns 0 if every kernel passes, 1 if not, 2 if the request cannot be served."""
+    parser = argparse.ArgumentParser(prog="python -m bench audit", description=__doc__.split("\n\n")[0])
+    known = [f"sm_{arch}" for arch in SHARED_MEMORY_LIMIT]
+    parser.add_argument("--arch", nargs="+", choices=known, default=known, help="architectures (default: all)")
+    parser.add_argument("--filter", default="", metavar="TEXT", help="only cases whose name contains TEXT")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write every fact to this file")
+    parser.add_argument("--module", nargs="+", metavar="NAME", help="where to look (default: all of fastjepa.kernels)")
+    parser.add_argument(
+        "--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: %(default)s)"
+    )
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {args.jobs}")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return _rerun_compiling(argv)
+    try:
+        cases = collect_cases(args.module or kernel_modules())
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
+    chosen = {name: found for name, found in cases.items() if args.filter in name}
+    if not chosen:
+        parser.error(f"--filter {args.filter!r} matches none of: {', '.join(cases)}")
+    findings = judge_all(chosen, [int(arch.removeprefix("sm_")) for arch in args.arch], args.jobs)
+    print(render(findings))
+    print(LEGEND)
+    if args.json:
+        write_text(args.json, json.dumps([asdict(finding) for finding in findings], indent=1) + "\n")
+    for finding in findings:
+        for note in finding.notes:
+            print(f"note: {finding.case} on sm_{finding.arch} {note}")
+    failed = [finding for finding in findings if finding.failures]
+    for finding in failed:
+        for failure in finding.failures:
+            print(f"FAIL: {finding.case} on sm_{finding.arch} {failure}")
+    print(f"{len(findings) - len(failed)} of {len(findings)} pass")
+    return 1 if failed else 0
+
+
+def _rerun_compiling(argv: list[str]) -> int:
+    """Kernels that were imported under TRITON_INTERPRET=1 cannot be compiled, so start again without it."""
+    root = str(Path(__file__).resolve().parent.parent)
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    del environment["TRITON_INTERPRET"]
+    return subprocess.run([sys.executable, "-m", "bench", "audit", *argv], env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

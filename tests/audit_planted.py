@@ -1,0 +1,62 @@
+"""Kernels with planted faults for test_audit.py, which `python -m bench audit --module audit_planted` must catch."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from fastjepa.kernels.launch import AuditCase, LaunchConfig
+
+
+@triton.jit
+def _copy_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + offs, tl.load(x_ptr + offs, mask=offs < n), mask=offs < n)
+
+
+@triton.jit
+def _centre_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, BLOCK))  # all of it lives until its mean is known
+    tl.store(y_ptr + tl.arange(0, BLOCK), x - tl.sum(x) / BLOCK)
+
+
+@triton.jit
+def _matmul_kernel(a_ptr, b_ptr, c_ptr, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    offs_m, offs_n, offs_k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        a = tl.load(a_ptr + offs_m[:, None] * K + k + offs_k[None, :])
+        b = tl.load(b_ptr + (k + offs_k)[:, None] * BLOCK_N + offs_n[None, :])
+        acc = tl.dot(a, b, acc)
+    tl.store(c_ptr + offs_m[:, None] * BLOCK_N + offs_n[None, :], acc)
+
+
+def audit_cases() -> list[AuditCase]:
+    vector = {"x_ptr": "*fp32", "y_ptr": "*fp32"}
+    matmul = {"a_ptr": "*bf16", "b_ptr": "*bf16", "c_ptr": "*fp32", "K": "i32"}
+    tiles = {"BLOCK_M": 128, "BLOCK_N": 128}
+    copied = 4_300_000  # bytes: one microsecond of an H200's memory
+    return [
+        AuditCase(
+            "copy",
+            *(_copy_kernel, {**vector, "n": "i32"}, {}, LaunchConfig(4, 1, {"BLOCK": 1024}), copied, 0, ("n",)),
+        ),
+        AuditCase("spills", _centre_kernel, vector, {"BLOCK": 65536}, LaunchConfig(num_warps=4), copied, 0),
+        AuditCase(
+            "spills allowed",
+            *(_centre_kernel, vector, {"BLOCK": 65536}, LaunchConfig(num_warps=4), copied, 0),
+            allowed_spill_bytes=1 << 20,
+            allowed_spill_reason="planted",
+        ),
+        AuditCase(
+            "too much shared memory",
+            *(_matmul_kernel, matmul, {**tiles, "BLOCK_K": 128}, LaunchConfig(8, 5), copied, 0, ("K",)),
+            expects_tensor_cores=True,
+        ),
+        AuditCase(
+            "no tensor cores",
+            *(_copy_kernel, {**vector, "n": "i32"}, {"BLOCK": 1024}, LaunchConfig(), copied, 0),
+            expects_tensor_cores=True,
+        ),
+        AuditCase("does not compile", _copy_kernel, {**vector, "n": "i32"}, {"BLOCK": 1000}, LaunchConfig(), 0, 0),
+        AuditCase("argument forgotten", _copy_kernel, vector, {"BLOCK": 1024}, LaunchConfig(), 0, 0),
+    ]

@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import __main__ as command_line
+from bench import audit
+from bench.audit import SHARED_MEMORY_LIMIT, collect_cases
+from bench.hazard import find_hazards
+from bench.roofline import H200
+from bench.sass import Binary, inspect, parse_sass
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def sass(*lines: str) -> str:
+    """Instructions at 0x0000, 0x0010, ... as cuobjdump prints them."""
+    return "\n".join(f"        /*{16 * i:04x}*/    {line} ;   /* 0x0000000014107fae */" for i, line in enumerate(lines))
+
+
+def hazards(*lines: str) -> list[tuple[int, int]]:
+    """[(line of the wgmma, line of the write)] of each finding."""
+    found = find_hazards(parse_sass(sass(*lines)))
+    return [(hazard.wgmma.address // 16, hazard.write.address // 16) for hazard in found]
+
+
+RS = "HGMMA.64x32x16.F32.BF16 R24, R56, gdesc[UR4].tnspB, R24"  # accumulators R24..R39, operand A R56..R59
+COMMIT = RS + ", gsb0"
+WAIT_ALL, WAIT_ONE = "WARPGROUP.DEPBAR.LE gsb0, 0x0", "WARPGROUP.DEPBAR.LE gsb0, 0x1"
+WRITE_A = "FMNMX R57, RZ, R20, !PT"
+
+
+def test_parser_reads_guard_opcode_and_operands() -> None:
+    text = "\tFunction : _kernel\n\t.headerflags @x\n" + sass(
+        "@!P0 LDG.E.128 R4, desc[UR14][R2.64+0x80]", "EXIT", "@UP0 UIADD3 UR4, UR4, 0x1, URZ"
+    )
+    load, leave, uniform = parse_sass(text)
+    assert (load.address, load.guard, load.opcode, load.mnemonic) == (0, "@!P0", "LDG.E.128", "LDG")
+    assert load.operands == ("R4", "desc[UR14][R2.64+0x80]")
+    assert (leave.address, leave.opcode, leave.operands, leave.guard) == (16, "EXIT", (), "")
+    assert (uniform.guard, uniform.opcode) == ("@UP0", "UIADD3")
+
+
+def binary(log: str, *lines: str) -> Binary:
+    return Binary(parse_sass(sass(*lines)), log, shared_bytes=1024, tensor_memory_columns=0)
+
+
+LOG = (
+    "ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to "
+    "non wgmma instructions defining accumulator registers of a wgmma in the function '_kernel'\n"
+    "    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads\n"
+    "ptxas info    : Used 159 registers, used 1 barriers\n"
+)
+
+
+def test_inspection_counts_what_the_audit_judges() -> None:
+    facts = inspect(
+        binary(
+            LOG,
+            *("LDG.E.128 R4, desc[UR4][R2.64]", "LDG.E.U16 R8, desc[UR4][R2.64]", "UTMALDG.2D [UR8], [UR6]"),
+            *("LDGSTS.E.BYPASS.128 [R16], desc[UR4][R2.64]", "STG.E.128 desc[UR4][R2.64], R4", "STS.128 [R3], R4"),
+            *("STG.E desc[UR4][R2.64], R4", "LDS.128 R4, [R3]", RS, "HGMMA.64x32x16.F32.BF16 R24, gdesc[UR4], R24"),
+            *("HMMA.16816.F32.BF16 R4, R8, R2, R4", "UTCHMMA tmem[UR4], gdesc[UR6], tmem[UR8]", "FFMA R1, R2, R3, R4"),
+        )
+    )
+    assert (facts.registers, facts.spill_bytes, facts.shared_bytes, facts.instructions) == (159, 12, 1024, 13)
+    assert (facts.wide_loads, facts.global_loads) == (3, 4)  # LDG.128, LDGSTS.128 and the bulk copy; not LDG.U16
+    assert (facts.wide_stores, facts.global_stores) == (1, 2)
+    assert facts.tensor_cores == {
+        "HGMMA.64x32x16.F32.BF16 RS": 1,
+        "HGMMA.64x32x16.F32.BF16 SS": 1,
+        "HMMA.16816.F32.BF16": 1,
+        "UTCHMMA": 1,
+    }
+    (warning,) = facts.warnings
+    assert warning.startswith("C7515: wgmma.mma_async instructions are serialized")
+    assert "_kernel" not in warning
+
+
+@pytest.mark.parametrize("log", ["", "ptxas info    : Used 32 registers\n"])
+def test_inspection_refuses_a_log_it_cannot_read(log: str) -> None:
+    with pytest.raises(ValueError, match="register or spill"):
+        inspect(binary(log, "EXIT"))
+
+
+def test_write_to_operand_a_in_flight_is_a_hazard() -> None:
+    assert hazards(COMMIT, WRITE_A, WAIT_ALL, "EXIT") == [(0, 1)]
+
+
+def test_write_before_the_group_is_committed_is_a_hazard() -> None:
+    assert hazards(RS, WRITE_A, COMMIT, WAIT_ALL, "EXIT") == [(0, 1)]
+
+
+def test_write_to_an_accumulator_in_flight_is_a_hazard() -> None:
+    assert hazards(COMMIT, "MOV R39, RZ", "MOV R40, RZ", "EXIT") == [(0, 1)]
+
+
+@pytest.mark.parametrize(
+    "write",
+    ["MOV R56, RZ", "@P3 MOV R59, RZ", "LDS.128 R56, [R3]", "IMAD.WIDE R58, R1, R2, R4", "SHFL.BFLY PT, R57, R1"],
+)
+def test_every_form_of_write_is_seen(write: str) -> None:
+    assert hazards(COMMIT, write, "EXIT") == [(0, 1)]
+
+
+@pytest.mark.parametrize("wide", ["LDS.64 R54, [R3]", "LDS.128 R52, [R3]", "LDSM.16.M88.2 R54, [R3]", "CS2R R54, SRZ"])
+def test_width_of_the_destination_is_exact(wide: str) -> None:
+    assert hazards(COMMIT, wide, "EXIT") == []  # ends at R55
+    assert hazards(COMMIT, wide.replace(" R54", " R55").replace(" R52", " R53"), "EXIT") == [(0, 1)]
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        "STS [R56], R57",
+        "ISETP.GT.AND P0, PT, R56, R57, PT",
+        "LDGSTS.E.BYPASS.128 [R56], desc[UR4][R2.64]",
+        "IADD3 R1, R57, R2, R3",
+    ],
+)
+def test_reads_are_no_hazard(reads: str) -> None:
+    assert hazards(COMMIT, reads, "EXIT") == []
+
+
+def test_a_wait_makes_the_registers_free() -> None:
+    assert hazards(COMMIT, WAIT_ALL, WRITE_A, "EXIT") == []
+
+
+def test_operand_a_from_shared_memory_has_no_registers() -> None:
+    shared = "HGMMA.64x32x16.F32.BF16 R24, gdesc[UR4], R24, gsb0"
+    assert hazards(shared, WRITE_A, WAIT_ALL, "EXIT") == []
+
+
+def test_a_partial_wait_frees_the_older_group_only() -> None:
+    newer = COMMIT.replace("R56", "R64")
+    assert hazards(COMMIT, newer, WAIT_ONE, WRITE_A, "EXIT") == []
+    assert hazards(newer, COMMIT, WAIT_ONE, WRITE_A, "EXIT") == [(1, 3)]
+
+
+def test_hazard_over_the_back_edge_of_a_loop() -> None:
+    # One group stays in flight over the branch; the next iteration refills its operand.
+    assert hazards(WRITE_A, COMMIT, WAIT_ONE, "@P0 BRA 0x0", WAIT_ALL, "EXIT") == [(1, 0)]
+    assert hazards(WRITE_A, COMMIT, WAIT_ALL, "@P0 BRA 0x0", "EXIT") == []
+
+
+def test_only_paths_that_exist_count() -> None:
+    assert hazards(COMMIT, "BRA 0x30", WRITE_A, WAIT_ALL, WRITE_A, "EXIT") == []  # line 2 is jumped over
+    assert hazards(COMMIT, "@P0 BRA 0x30", WRITE_A, WAIT_ALL, "EXIT") == [(0, 2)]
+    assert hazards(COMMIT, "EXIT", WRITE_A) == []
+
+
+def test_paths_that_meet_are_joined_from_the_newest_group() -> None:
+    # On one path two groups are in flight at line 4, on the other one: waiting for all but one leaves the newest.
+    newer = COMMIT.replace("R56", "R64")
+    branch = (COMMIT, "@P0 BRA 0x30", newer, WAIT_ONE, WRITE_A, WAIT_ALL, "EXIT")
+    assert hazards(*branch) == [(0, 4)]
+
+
+def test_indirect_branch_is_refused() -> None:
+    with pytest.raises(ValueError, match="indirect branch"):
+        find_hazards(parse_sass(sass(COMMIT, "BRX R2 -0x100", "EXIT")))
+
+
+def test_shared_memory_limits_are_those_of_the_data_sheets() -> None:
+    assert SHARED_MEMORY_LIMIT == {80: 166912, 90: 232448, 100: 232448}
+
+
+def test_roofline_is_the_slower_of_memory_and_arithmetic() -> None:
+    assert H200.seconds(4_300_000, 0, "bf16") == pytest.approx(1e-6)
+    assert H200.seconds(4_300_000, 1_576_000_000, "bf16") == pytest.approx(2e-6)
+    assert H200.seconds(0, 788_000_000, "tf32") == pytest.approx(2e-6)
+    assert (H200.bound(4_300_000, 1, "bf16"), H200.bound(1, 788, "bf16")) == ("memory", "arithmetic")
+    with pytest.raises(ValueError, match="arithmetic is 'int4'"):
+        H200.seconds(1, 1, "int4")
+
+
+def test_every_kernel_module_can_be_collected_and_names_are_unique(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "twice.py").write_text("from audit_planted import audit_cases\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match="two audit cases are called 'copy': in audit_planted and twice"):
+        collect_cases(["audit_planted", "twice"])
+    with pytest.raises(ValueError, match=r"no audit_cases\(\) in json"):
+        collect_cases(["json"])
+
+
+def run_audit(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "tests")}
+    command = [sys.executable, "-m", "bench", "audit", "--module", "audit_planted", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_planted_faults_fail_the_audit_even_when_the_interpreter_is_asked_for(tmp_path: Path) -> None:
+    out = tmp_path / "audit.json"
+    done = run_audit("--arch", "sm_90", "--jobs", "1", "--json", str(out))
+    assert done.returncode == 1, done.stderr
+    findings: dict[str, dict[str, Any]] = {finding["case"]: finding for finding in json.loads(out.read_text())}
+    failures = {name: finding["failures"] for name, finding in findings.items()}
+    assert failures["copy"] == failures["spills allowed"] == []
+    assert findings["copy"]["facts"]["wide_loads"] == findings["copy"]["facts"]["global_loads"] > 0
+    assert findings["copy"]["roofline_us"] == pytest.approx(1.0)
+    (spills,) = failures["spills"]
+    assert spills.startswith("spills ")
+    assert findings["spills"]["facts"]["spill_bytes"] > 0
+    assert findings["spills allowed"]["notes"]
+    (shared,) = failures["too much shared memory"]
+    assert "of shared memory; a block has 232448" in shared
+    assert any("HGMMA" in form for form in findings["too much shared memory"]["facts"]["tensor_cores"])
+    assert failures["no tensor cores"] == ["has no tensor-core instruction, but should"]
+    (broken,) = failures["does not compile"]
+    assert "power of 2" in broken
+    (forgotten,) = failures["argument forgotten"]
+    assert "n neither in signature nor in constexprs" in forgotten
+    assert f"FAIL: spills on sm_90 {spills}" in done.stdout
+    assert "2 of 7 pass" in done.stdout
+
+
+def test_audit_passes_when_every_chosen_kernel_does() -> None:
+    done = run_audit("--arch", "sm_80", "sm_90", "--filter", "copy", "--jobs", "2")
+    assert (done.returncode, "2 of 2 pass" in done.stdout) == (0, True), done.stderr
+
+
+def test_filter_that_matches_nothing_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        audit.main(["--module", "audit_planted", "--filter", "nothing like it"])
+    assert "matches none of: copy, spills" in capsys.readouterr().err
+
+
+def test_unknown_subcommand_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.main(["fly"]) == 2
+    error = capsys.readouterr().err
+    assert "unknown subcommand 'fly'" in error
+    assert all(name in error for name in command_line.COMMANDS)
+    assert command_line.main([]) == 2
+    assert command_line.main(["--help"]) == 0
