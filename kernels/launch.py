@@ -38,6 +38,53 @@ def dot(a, b, acc, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
+@triton.jit
+def round_to(x, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """fp32 x rounded to the nearest DTYPE, for a dot or a store.
+
+    The interpreter truncates fp32 → bf16, which biases every sum; there x is rounded by hand (to nearest, ties to even)
+    and stays fp32, with a value that bf16 holds exactly.
+    """
+    if _INTERPRET:
+        if DTYPE == tl.bfloat16:
+            bits = x.to(tl.int32, bitcast=True)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+            y = bits.to(tl.float32, bitcast=True)
+        else:
+            y = x.to(DTYPE)
+    else:
+        y = x.to(DTYPE)
+    return y
+
+
+@triton.jit
+def add_dot(acc, a, b, PRECISION: tl.constexpr, ORDERED_FP32: tl.constexpr):  # type: ignore[no-untyped-def]
+    """acc + a @ b for a sum over many tiles.
+
+    Tensor cores add into their accumulator with truncation. Over the hundreds of steps of a long sum that alone can
+    exceed 1e-5, so with ORDERED_FP32 each tile's product starts from zero and is added to acc by a rounded fp32 add. It
+    is written as a subtraction because Triton folds acc + dot(a, b, 0) back into dot(a, b, acc).
+    """
+    if ORDERED_FP32:
+        out = acc - dot(-a, b, tl.zeros_like(acc), PRECISION)
+    else:
+        out = dot(a, b, acc, PRECISION)
+    return out
+
+
+@triton.jit
+def load_rows(  # type: ignore[no-untyped-def]
+    x_ptr, offs_n, offs_d, n_rows, D: tl.constexpr, EVEN_N: tl.constexpr, EVEN_D: tl.constexpr
+):
+    """A tile (BLOCK_N, BLOCK_D) of contiguous rows (n_rows, D), zero outside. offs_n is int64: n_rows·D may pass 2^31."""
+    ptrs = x_ptr + offs_n[:, None] * D + offs_d[None, :]
+    if EVEN_N and EVEN_D:
+        x = tl.load(ptrs)
+    else:
+        x = tl.load(ptrs, mask=(offs_n[:, None] < n_rows) & (offs_d[None, :] < D), other=0.0)
+    return x
+
+
 def unavailable_reason(device: torch.device) -> str | None:
     """Why fused kernels cannot run on tensors of `device`, or None if they can."""
     if device.type == "cuda":
@@ -114,6 +161,26 @@ class LaunchConfig:
     num_warps: int = 4
     num_stages: int = 1
     blocks: dict[str, int] = field(default_factory=dict)  # BLOCK_* constexprs
+
+
+@dataclass(frozen=True)
+class RowSplit:
+    """How a kernel's programs share N rows: each takes `tiles` consecutive tiles of `block_n` rows."""
+
+    programs: int
+    tiles: int
+    even: bool  # programs · tiles · block_n == N: no row needs a mask
+
+    @staticmethod
+    def of(n_rows: int, block_n: int, max_programs: int) -> RowSplit:
+        """At most `max_programs` programs; up to twice fewer if the tiles then divide evenly.
+
+        The split depends on sizes only, never on the device, so that sums have one order everywhere.
+        """
+        n_tiles = -(-n_rows // block_n)
+        fewest = -(-n_tiles // max_programs)
+        tiles = next((t for t in range(fewest, 2 * fewest + 1) if n_tiles % t == 0), fewest)
+        return RowSplit(-(-n_tiles // tiles), tiles, n_rows % (tiles * block_n) == 0)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,257 @@
+"""Two passes over rows x (N, D) that several losses share: their mean and scatter, and a linear map of x − μ.
+
+    x (N, D) contiguous rows, fp32 or bf16;  μ = Σx/N;  M2 = Σ(x−μ)(x−μ)ᵀ, (D, D)
+
+Exact for any offset of the data. Each program centres its rows at the mean of its first tile, so what it sums has the
+size of the data's deviations, not of its mean: with T tiles, Σ(x−c)² ≤ (1+T)·Σ(x−μ_program)², since a first tile that
+lies far from its program's mean is itself 1/T of the program's scatter. The programs' partials are then combined in float64, in
+one order, by the exact formula for moments about different centres.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import TRITON_TYPE, AuditCase, LaunchConfig, RowSplit, add_dot, dot, load_rows, round_to, wrap
+
+MAX_D = 512
+
+
+@triton.jit
+def _moments_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    centre_ptr,  # (programs, n_blocks·BLOCK_D)
+    residual_ptr,  # (programs, n_blocks·BLOCK_D): Σ(x − centre)
+    scatter_ptr,  # (programs, n_blocks·BLOCK_D, n_blocks·BLOCK_D), about the centre
+    n_rows,
+    D: tl.constexpr,
+    N_BLOCKS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILES: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    block_i = tl.program_id(1)
+    block_j = tl.program_id(2)
+    EVEN_D: tl.constexpr = D == N_BLOCKS * BLOCK_D
+    SIZE: tl.constexpr = N_BLOCKS * BLOCK_D
+    offs_n = pid.to(tl.int64) * (TILES * BLOCK_N) + tl.arange(0, BLOCK_N)
+    offs_i = block_i * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_j = block_j * BLOCK_D + tl.arange(0, BLOCK_D)
+
+    valid = tl.sum((offs_n < n_rows).to(tl.float32), 0)
+    centre_i = tl.sum(load_rows(x_ptr, offs_n, offs_i, n_rows, D, EVEN_N, EVEN_D).to(tl.float32), 0) / valid
+    if N_BLOCKS > 1:
+        centre_j = tl.sum(load_rows(x_ptr, offs_n, offs_j, n_rows, D, EVEN_N, EVEN_D).to(tl.float32), 0) / valid
+    residual = tl.zeros([BLOCK_D], dtype=tl.float32)
+    scatter = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
+    for _ in range(TILES):
+        x_i = load_rows(x_ptr, offs_n, offs_i, n_rows, D, EVEN_N, EVEN_D).to(tl.float32) - centre_i[None, :]
+        if not EVEN_N:
+            x_i = tl.where(offs_n[:, None] < n_rows, x_i, 0.0)
+        residual += tl.sum(x_i, 0)
+        if N_BLOCKS > 1:
+            x_j = load_rows(x_ptr, offs_n, offs_j, n_rows, D, EVEN_N, EVEN_D).to(tl.float32) - centre_j[None, :]
+            scatter = add_dot(scatter, tl.trans(x_i), x_j, PRECISION, True)  # x_i is 0 outside already
+        else:
+            scatter = add_dot(scatter, tl.trans(x_i), x_i, PRECISION, True)
+        offs_n += BLOCK_N
+
+    if block_j == 0:
+        tl.store(centre_ptr + pid * SIZE + offs_i, centre_i)
+        tl.store(residual_ptr + pid * SIZE + offs_i, residual)
+    tl.store(scatter_ptr + pid.to(tl.int64) * SIZE * SIZE + offs_i[:, None] * SIZE + offs_j[None, :], scatter)
+
+
+@triton.jit
+def _centred_linear_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    base_ptr,  # (n_rows, D), read if HAS_BASE; may be out
+    out_ptr,  # (n_rows, D)
+    centre_ptr,  # (n_blocks·BLOCK_D,) fp32
+    constant_ptr,  # (n_blocks·BLOCK_D,) fp32
+    linear_ptr,  # (n_blocks·BLOCK_D, n_blocks·BLOCK_D) in the dtype of x, transposed: row = input channel
+    n_rows,
+    D: tl.constexpr,
+    N_BLOCKS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    HAS_BASE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    EVEN_D: tl.constexpr = D == N_BLOCKS * BLOCK_D
+    SIZE: tl.constexpr = N_BLOCKS * BLOCK_D
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_j = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    out = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32) - tl.load(constant_ptr + offs_j)[None, :]
+    for block_i in range(N_BLOCKS):
+        offs_i = block_i * BLOCK_D + tl.arange(0, BLOCK_D)
+        x = load_rows(x_ptr, offs_n, offs_i, n_rows, D, EVEN_N, EVEN_D).to(tl.float32)
+        x = round_to(tl.load(centre_ptr + offs_i)[None, :] - x, x_ptr.dtype.element_ty)
+        out = dot(x, tl.load(linear_ptr + offs_i[:, None] * SIZE + offs_j[None, :]), out, PRECISION)
+    if HAS_BASE:
+        out += load_rows(base_ptr, offs_n, offs_j, n_rows, D, EVEN_N, EVEN_D).to(tl.float32)
+    out = round_to(out, out_ptr.dtype.element_ty)
+    ptrs = out_ptr + offs_n[:, None] * D + offs_j[None, :]
+    if EVEN_N and EVEN_D:
+        tl.store(ptrs, out)
+    else:
+        tl.store(ptrs, out, mask=(offs_n[:, None] < n_rows) & (offs_j[None, :] < D))
+
+
+# BLOCK_D → how both kernels are launched: tiles of about 4096 numbers. Above 128 channels the matrix is made in blocks of 128.
+_CONFIGS = {
+    16: LaunchConfig(num_warps=4, blocks={"BLOCK_N": 256, "BLOCK_D": 16}),
+    32: LaunchConfig(num_warps=4, blocks={"BLOCK_N": 128, "BLOCK_D": 32}),
+    64: LaunchConfig(num_warps=4, blocks={"BLOCK_N": 64, "BLOCK_D": 64}),
+    128: LaunchConfig(num_warps=8, blocks={"BLOCK_N": 64, "BLOCK_D": 128}),
+}
+_MAX_PROGRAMS = 1056  # 8 for each of 132 multiprocessors; 1 MB of partials at 16 channels
+
+
+def config_for(n_channels: int) -> LaunchConfig:
+    """The launch config for rows of `n_channels`."""
+    return _CONFIGS[min(128, max(16, triton.next_power_of_2(n_channels)))]
+
+
+def padded_size(n_channels: int) -> int:
+    """`n_channels` rounded up to whole blocks: the size in which centres and matrices are passed to the kernels."""
+    block_d = config_for(n_channels).blocks["BLOCK_D"]
+    return -(-n_channels // block_d) * block_d
+
+
+def padded(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """`x` as `dtype`, zero-padded at the end of its last dimensions up to `shape`, contiguous."""
+    pad = [p for want, have in zip(reversed(shape), reversed(x.shape), strict=True) for p in (0, want - have)]
+    return torch.nn.functional.pad(x.to(dtype), pad).contiguous()
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and scatter (D, D) of contiguous rows x (N, D) in float64; launches kernels."""
+    n_rows, n_channels = x.shape
+    config, size = config_for(n_channels), padded_size(n_channels)
+    block_n, block_d = config.blocks["BLOCK_N"], config.blocks["BLOCK_D"]
+    n_blocks = size // block_d
+    split = RowSplit.of(n_rows, block_n, max(1, _MAX_PROGRAMS // n_blocks**2))
+    centre = torch.empty(split.programs, size, device=x.device, dtype=torch.float32)
+    residual = torch.empty_like(centre)
+    scatter = torch.empty(split.programs, size, size, device=x.device, dtype=torch.float32)
+    wrap(_moments_kernel)[(split.programs, n_blocks, n_blocks)](
+        x,
+        centre,
+        residual,
+        scatter,
+        n_rows,
+        D=n_channels,
+        N_BLOCKS=n_blocks,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        TILES=split.tiles,
+        EVEN_N=split.even,
+        PRECISION="tf32x3",
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    rows = split.tiles * block_n
+    counts = torch.full((split.programs, 1), rows, device=x.device, dtype=torch.float64)
+    counts[-1] = n_rows - (split.programs - 1) * rows
+    offset = residual.double() / counts
+    program_mean = centre.double() + offset
+    mean = (counts * program_mean).sum(0) / n_rows
+    apart = program_mean - mean
+    total = scatter.sum(0, dtype=torch.float64) + (counts * apart).T @ apart - (counts * offset).T @ offset
+    return mean[:n_channels], total[:n_channels, :n_channels]
+
+
+def subtract_centred_linear(
+    x: Tensor, mean: Tensor, constant: Tensor | None, linear: Tensor, base: Tensor | None, out: Tensor
+) -> Tensor:
+    """out ← base − constant − (x − mean)·linearᵀ for contiguous rows; `out` may be `base`; launches a kernel.
+
+    mean (D,), constant (D,) and linear (D, D) are float64; None stands for zeros.
+    """
+    n_rows, n_channels = x.shape
+    config, size = config_for(n_channels), padded_size(n_channels)
+    block_n, block_d = config.blocks["BLOCK_N"], config.blocks["BLOCK_D"]
+    centre = mean.float()
+    # The kernel centres at the rounded mean; the constant takes what rounding left.
+    constant = (0.0 if constant is None else constant) - linear @ (mean - centre.double())
+    wrap(_centred_linear_kernel)[(triton.cdiv(n_rows, block_n), size // block_d)](
+        x,
+        out if base is None else base,
+        out,
+        padded(centre, (size,), torch.float32),
+        padded(constant, (size,), torch.float32),
+        padded(linear.T, (size, size), x.dtype),
+        n_rows,
+        D=n_channels,
+        N_BLOCKS=size // block_d,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        EVEN_N=n_rows % block_n == 0,
+        HAS_BASE=base is not None,
+        PRECISION="tf32x3",
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out
+
+
+def audit_cases() -> list[AuditCase]:
+    """Both kernels at the projected losses' size (D = 16) and at the plain loss's (D = 64, 512), fp32 and bf16."""
+    n_rows = 64 * 10 * 64 * 64
+    cases = []
+    for dtype in (torch.float32, torch.bfloat16):
+        x_type, width = f"*{TRITON_TYPE[dtype]}", dtype.itemsize
+        for d in (16, 64, 512):
+            config, size = config_for(d), padded_size(d)
+            shape: dict[str, Any] = {
+                "D": d,
+                "N_BLOCKS": size // config.blocks["BLOCK_D"],
+                "PRECISION": "tf32x3",
+                "EVEN_N": True,
+                **config.blocks,
+            }
+            split = RowSplit.of(n_rows, config.blocks["BLOCK_N"], max(1, _MAX_PROGRAMS // shape["N_BLOCKS"] ** 2))
+            fp32 = "*fp32"
+            cases += [
+                AuditCase(
+                    f"moments D={d} {TRITON_TYPE[dtype]}",
+                    _moments_kernel,
+                    {"x_ptr": x_type, "centre_ptr": fp32, "residual_ptr": fp32, "scatter_ptr": fp32, "n_rows": "i32"},
+                    {**shape, "TILES": split.tiles},
+                    config,
+                    bytes_moved=n_rows * d * width + split.programs * size * (size + 2) * 4,
+                    flops=2 * n_rows * d * d,
+                    divisible_by_16=("n_rows",),
+                    expects_tensor_cores=True,
+                ),
+                AuditCase(
+                    f"centred_linear D={d} {TRITON_TYPE[dtype]}",
+                    _centred_linear_kernel,
+                    {
+                        "x_ptr": x_type,
+                        "base_ptr": x_type,
+                        "out_ptr": x_type,
+                        "centre_ptr": fp32,
+                        "constant_ptr": fp32,
+                        "linear_ptr": x_type,
+                        "n_rows": "i32",
+                    },
+                    {**shape, "HAS_BASE": True},
+                    config,
+                    bytes_moved=3 * n_rows * d * width,
+                    flops=2 * n_rows * d * d,
+                    divisible_by_16=("n_rows",),
+                    expects_tensor_cores=True,
+                ),
+            ]
+    return cases
