@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastjepa.moving_mnist.digits import embedded_digits, read_idx_images, split_digits
@@ -85,6 +85,7 @@ def test_damaged_idx_file_is_explained(tmp_path: Path, content: bytes, message: 
     assert str(path) in str(caught.value)
 
 
+@settings(deadline=None)
 @given(n=st.integers(2, 40), share=st.floats(0.01, 0.99), seed=st.integers(0, 2**32))
 def test_split_is_disjoint_and_complete(n: int, share: float, seed: int) -> None:
     images = np.arange(n, dtype=np.uint8)[:, None, None] * np.ones((1, 2, 2), np.uint8)

@@ -55,6 +55,7 @@ def test_a_digit_stays_whole_inside_the_canvas_and_keeps_its_speed(
     assert (moved[free[:, :-1] & free[:, 1:]] > step - slack).all()
 
 
+@settings(deadline=None)
 @given(
     x=st.floats(0, 1),
     y=st.floats(0, 1),
@@ -135,8 +136,8 @@ def test_starts_directions_and_digits_cover_their_range() -> None:
 
 def test_other_digit_sizes_average_areas() -> None:
     digits = embedded_digits()[0][:3]
-    clips = generate_clips(digits, 1, n_frames=1, canvas=14, digit_size=14, digits_per_clip=1, seed=0)
-    resized = [cv2.resize(digit, (14, 14), interpolation=cv2.INTER_AREA) for digit in digits]
+    clips = generate_clips(digits, 1, n_frames=1, canvas=12, digit_size=12, digits_per_clip=1, seed=0)
+    resized = [cv2.resize(digit, (12, 12), interpolation=cv2.INTER_AREA) for digit in digits]
     assert any(np.array_equal(clips[0, 0], image) for image in resized)
 
 

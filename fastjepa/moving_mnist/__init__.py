@@ -1,1 +1,25 @@
 """Moving MNIST: digit sources, the bouncing generator, the official file, digit maps and device-resident clips."""
+
+from fastjepa.moving_mnist.cache import default_cache_dir
+from fastjepa.moving_mnist.clips import ClipSet, DataSource, epoch_indices, load_clips, sequential_batches
+from fastjepa.moving_mnist.digits import embedded_digits, read_idx_images, split_digits
+from fastjepa.moving_mnist.generator import bounce, generate_clips
+from fastjepa.moving_mnist.labels import digit_maps
+from fastjepa.moving_mnist.official import DownloadError, load_official
+
+__all__ = [
+    "ClipSet",
+    "DataSource",
+    "DownloadError",
+    "bounce",
+    "default_cache_dir",
+    "digit_maps",
+    "embedded_digits",
+    "epoch_indices",
+    "generate_clips",
+    "load_clips",
+    "load_official",
+    "read_idx_images",
+    "sequential_batches",
+    "split_digits",
+]

@@ -66,8 +66,7 @@ def _mark_centres(cell_map: np.ndarray, bright: np.ndarray) -> None:
     contours, _ = cv2.findContours(bright, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     for contour in contours:
         x, y, width, height = cv2.boundingRect(contour)
-        # A centre is at least half a pixel inside the frame, so the cell exists. Divide before multiplying: this is
-        # the original's order, which decides the cell of a centre on a border where H or W is no power of two.
+        # A centre is at least half a pixel inside the frame, so its cell exists.
         row = int((2 * y + height) / 2 / H * cells)
         column = int((2 * x + width) / 2 / W * cells)
         cell_map[row, column] = 1
