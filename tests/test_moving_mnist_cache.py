@@ -63,7 +63,8 @@ def test_made_once_then_read(tmp_path: Path) -> None:
     make = Maker()
     folder = tmp_path / "a" / "b"  # made when missing
     for _ in range(2):
-        array = cached_array(folder, "clips", "key", (3, 4, 5), make)
+        array, content = cached_array(folder, "clips", "key", (3, 4, 5), make)
+        assert content == fingerprint(ARRAY)
         np.testing.assert_array_equal(array, ARRAY)
         assert array.flags.writeable  # torch.from_numpy wants that
     assert make.calls == 1
@@ -98,7 +99,7 @@ def test_damaged_file_is_reported_and_made_again(
     (path,) = tmp_path.iterdir()
     path.write_bytes(content)
     with caplog.at_level(logging.WARNING):
-        np.testing.assert_array_equal(cached_array(tmp_path, "clips", "key", (3, 4, 5), make), ARRAY)
+        np.testing.assert_array_equal(cached_array(tmp_path, "clips", "key", (3, 4, 5), make)[0], ARRAY)
     assert make.calls == 2
     assert f"{path} is damaged and will be made again" in caplog.text
     assert path.read_bytes() == WHOLE

@@ -40,8 +40,8 @@ def cache_key(*parts: object) -> str:
 
 def cached_array(
     cache_dir: Path, name: str, key: str, shape: tuple[int, ...], make: Callable[[], np.ndarray]
-) -> np.ndarray:
-    """Reads an uint8 array of `shape` from the cache, or makes it and writes it there.
+) -> tuple[np.ndarray, str]:
+    """Reads an uint8 array of `shape` from the cache, or makes it and writes it there; gives its fingerprint too.
 
     A damaged file is reported as a warning and replaced.
 
@@ -61,7 +61,8 @@ def cached_array(
     array = make()
     if array.shape != shape or array.dtype != np.uint8:
         raise ValueError(f"{name}: made {array.dtype} {array.shape}, the cache expects uint8 {shape}")
-    target = cache_dir / f"{name}-{key}-{fingerprint(array)}.npy"
+    content = fingerprint(array)
+    target = cache_dir / f"{name}-{key}-{content}.npy"
     with writing_to(cache_dir):
         with atomic_file(target) as file:
             np.lib.format.write_array(file, array, allow_pickle=False)
@@ -69,7 +70,7 @@ def cached_array(
             if path != target:
                 path.unlink(missing_ok=True)
     logger.info("cache: wrote %s", target)
-    return array
+    return array, content
 
 
 def open_npy(path: Path) -> np.ndarray:
@@ -116,11 +117,12 @@ def writing_to(cache_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+def _read(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, str]:
     mapped = open_npy(path)
     if mapped.shape != shape or mapped.dtype != np.uint8:
         raise ValueError(f"it holds {mapped.dtype} {mapped.shape} instead of uint8 {shape}")
     array = np.array(mapped, order="C")
-    if fingerprint(array) != path.stem.rpartition("-")[2]:
+    content = fingerprint(array)
+    if content != path.stem.rpartition("-")[2]:
         raise ValueError("its content does not match the fingerprint in its name")
-    return array
+    return array, content

@@ -152,37 +152,45 @@ def load_clips(
         _check_official_sizes(official_file, n_train, n_val, n_frames, canvas)
         train, validation = load_official(data_path, cache_dir, official_file)
         train, validation = train[:n_train], validation[:n_val]
+        return (
+            _with_digit_maps(train, fingerprint(train), cache_dir),
+            _with_digit_maps(validation, fingerprint(validation), cache_dir),
+        )
+
+    if digits is None:
+        train_digits, validation_digits = embedded_digits()
     else:
-        if digits is None:
-            train_digits, validation_digits = embedded_digits()
-        else:
-            train_digits, validation_digits = split_digits(read_idx_images(digits), seed)
-        sizes = {"n_frames": n_frames, "canvas": canvas, "digit_size": digit_size}
-        # The two sets draw from independent random streams as well as from different digits.
-        train = _generated(train_digits, n_train, sizes, (seed, 0), cache_dir)
-        validation = _generated(validation_digits, n_val, sizes, (seed, 1), cache_dir)
-    return _with_digit_maps(train, cache_dir), _with_digit_maps(validation, cache_dir)
+        train_digits, validation_digits = split_digits(read_idx_images(digits), seed)
+    sizes = {"n_frames": n_frames, "canvas": canvas, "digit_size": digit_size}
+    # The two sets draw from independent random streams as well as from different digits.
+    return (
+        _generated(train_digits, n_train, sizes, (seed, 0), cache_dir),
+        _generated(validation_digits, n_val, sizes, (seed, 1), cache_dir),
+    )
 
 
 def _generated(
     digits: np.ndarray, n_clips: int, sizes: dict[str, int], seed: tuple[int, int], cache_dir: Path
-) -> np.ndarray:
+) -> ClipSet:
     def make() -> np.ndarray:
         logger.info("generating %d Moving MNIST clips from %d digits", n_clips, len(digits))
         return generate_clips(digits, n_clips, seed=seed, **sizes)
 
     shape = (n_clips, sizes["n_frames"], sizes["canvas"], sizes["canvas"])
     key = cache_key(GENERATOR_VERSION, fingerprint(digits), n_clips, sorted(sizes.items()), seed)
-    return cached_array(cache_dir, "clips", key, shape, make)
+    video, content = cached_array(cache_dir, "clips", key, shape, make)
+    return _with_digit_maps(video, content, cache_dir)
 
 
-def _with_digit_maps(video: np.ndarray, cache_dir: Path) -> ClipSet:
+def _with_digit_maps(video: np.ndarray, content: str, cache_dir: Path) -> ClipSet:
+    """Adds the digit maps to clips whose fingerprint is `content`."""
+
     def make() -> np.ndarray:
         logger.info("finding the digits in %d frames", video.shape[0] * video.shape[1])
         return digit_maps(video)
 
-    key = cache_key(DIGIT_MAP_VERSION, CELLS, fingerprint(video))
-    maps = cached_array(cache_dir, "digit_maps", key, (*video.shape[:2], CELLS, CELLS), make)
+    key = cache_key(DIGIT_MAP_VERSION, CELLS, content)
+    maps, _ = cached_array(cache_dir, "digit_maps", key, (*video.shape[:2], CELLS, CELLS), make)
     return ClipSet(torch.from_numpy(video), torch.from_numpy(maps))
 
 
