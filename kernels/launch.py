@@ -25,6 +25,11 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_TYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
+def dot_precision(dtype: torch.dtype) -> str:
+    """The `PRECISION` of dots on operands of `dtype`: fp32 needs "tf32x3" to keep 1e-5 on tensor cores."""
+    return "tf32x3" if dtype == torch.float32 else "ieee"  # products of bf16 numbers are exact in fp32
+
+
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
     """acc (M, N) fp32 + a (M, K) @ b (K, N); PRECISION is "ieee", "tf32" or "tf32x3" and matters for fp32 only.
@@ -46,7 +51,7 @@ def round_to(x, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     and stays fp32, with a value that bf16 holds exactly.
     """
     if _INTERPRET:
-        if DTYPE == tl.bfloat16:
+        if DTYPE == tl.bfloat16:  # noqa: SIM300
             bits = x.to(tl.int32, bitcast=True)
             bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
             y = bits.to(tl.float32, bitcast=True)
@@ -65,18 +70,14 @@ def add_dot(acc, a, b, PRECISION: tl.constexpr, ORDERED_FP32: tl.constexpr):  # 
     exceed 1e-5, so with ORDERED_FP32 each tile's product starts from zero and is added to acc by a rounded fp32 add. It
     is written as a subtraction because Triton folds acc + dot(a, b, 0) back into dot(a, b, acc).
     """
-    if ORDERED_FP32:
-        out = acc - dot(-a, b, tl.zeros_like(acc), PRECISION)
-    else:
-        out = dot(a, b, acc, PRECISION)
-    return out
+    return acc - dot(-a, b, tl.zeros_like(acc), PRECISION) if ORDERED_FP32 else dot(a, b, acc, PRECISION)
 
 
 @triton.jit
 def load_rows(  # type: ignore[no-untyped-def]
     x_ptr, offs_n, offs_d, n_rows, D: tl.constexpr, EVEN_N: tl.constexpr, EVEN_D: tl.constexpr
 ):
-    """A tile (BLOCK_N, BLOCK_D) of contiguous rows (n_rows, D), zero outside. offs_n is int64: n_rows·D may pass 2^31."""
+    """A tile (BLOCK_N, BLOCK_D) of contiguous rows (n_rows, D), zero outside; offs_n is int64: n_rows·D may be large."""
     ptrs = x_ptr + offs_n[:, None] * D + offs_d[None, :]
     if EVEN_N and EVEN_D:
         x = tl.load(ptrs)

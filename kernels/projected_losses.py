@@ -1,0 +1,218 @@
+"""Projected losses of a state and its predictions, fused: std_loss, cov_loss and prediction losses under one projector.
+
+    B batch  D channels ≤ 64  T frames  H, W pixels  N = B·T·H·W rows  K predictions  hidden, out features ≤ 128
+
+P(x) = W2·relu(BatchNorm(W1·x + b1)), BatchNorm in train mode. The (N, hidden) and (N, out) activations of the
+definition are never stored: four passes over the D-wide rows replace them.
+
+    1. mean and scatter of every tensor                       (moments.py)
+    2. moments of r(z), and of r(z) − r(p) per prediction     (projected_losses_forward.py)
+    3. Aᵀdy, Σdy and Σdy·xᵀ                                   (projected_losses_backward.py)
+    4. dx = Aᵀdy − BatchNorm's correction                     (moments.py)
+
+Between the passes, matrices of at most 128×128 (projector_algebra.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import projector_algebra as algebra
+from .launch import check_tensor, kernel_op, require_available
+from .moments import moments, subtract_centred_linear
+from .projected_losses_backward import slope_gradients
+from .projected_losses_forward import activation_moments
+from .projector_activations import MAX_D, MAX_HIDDEN, operands
+from .reference import ProjectedLosses, as_rows, check_shapes
+
+_OP = "projected_losses"
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _forward_fake(
+    z: Tensor,
+    predictions: list[Tensor],
+    weight1: Tensor,
+    bias1: Tensor,
+    bn_weight: Tensor,
+    bn_bias: Tensor,
+    weight2: Tensor,
+    eps: float,
+) -> list[Tensor]:
+    (hidden, channels), n_tensors = weight1.shape, 1 + len(predictions)
+    fp32_shapes: tuple[tuple[int, ...], ...] = ((), (), (len(predictions),), (n_tensors, hidden), (n_tensors, hidden))
+    fp64_shapes: tuple[tuple[int, ...], ...] = (
+        (n_tensors, channels),
+        (n_tensors, channels, channels),
+        (hidden,),
+        (hidden, hidden),
+        (len(predictions), hidden, hidden),
+    )
+    return [z.new_empty(s, dtype=torch.float32) for s in fp32_shapes] + [
+        z.new_empty(s, dtype=torch.float64) for s in fp64_shapes
+    ]
+
+
+@kernel_op("fastjepa::projected_losses", _forward_fake)
+def _forward(
+    z: Tensor,
+    predictions: list[Tensor],
+    weight1: Tensor,
+    bias1: Tensor,
+    bn_weight: Tensor,
+    bn_bias: Tensor,
+    weight2: Tensor,
+    eps: float,
+) -> list[Tensor]:
+    """Rows (N, D) in; the five results, and five small float64 tensors that the backward op needs: the mean (T, D) and
+    scatter (T, D, D) of the rows, the mean (H,) and scatter (H, H) of r(z), and ΣΔΔᵀ (K, H, H).
+    """
+    params = algebra.Projector(weight1, bias1, bn_weight, bn_bias, weight2)
+    tensors, n_rows = [z, *predictions], z.shape[0]
+    means, scatters = zip(*(moments(x) for x in tensors), strict=True)
+    mean, scatter = torch.stack(means), torch.stack(scatters)
+    folded = algebra.fold(params, mean, scatter, n_rows, eps)
+    mean_r, scatter_r, delta_moments = activation_moments(
+        tensors, operands(folded, mean, bn_bias, z.dtype), folded.shift
+    )
+    std_loss, cov_loss = algebra.vc_from_covariance(algebra.covariance(weight2, scatter_r, n_rows))
+    prediction = algebra.prediction_losses(weight2, delta_moments, n_rows)
+    results = (std_loss, cov_loss, prediction, folded.hidden_mean, folded.hidden_var)
+    return [*(x.float() for x in results), mean, scatter, mean_r, scatter_r, delta_moments]
+
+
+def _backward_fake(
+    grad_std: Tensor,
+    grad_cov: Tensor,
+    grad_prediction: Tensor,
+    z: Tensor,
+    predictions: list[Tensor],
+    weight1: Tensor,
+    bias1: Tensor,
+    bn_weight: Tensor,
+    bn_bias: Tensor,
+    weight2: Tensor,
+    eps: float,
+    saved: list[Tensor],
+) -> list[Tensor]:
+    return [torch.empty_like(x) for x in (weight1, bias1, bn_weight, bn_bias, weight2, z, *predictions)]
+
+
+@kernel_op("fastjepa::projected_losses_backward", _backward_fake)
+def _backward(
+    grad_std: Tensor,
+    grad_cov: Tensor,
+    grad_prediction: Tensor,
+    z: Tensor,
+    predictions: list[Tensor],
+    weight1: Tensor,
+    bias1: Tensor,
+    bn_weight: Tensor,
+    bn_bias: Tensor,
+    weight2: Tensor,
+    eps: float,
+    saved: list[Tensor],
+) -> list[Tensor]:
+    """Gradients of the five parameters, of z and of each prediction, in their dtypes."""
+    params = algebra.Projector(weight1, bias1, bn_weight, bn_bias, weight2)
+    mean, scatter, mean_r, scatter_r, delta_moments = saved
+    tensors, n_rows = [z, *predictions], z.shape[0]
+    out = algebra.output_gradients(weight2, scatter_r, delta_moments, n_rows, grad_std, grad_cov, grad_prediction)
+    folded = algebra.fold(params, mean, scatter, n_rows, eps)
+    slopes, sum_dy, dy_x = slope_gradients(tensors, operands(folded, mean, bn_bias, z.dtype), mean, mean_r, out)
+    grad = algebra.input_gradients(params, folded, scatter, sum_dy, dy_x, n_rows)
+    grad_params = (grad.weight1, grad.bias1, grad.bn_weight, grad.bn_bias, out.weight2)
+    grad_tensors = [
+        subtract_centred_linear(
+            x, mean[t], grad.constant[t], grad.linear[t], v, v if v.dtype == x.dtype else torch.empty_like(x)
+        )
+        for t, (x, v) in enumerate(zip(tensors, slopes, strict=True))
+    ]
+    return [*(g.to(p.dtype) for g, p in zip(grad_params, params, strict=True)), *grad_tensors]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    z, predictions, *params, eps = inputs
+    ctx.n_predictions, ctx.eps = len(predictions), eps
+    ctx.save_for_backward(z, *predictions, *params, *output[5:])
+
+
+def _autograd_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    k = ctx.n_predictions
+    z, *rest = ctx.saved_tensors
+    predictions, params, saved = rest[:k], rest[k : k + 5], rest[k + 5 :]
+    *grad_params, grad_z = (results := _backward(*grads[:3], z, predictions, *params, ctx.eps, saved))[:6]
+    return (grad_z, results[6:], *grad_params, None)
+
+
+def _no_double_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    raise RuntimeError(f"{_OP} (fused) has first derivatives only; kernels.reference.projected_losses_eager has all")
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+_backward.register_autograd(_no_double_backward)
+
+
+def projected_losses(
+    z: Tensor,
+    predictions: Sequence[Tensor],
+    weight1: Tensor,
+    bias1: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    weight2: Tensor,
+    eps: float,
+) -> ProjectedLosses:
+    """std_loss and cov_loss of P(z), and the mean squared difference of P(z) and each P(prediction), fused.
+
+    Same function, arguments and results as `fastjepa.kernels.reference.projected_losses`; first derivatives only. Rows
+    that are contiguous in memory (channels-last tensors, or rows (N, D)) are read in place; any other layout is copied
+    to rows once.
+
+    Args:
+        z: (B, D, T, H, W), (B, D, H, W) or rows (N, D), fp32 or bf16, D ≤ 64, N ≥ 2 rows in all.
+        predictions: K ≥ 0 tensors of z's shape and dtype.
+        weight1: (hidden, D), hidden ≤ 128; parameters are fp32, or all may have z's dtype.
+        bias1: (hidden,), or None for none.
+        bn_weight: (hidden,), or None for ones.
+        bn_bias: (hidden,), or None for zeros.
+        weight2: (out, hidden), 2 ≤ out ≤ 128.
+        eps: BatchNorm's eps.
+
+    Returns:
+        fp32 losses and batch statistics.
+
+    Raises:
+        RuntimeError: kernels cannot run on z's device, or a second derivative is asked for.
+        TypeError, ValueError: an argument that does not fit; the message names it.
+    """
+    check_tensor(_OP, "z", z, dtypes=_DTYPES)
+    require_available(_OP, z.device)
+    for k, p in enumerate(predictions):
+        check_tensor(_OP, f"predictions[{k}]", p, dtypes=_DTYPES, device=z.device)
+    param_dtypes = tuple(dict.fromkeys((torch.float32, z.dtype)))
+    check_tensor(_OP, "weight1", weight1, shape=(None, None), dtypes=param_dtypes, device=z.device)
+    hidden = weight1.shape[0]
+    check_tensor(_OP, "weight2", weight2, shape=(None, hidden), dtypes=param_dtypes, device=z.device)
+    check_shapes(_OP, z, predictions, weight1, weight2)
+    for name, size, limit in (
+        ("D (channels of z)", z.shape[1], MAX_D),
+        ("hidden (rows of weight1)", hidden, MAX_HIDDEN),
+        ("out (rows of weight2)", weight2.shape[0], MAX_HIDDEN),
+    ):
+        if not 1 <= size <= limit:
+            raise ValueError(f"{_OP}: {name} is {size}; the fused kernels accept 1 to {limit}")
+    vectors = []
+    for name, vector, fill in (("bias1", bias1, 0.0), ("bn_weight", bn_weight, 1.0), ("bn_bias", bn_bias, 0.0)):
+        if vector is None:
+            vector = weight1.new_full((hidden,), fill)
+        check_tensor(_OP, name, vector, shape=(hidden,), dtypes=param_dtypes, device=z.device)
+        vectors.append(vector)
+    rows = [as_rows(x).contiguous() for x in (z, *predictions)]
+    results = _forward(rows[0], rows[1:], weight1, *vectors, weight2, float(eps))
+    std_loss, cov_loss, prediction_losses, batch_means, batch_vars = results[:5]
+    return ProjectedLosses(std_loss, cov_loss, prediction_losses, batch_means.detach(), batch_vars.detach())

@@ -1,0 +1,172 @@
+"""The projected losses' forward pass over the activations: moments of r(z), and of its difference to each prediction.
+
+    N rows  D channels  H hidden features;  r = r(z), s a shift near its mean;  Δ = r(z) − r(p)
+
+One launch for z: Σ(r−s) and Σ(r−s)(r−s)ᵀ. One launch for each prediction: ΣΔΔᵀ, reading z again: that costs 32 bytes a
+row, and keeps one H×H accumulator in registers instead of 1+K. Programs leave fp32 partials, which are added in
+float64 in one order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import TRITON_TYPE, AuditCase, LaunchConfig, RowSplit, add_dot, dot_precision, round_to, wrap
+from .moments import padded
+from .projector_activations import MAX_PROGRAMS, Operands, activations, block_sizes
+
+
+@triton.jit
+def _activation_moments_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    y_ptr,  # a prediction, read if PAIR
+    centre_x_ptr,
+    centre_y_ptr,
+    slope_x_ptr,
+    slope_y_ptr,
+    offset_x_ptr,
+    offset_y_ptr,
+    shift_ptr,  # (BLOCK_H,) fp32
+    sum_ptr,  # (programs, BLOCK_H), not written if PAIR
+    second_ptr,  # (programs, BLOCK_H, BLOCK_H)
+    n_rows,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    TILES: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    PAIR: tl.constexpr,
+    HALF: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    offs_n = pid.to(tl.int64) * (TILES * BLOCK_N) + tl.arange(0, BLOCK_N)
+    offs_h = tl.arange(0, BLOCK_H)
+    shift = tl.load(shift_ptr + offs_h)
+    total = tl.zeros([BLOCK_H], dtype=tl.float32)
+    second = tl.zeros([BLOCK_H, BLOCK_H], dtype=tl.float32)
+    for _ in range(TILES):
+        _x, r = activations(
+            x_ptr, centre_x_ptr, slope_x_ptr, offset_x_ptr, offs_n, n_rows,
+            D, BLOCK_N, BLOCK_D, BLOCK_H, EVEN_N, HALF, PRECISION,
+        )  # fmt: skip
+        if PAIR:
+            _y, r_y = activations(
+                y_ptr, centre_y_ptr, slope_y_ptr, offset_y_ptr, offs_n, n_rows,
+                D, BLOCK_N, BLOCK_D, BLOCK_H, EVEN_N, HALF, PRECISION,
+            )  # fmt: skip
+            r -= r_y
+        else:
+            r -= shift[None, :]
+        if not EVEN_N:
+            r = tl.where(offs_n[:, None] < n_rows, r, 0.0)
+        if not PAIR:
+            total += tl.sum(r, 0)
+        r = round_to(r, x_ptr.dtype.element_ty)
+        second = add_dot(second, tl.trans(r), r, PRECISION, not HALF)
+        offs_n += BLOCK_N
+    if not PAIR:
+        tl.store(sum_ptr + pid * BLOCK_H + offs_h, total)
+    offs_hh = offs_h[:, None] * BLOCK_H + offs_h[None, :]
+    tl.store(second_ptr + pid.to(tl.int64) * BLOCK_H * BLOCK_H + offs_hh, second)
+
+
+# (BLOCK_H, fp32?) → launch config. From the static audit: the largest tiles that stay in registers.
+_CONFIGS = {
+    (64, False): LaunchConfig(num_warps=4, blocks={"BLOCK_N": 128, "BLOCK_H": 64}),
+    (64, True): LaunchConfig(num_warps=4, blocks={"BLOCK_N": 64, "BLOCK_H": 64}),
+    (128, False): LaunchConfig(num_warps=8, blocks={"BLOCK_N": 64, "BLOCK_H": 128}),
+    (128, True): LaunchConfig(num_warps=8, blocks={"BLOCK_N": 64, "BLOCK_H": 128}),
+}
+
+
+def activation_moments(tensors: Sequence[Tensor], ops: Operands, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (H,) and scatter (H, H) of r(z), and ΣΔΔᵀ (K, H, H), in float64; launches 1 + K kernels."""
+    n_rows, n_channels = tensors[0].shape
+    block_d, block_h = ops.centre.shape[1], ops.offset.shape[1]
+    n_hidden = shift.shape[0]
+    fp32 = tensors[0].dtype == torch.float32
+    config = _CONFIGS[block_h, fp32]
+    split = RowSplit.of(n_rows, config.blocks["BLOCK_N"], MAX_PROGRAMS)
+    rounded_shift = padded(shift, (block_h,), torch.float32)
+    total = torch.empty(split.programs, block_h, device=shift.device, dtype=torch.float32)
+    second = torch.empty(split.programs, block_h, block_h, device=shift.device, dtype=torch.float32)
+    moments = []
+    for t, x in enumerate(tensors):
+        wrap(_activation_moments_kernel)[(split.programs,)](
+            tensors[0],
+            x,
+            ops.centre[0],
+            ops.centre[t],
+            ops.slope[0],
+            ops.slope[t],
+            ops.offset[0],
+            ops.offset[t],
+            rounded_shift,
+            total,
+            second,
+            n_rows,
+            D=n_channels,
+            BLOCK_N=config.blocks["BLOCK_N"],
+            BLOCK_D=block_d,
+            BLOCK_H=block_h,
+            TILES=split.tiles,
+            EVEN_N=split.even,
+            PAIR=t > 0,
+            HALF=not fp32,
+            PRECISION=dot_precision(tensors[0].dtype),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+        moments.append(second.sum(0, dtype=torch.float64)[:n_hidden, :n_hidden])
+    residual = total.sum(0, dtype=torch.float64)[:n_hidden] / n_rows
+    scatter = moments[0] - n_rows * torch.outer(residual, residual)
+    deltas = torch.stack(moments[1:]) if len(moments) > 1 else scatter.new_zeros(0, n_hidden, n_hidden)
+    return rounded_shift[:n_hidden].double() + residual, scatter, deltas
+
+
+def audit_cases() -> list[AuditCase]:
+    """z alone and z with a prediction, at the default recipe and at the largest sizes, fp32 and bf16."""
+    n_rows, cases = 64 * 10 * 64 * 64, []
+    for dtype in (torch.float32, torch.bfloat16):
+        for d, h in ((16, 64), (64, 128)):
+            half = dtype != torch.float32
+            config, (block_d, block_h) = _CONFIGS[block_sizes(d, h)[1], not half], block_sizes(d, h)
+            split = RowSplit.of(n_rows, config.blocks["BLOCK_N"], MAX_PROGRAMS)
+            rows, fp32 = f"*{TRITON_TYPE[dtype]}", "*fp32"
+            signature = {"x_ptr": rows, "y_ptr": rows, "centre_x_ptr": fp32, "centre_y_ptr": fp32}
+            signature |= {"slope_x_ptr": rows, "slope_y_ptr": rows, "offset_x_ptr": fp32, "offset_y_ptr": fp32}
+            signature |= {"shift_ptr": fp32, "sum_ptr": fp32, "second_ptr": fp32, "n_rows": "i32"}
+            for pair in (False, True):
+                constexprs: dict[str, Any] = {
+                    **config.blocks,
+                    "D": d,
+                    "BLOCK_D": block_d,
+                    "TILES": split.tiles,
+                    "EVEN_N": split.even,
+                    "PAIR": pair,
+                    "HALF": half,
+                    "PRECISION": dot_precision(dtype),
+                }
+                n_inputs = 2 if pair else 1
+                cases.append(
+                    AuditCase(
+                        f"activation_moments D={d} H={h} {'pair' if pair else 'z'} {TRITON_TYPE[dtype]}",
+                        _activation_moments_kernel,
+                        signature,
+                        constexprs,
+                        config,
+                        bytes_moved=n_inputs * n_rows * d * dtype.itemsize + split.programs * block_h**2 * 4,
+                        flops=2 * n_rows * (n_inputs * d * h * (2 if half else 1) + h * h),
+                        divisible_by_16=("n_rows",),
+                        expects_tensor_cores=True,
+                    )
+                )
+    return cases

@@ -1,0 +1,91 @@
+"""The projector's hidden activations r = relu(A(x − μ) + β), recomputed on chip from rows x.
+
+    N rows  T = 1+K tensors (t = 0: the state z; t = 1..K: predictions)  D channels  H hidden features
+
+A and the centre of each tensor come from its own batch statistics (projector_algebra.py).
+
+Precision. bf16 rows enter the dot as they are, with A as the sum of two bf16 matrices, so that r is nearly exact; fp32
+rows are centred first (an exact subtraction where the mean is large) and the dot is "tf32x3". What later dots read is
+rounded to the rows' dtype; every sum is fp32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import dot, load_rows, round_to
+from .moments import padded
+from .projector_algebra import Folded
+
+MAX_D = 64
+MAX_HIDDEN = 128
+MAX_PROGRAMS = 528  # 4 for each of 132 multiprocessors; 8.6 MB of partials for each matrix of 64 hidden features
+
+
+@triton.jit
+def activations(  # type: ignore[no-untyped-def]
+    x_ptr,
+    centre_ptr,  # (BLOCK_D,) fp32
+    slope_ptr,  # HALF: (2, BLOCK_D, BLOCK_H), Aᵀ as a sum of two; else (1, BLOCK_D, BLOCK_H)
+    offset_ptr,  # (BLOCK_H,) fp32
+    offs_n,
+    n_rows,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    HALF: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(x − centre as a dot operand, relu(y) in fp32) of one tile of rows."""
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_h = tl.arange(0, BLOCK_H)
+    offs_dh = offs_d[:, None] * BLOCK_H + offs_h[None, :]
+    x = load_rows(x_ptr, offs_n, offs_d, n_rows, D, EVEN_N, D == BLOCK_D)
+    centred = round_to(x.to(tl.float32) - tl.load(centre_ptr + offs_d)[None, :], x_ptr.dtype.element_ty)
+    y = tl.zeros([BLOCK_N, BLOCK_H], dtype=tl.float32) + tl.load(offset_ptr + offs_h)[None, :]
+    if HALF:
+        y = dot(x, tl.load(slope_ptr + BLOCK_D * BLOCK_H + offs_dh), y, PRECISION)
+        y = dot(x, tl.load(slope_ptr + offs_dh), y, PRECISION)
+    else:
+        y = dot(centred, tl.load(slope_ptr + offs_dh), y, PRECISION)
+    return centred, tl.maximum(y, 0.0)
+
+
+class Operands(NamedTuple):
+    """Each tensor's folded projector, padded and rounded as the kernels read it."""
+
+    centre: Tensor  # (T, BLOCK_D) fp32: μ, rounded
+    slope: Tensor  # (T, 2 or 1, BLOCK_D, BLOCK_H) in the rows' dtype: Aᵀ, as a sum of two if that is bf16
+    offset: Tensor  # (T, BLOCK_H) fp32: what y is where the dot is 0
+
+
+def block_sizes(n_channels: int, n_hidden: int) -> tuple[int, int]:
+    """(BLOCK_D, BLOCK_H): sizes padded to powers of two that tensor cores take."""
+    return max(16, triton.next_power_of_2(n_channels)), 64 if n_hidden <= 64 else 128
+
+
+def operands(folded: Folded, mean: Tensor, bn_bias: Tensor, dtype: torch.dtype) -> Operands:
+    """Round the folded projector. The offset is made with the rounded A and centre: their rounding does not shift y."""
+    n_tensors, n_hidden, n_channels = folded.slope.shape
+    block_d, block_h = block_sizes(n_channels, n_hidden)
+    slope = folded.slope.transpose(1, 2)
+    centre = mean.float()
+    parts = [slope.to(dtype)]
+    if dtype != torch.float32:
+        parts.append((slope - parts[0].double()).to(dtype))
+    rounded = sum(part.double() for part in parts)
+    # bf16 rows are not centred before the dot: centring would round them again.
+    apart = mean if dtype != torch.float32 else mean - centre.double()
+    offset = bn_bias.double() - torch.einsum("td,tdh->th", apart, rounded)
+    return Operands(
+        padded(centre, (n_tensors, block_d), torch.float32),
+        padded(torch.stack(parts, 1), (n_tensors, len(parts), block_d, block_h), dtype),
+        padded(offset, (n_tensors, block_h), torch.float32),
+    )
