@@ -77,7 +77,7 @@ def add_dot(acc, a, b, PRECISION: tl.constexpr, ORDERED_FP32: tl.constexpr):  # 
 def load_rows(  # type: ignore[no-untyped-def]
     x_ptr, offs_n, offs_d, n_rows, D: tl.constexpr, EVEN_N: tl.constexpr, EVEN_D: tl.constexpr
 ):
-    """A tile (BLOCK_N, BLOCK_D) of contiguous rows (n_rows, D), zero outside; offs_n is int64: n_rows·D may be large."""
+    """A tile (BLOCK_N, BLOCK_D) of contiguous rows (n_rows, D), 0 outside; offs_n is int64: n_rows·D may be large."""
     ptrs = x_ptr + offs_n[:, None] * D + offs_d[None, :]
     if EVEN_N and EVEN_D:
         x = tl.load(ptrs)
