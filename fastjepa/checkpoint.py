@@ -1,0 +1,201 @@
+"""Checkpoints that survive: written whole or not at all, read without running code, restored exactly or not at all."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastjepa.adam_state import plan_adam_restore
+from fastjepa.rng_state import capture_rng, check_rng, restore_rng
+from fastjepa.safe_files import CheckpointError, read_tensor_file, write_atomic, write_text_atomic
+
+__all__ = [
+    "CheckpointError",
+    "capture",
+    "check_same_config",
+    "check_tensors",
+    "load_checkpoint",
+    "plain_state",
+    "restore",
+    "save_checkpoint",
+    "strip_compile_prefix",
+    "write_atomic",
+    "write_text_atomic",
+]
+
+FORMAT = "fastjepa checkpoint"
+VERSION = 1
+
+_PLAIN_TYPES = (type(None), bool, int, float, str)
+_SECTIONS = ("modules", "optimizer", "rng", "progress", "config")
+
+
+def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
+    """Write a dict of tensors and plain values, nested in dicts, lists and tuples, for `load_checkpoint`.
+
+    Raises:
+        CheckpointError: the system refused; the previous file is intact.
+        TypeError: something in `state` could not be loaded again; it names the entry.
+    """
+    _check_plain(state, "state")
+    # Serialised in memory first: torch.save turns a full disk into an exception that no longer says so.
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, "version": VERSION, "state": state}, buffer)
+    write_atomic(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
+    """The dict that `save_checkpoint` wrote, loaded with `weights_only=True`.
+
+    Raises:
+        CheckpointError: missing, damaged, of another kind, or written by a newer version.
+    """
+    content = read_tensor_file(path, map_location)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is a file of torch.save, but not a {FORMAT}")
+    version, state = content.get("version"), content.get("state")
+    if type(version) is not int or version < 1 or not isinstance(state, dict):
+        raise CheckpointError(f"{path} is damaged: it has no valid version or state")
+    if version > VERSION:
+        raise CheckpointError(f"{path} has format version {version}; this fastjepa reads up to {VERSION}: update it")
+    return state
+
+
+def _check_plain(value: Any, where: str) -> None:
+    # Exact types: a numpy float is a float and a str-Enum a str, but neither loads with weights_only=True.
+    if type(value) in _PLAIN_TYPES or type(value) in (Tensor, nn.Parameter):
+        return
+    if type(value) in (dict, OrderedDict):
+        for key, item in value.items():
+            if type(key) not in (str, int):
+                raise TypeError(f"{where} has the key {key!r}; keys must be str or int")
+            _check_plain(item, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for index, item in enumerate(value):
+            _check_plain(item, f"{where}[{index}]")
+    else:
+        raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint takes tensors and plain Python values")
+
+
+def capture(
+    modules: Mapping[str, nn.Module],
+    optimizer: torch.optim.Adam,
+    progress: Mapping[str, int | float],
+    config: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Everything a run needs to go on exactly: a copy on the CPU, so that training may continue before it is saved.
+
+    `progress` is whatever the caller counts (epoch, step, ...); `config` is kept for `check_same_config`. The random
+    number generators are recorded too.
+    """
+    return {
+        "modules": {name: _copy(plain_state(module)) for name, module in modules.items()},
+        "optimizer": _copy(optimizer.state_dict()),
+        "rng": capture_rng(),
+        "progress": dict(progress),
+        "config": dict(config),
+    }
+
+
+def restore(
+    state: Mapping[str, Any], modules: Mapping[str, nn.Module], optimizer: torch.optim.Adam
+) -> dict[str, int | float]:
+    """Put a captured state back, in place, and return its `progress`. All or nothing.
+
+    Parameters, buffers and existing optimizer state keep their memory (CUDA graphs and views stay valid). How Adam is
+    computed (fused, foreach, capturable) is left as the optimizer has it. The random number generators come last.
+
+    Raises:
+        CheckpointError: a key, shape, dtype or value does not fit; then nothing at all has changed.
+    """
+    for name in _SECTIONS:
+        if not isinstance(state.get(name), dict):
+            raise CheckpointError(f"the checkpoint has no section {name!r}")
+    if state["modules"].keys() != modules.keys():
+        raise CheckpointError(f"the checkpoint holds {sorted(state['modules'])}, expected {sorted(modules)}")
+    for key, value in state["progress"].items():
+        if type(value) not in (int, float):
+            raise CheckpointError(f"progress[{key!r}] in the checkpoint is not a number")
+    copies: list[tuple[Tensor, Tensor]] = []
+    for name, module in modules.items():
+        targets, saved = plain_state(module), state["modules"][name]
+        check_tensors(f"{name} in the checkpoint", targets, saved)
+        copies += [(targets[key], saved[key]) for key in targets]
+    try:
+        restore_optimizer = plan_adam_restore(optimizer, state["optimizer"])
+    except ValueError as error:
+        raise CheckpointError(f"the optimizer in the checkpoint does not fit: {error}") from error
+    try:
+        check_rng(state["rng"])
+    except Exception as error:  # each library complains in its own way
+        raise CheckpointError(f"the random number generator state in the checkpoint is damaged: {error}") from error
+
+    with torch.no_grad():
+        for target, source in copies:
+            target.copy_(source)
+    restore_optimizer()
+    restore_rng(state["rng"])
+    return dict(state["progress"])
+
+
+def _copy(value: Any) -> Any:
+    """A copy of nested dicts, lists and tuples with every tensor in new CPU memory."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    return type(value)(_copy(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def check_same_config(saved: Mapping[str, Any], current: Mapping[str, Any], may_differ: Collection[str]) -> None:
+    """Raise CheckpointError listing every field that differs, with both values, except those in `may_differ`.
+
+    Raises:
+        ValueError: `may_differ` names a field that neither config has.
+    """
+    unknown = sorted(set(may_differ) - saved.keys() - current.keys())
+    if unknown:
+        raise ValueError(f"may_differ names fields that do not exist: {', '.join(unknown)}")
+    lines = []
+    for name in [*current, *(name for name in saved if name not in current)]:
+        before, now = (repr(c[name]) if name in c else "(absent)" for c in (saved, current))
+        if name not in may_differ and (name not in saved or name not in current or saved[name] != current[name]):
+            lines.append(f"  {name}: {before} in the checkpoint, {now} now")
+    if lines:
+        raise CheckpointError("the checkpoint belongs to a run with another configuration:\n" + "\n".join(lines))
+
+
+def plain_state(module: nn.Module) -> dict[str, Tensor]:
+    """The module's state_dict, sharing memory, with the same keys whether or not parts went through torch.compile."""
+    return {strip_compile_prefix(key): value for key, value in module.state_dict().items()}
+
+
+def strip_compile_prefix(key: str) -> str:
+    """A state_dict key without the `_orig_mod.` that torch.compile puts before the names of what it wrapped."""
+    return key.replace("_orig_mod.", "")
+
+
+def check_tensors(what: str, expected: Mapping[str, Tensor], given: Any) -> None:
+    """Raise CheckpointError unless `given` has exactly the expected keys, with tensors of equal shape and dtype."""
+    if not isinstance(given, Mapping):
+        raise CheckpointError(f"{what} is not a dict of tensors")
+    problems = [f"{key} is missing" for key in expected if key not in given]
+    problems += [f"{key} is not expected" for key in given if key not in expected]
+    for key, target in expected.items():
+        value = given.get(key, target)
+        if value is target:
+            continue
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+            problems.append(f"{key} is not a plain tensor")
+        elif (value.shape, value.dtype) != (target.shape, target.dtype):
+            found = f"{tuple(value.shape)} {value.dtype}"
+            problems.append(f"{key} is {found}, expected {tuple(target.shape)} {target.dtype}")
+    if problems:
+        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(f"{what} does not fit: {'; '.join(problems[:5])}{more}")

@@ -1,0 +1,75 @@
+"""Reading checkpoints of the original Video JEPA example (`latest.pth.tar` of eb_jepa)."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastjepa.architecture import build_filled, encoder_sizes, predictor_sizes, projector_sizes
+from fastjepa.checkpoint import CheckpointError, check_tensors, strip_compile_prefix
+from fastjepa.jepa import JEPA, build_jepa
+from fastjepa.safe_files import read_tensor_file
+
+# The original registers two modules twice: the encoder also encodes actions, and both losses share the projector.
+_ALIASES = {"action_encoder.": "encoder.", "predcost.proj.": "regularizer.proj."}
+
+
+def load_eb_jepa_checkpoint(path: str | os.PathLike[str], *, std_coeff: float = 10.0, cov_coeff: float = 100.0) -> JEPA:
+    """The JEPA in a checkpoint of eb_jepa: a dict with `model_state_dict`; its other entries are ignored.
+
+    All sizes follow from the shapes; keys may have `_orig_mod.` anywhere, as torch.compile leaves them. The loss
+    coefficients are not in the file. The result is on the CPU, in train mode, in the file's floating dtype.
+
+    Raises:
+        CheckpointError: missing, damaged, holding pickled objects, or not a Video JEPA of the published form.
+    """
+    content = read_tensor_file(path)
+    state = content.get("model_state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise CheckpointError(f"{path} is not a checkpoint of eb_jepa: it has no model_state_dict")
+    state = {strip_compile_prefix(key): value for key, value in state.items()}
+    second = {key: value for key, value in state.items() if key.startswith(tuple(_ALIASES))}
+    tensors = {key: value for key, value in state.items() if key not in second}
+    for alias, original in _ALIASES.items():
+        tensors.update({alias + key: value for key, value in _below(tensors, original).items()})
+    try:
+        jepa = _build(tensors, std_coeff, cov_coeff)
+        _check_aliases(jepa.state_dict(), second)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from error
+    return jepa
+
+
+def _build(state: dict[str, Any], std_coeff: float, cov_coeff: float) -> JEPA:
+    encoder, predictor = encoder_sizes(_below(state, "encoder.")), predictor_sizes(_below(state, "predictor."))
+    projector = projector_sizes(_below(state, "regularizer.proj."))
+    dstc, context = encoder["dstc"], predictor["context_length"]
+    if context != 2 or predictor["dstc"] != dstc:
+        raise CheckpointError(
+            f"the encoder makes states of {dstc} channels; the predictor reads {context} states of "
+            f"{predictor['dstc']} channels, expected 2 states of {dstc}"
+        )
+    return build_filled(
+        "model_state_dict",
+        lambda: build_jepa(
+            **encoder, hpre=predictor["hpre"], projector=projector, std_coeff=std_coeff, cov_coeff=cov_coeff
+        ),
+        state,
+    )
+
+
+def _check_aliases(built: dict[str, Tensor], second: dict[str, Any]) -> None:
+    """Entries under the second name of a module, where the file has them, must repeat those under the first."""
+    check_tensors("model_state_dict", {key: built[key] for key in second if key in built}, second)
+    for key, value in second.items():
+        # Equal NaNs are the same here: whether the weights are finite is not what this decides.
+        if not torch.allclose(built[key], value, rtol=0, atol=0, equal_nan=True):
+            first = next(name + key.removeprefix(alias) for alias, name in _ALIASES.items() if key.startswith(alias))
+            raise CheckpointError(f"{key} and {first} differ; in the published model they are one")
+
+
+def _below(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
