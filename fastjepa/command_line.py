@@ -1,0 +1,107 @@
+"""The command line of training: flags over the defaults of a preset, or of the run that is resumed."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import tyro
+
+from fastjepa.checkpoint import check_same_config
+from fastjepa.config import MAY_CHANGE_ON_RESUME, Config, preset_config, resolve_device, resolve_preset
+from fastjepa.environment import device_name
+from fastjepa.run_folder import read_run_config
+from fastjepa.safe_files import CheckpointError
+from fastjepa.stop_signals import Interrupted
+from fastjepa.training import NonFiniteLossError, Trainer
+
+DESCRIPTION = """Train and evaluate a Video JEPA on Moving MNIST.
+
+Without flags: the published recipe on a GPU, a four-minute demo on a CPU. Everything that the run makes (checkpoint,
+metrics, pictures, exported weights) goes to one folder, named at the end."""
+
+
+def fail(message: object) -> NoReturn:
+    """End the program with exit status 2 and one line that says why."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_config(argv: Sequence[str] | None = None, prog: str = "train.py") -> Config:
+    """The configuration that the flags in `argv` (default: sys.argv) ask for.
+
+    The defaults of all other flags depend on --preset and --device, or on --resume, so those are looked at first.
+    Prints a clear line and exits with status 2 if the flags cannot be served.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="auto")
+    first.add_argument("--device", default="auto")
+    first.add_argument("--resume", type=Path)
+    chosen, _ = first.parse_known_args(argv)
+    try:
+        saved = None if chosen.resume is None else read_run_config(chosen.resume)
+        if saved is None:
+            default = preset_config(resolve_preset(chosen.preset, resolve_device(chosen.device)))
+        else:
+            default = dataclasses.replace(Config.from_json(saved), resume=chosen.resume, out=chosen.resume)
+        config = tyro.cli(Config, prog=prog, description=DESCRIPTION, default=default, args=argv, use_underscores=True)
+        if config.preset == "auto":  # given explicitly; tyro has parsed the word, not what it stands for
+            config = dataclasses.replace(config, preset=default.preset)
+        if saved is not None:
+            check_same_config(saved, config.to_json(), MAY_CHANGE_ON_RESUME)
+            if config.out != config.resume:
+                raise ValueError("--out cannot be given with --resume: a run goes on in its own folder")
+        if resolve_device(config.device).type != "cuda" and config.precision == "tf32":
+            raise ValueError("--precision tf32 needs a CUDA device; use fp32 or bf16")
+    except (ValueError, CheckpointError) as error:
+        fail(error)
+    return config
+
+
+def run_from_command_line(config: Config) -> int:
+    """Train, draw, export and print a summary; the process's exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("fastjepa").setLevel(logging.INFO)
+    started = time.perf_counter()
+    try:
+        trainer = Trainer(config)
+        print(describe(trainer))
+        trainer.run()
+        files = trainer.finish()
+    except KeyboardInterrupt:
+        print("stopped")
+        return 130
+    except Interrupted as stopped:
+        print(f"stopped by {stopped}; continue with: python train.py --resume {trainer.folder}")
+        return 128 + stopped.signal_number
+    except (ValueError, OSError, CheckpointError, NonFiniteLossError) as error:
+        fail(error)
+    last = trainer.rows[-1]
+    print(f"\ndone in {time.perf_counter() - started:.0f} s: {trainer.epoch} epochs, {trainer.global_step} steps")
+    print(
+        f"mAP {last['map']:.3f} (pooled {last['pooled_map']:.3f}), AP_0 {last['ap_0']:.3f}; guessing would give "
+        f"{last['positive_share']:.3f}"
+    )
+    print("wrote:")
+    for path in files:
+        print(f"  {path}")
+    return 0
+
+
+def describe(trainer: Trainer) -> str:
+    """What will be trained, on what, and where it goes."""
+    config, parameters = trainer.config, sum(p.numel() for p in trainer.jepa.parameters())
+    small = " (small, for a CPU; --preset full is the published recipe)" if config.preset == "demo" else ""
+    return (
+        f"preset {config.preset}{small}; {device_name(trainer.device)}, {config.precision}\n"
+        f"{parameters:,} parameters; {len(trainer.train_clips):,} + {len(trainer.val_clips):,} clips of "
+        f"{config.n_frames}×{config.canvas}×{config.canvas} ({config.data}); {config.epochs} epochs of batches of "
+        f"{config.batch_size}\nfolder: {trainer.folder}"
+    )

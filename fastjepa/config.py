@@ -1,0 +1,187 @@
+"""One typed configuration: the recipe, its presets, and the checks that need no data and no device."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+Preset = Literal["auto", "full", "demo"]
+Precision = Literal["fp32", "tf32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of a training run. The defaults are the best published recipe of Video JEPA."""
+
+    batch_size: int = 64
+    """Clips per step."""
+    dobs: int = 1
+    """Image channels; Moving MNIST has 1."""
+    henc: int = 32
+    """Width of the encoder."""
+    hpre: int = 32
+    """Width of the predictor."""
+    dstc: int = 16
+    """Channels of the state."""
+    steps: int = 4
+    """Prediction steps in training."""
+    cov_coeff: float = 100.0
+    """Weight of the covariance loss."""
+    std_coeff: float = 10.0
+    """Weight of the standard deviation loss."""
+    epochs: int = 50
+    """Passes over the training clips."""
+    lr: float = 1e-3
+    """Learning rate of Adam; the image decoder trains at a tenth of it."""
+    seed: int = 2025
+    """Seeds initial weights, generated data and the order of batches."""
+
+    preset: Preset = "auto"
+    """Where the other defaults come from: "full" is the published recipe, "demo" a small one for a CPU; "auto"
+    takes full on a GPU and demo without one."""
+    precision: Precision = "fp32"
+    """Arithmetic of the networks: fp32, tf32 (CUDA only) or bf16 autocast. Losses are always fp32."""
+    device: str = "auto"
+    """"auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N"."""
+
+    data: Literal["embedded", "idx", "official"] = "embedded"
+    """Moving MNIST from the embedded digits, from an MNIST idx file (--digits), or the official test sequences."""
+    digits: Path | None = None
+    """MNIST image file, train-images-idx3-ubyte, gzipped or not; implies --data idx."""
+    data_path: Path | None = None
+    """mnist_test_seq.npy for --data official; default: looked for in, or downloaded to, the cache."""
+    cache_dir: Path | None = None
+    """Folder for generated and downloaded data; default: ~/.cache/fastjepa."""
+    n_train: int = 18_000
+    """Training clips."""
+    n_val: int = 2_000
+    """Validation clips."""
+    n_frames: int = 10
+    """Frames of a clip, at least 3."""
+    canvas: int = 64
+    """Side of a frame, in pixels."""
+    digit_size: int = 28
+    """Side of a digit's box, in pixels."""
+
+    out: Path | None = None
+    """Folder of the run; default: runs/<date>-<preset>."""
+    resume: Path | None = None
+    """Folder of a run to continue from its checkpoint; its options are the defaults."""
+    max_steps: int | None = None
+    """Stop after this many optimiser steps in all."""
+    eval_every: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    checkpoint_every: int = 200
+    """Optimiser steps between checkpoints; one is also written after each epoch."""
+    log_every: int = 20
+    """Optimiser steps between readings of the losses."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "dobs", "henc", "hpre", "dstc", "steps", "epochs", "n_train", "n_val", "canvas",
+                     "digit_size", "eval_every", "checkpoint_every", "log_every"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"--max_steps must be at least 1, got {self.max_steps}")
+        if self.n_frames < 3:
+            raise ValueError(f"--n_frames must be at least 3 (two frames predict the third), got {self.n_frames}")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"--lr must be a positive number, got {self.lr}")
+        for name in ("cov_coeff", "std_coeff"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"--{name} must be a number ≥ 0, got {value}")
+        if self.seed < 0:
+            raise ValueError(f"--seed must be at least 0, got {self.seed}")
+        if self.dobs != 1:
+            raise ValueError(f"--dobs must be 1: Moving MNIST has one image channel, got {self.dobs}")
+        if self.digit_size > self.canvas:
+            raise ValueError(f"--digit_size must be at most --canvas = {self.canvas}, got {self.digit_size}")
+        if self.digits is not None and self.data == "embedded":
+            object.__setattr__(self, "data", "idx")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values only, paths as strings."""
+        values = dataclasses.asdict(self)
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Config:
+        """The inverse of `to_json`. Raises ValueError for unknown fields or values of the wrong type."""
+        fields = {field.name: field for field in dataclasses.fields(Config)}
+        unknown = sorted(values.keys() - fields.keys())
+        if unknown:
+            raise ValueError(f"unknown options in a saved configuration: {', '.join(unknown)}")
+        defaults, typed = Config(), dict(values)
+        for name, value in values.items():
+            default = getattr(defaults, name)
+            if name in _PATHS:
+                typed[name] = None if value is None else Path(value)
+            elif default is not None and value is not None and not isinstance(value, type(default)):
+                raise ValueError(
+                    f"option {name} in a saved configuration is {value!r}, expected {type(default).__name__}"
+                )
+        return Config(**typed)
+
+
+_PATHS = ("digits", "data_path", "cache_dir", "out", "resume")
+
+# Options that may change when a run is resumed: they decide where and how long it runs, not what is computed.
+MAY_CHANGE_ON_RESUME = (
+    "epochs", "max_steps", "device", "data_path", "digits", "cache_dir", "out", "resume", "eval_every",
+    "checkpoint_every", "log_every", "preset",
+)  # fmt: skip
+
+# The demo is for two CPU cores and four minutes; docs/demo.md has what was tried and measured.
+PRESETS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "demo": {
+        "batch_size": 16, "henc": 8, "hpre": 16, "dstc": 16, "steps": 2, "epochs": 6, "lr": 2e-3, "cov_coeff": 100.0,
+        "std_coeff": 10.0, "n_train": 1500, "n_val": 200, "canvas": 32, "digit_size": 14,
+    },
+}  # fmt: skip
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" → CUDA if there is one, else CPU; anything else as given.
+
+    Raises:
+        ValueError: not a device, one that does not exist here, or neither CPU nor CUDA.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N; got {device!r}") from None
+    if resolved.type == "cpu":
+        return resolved
+    if resolved.type != "cuda":
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N; got {device!r}")
+    if not torch.cuda.is_available():
+        why = "this PyTorch was built without CUDA" if torch.version.cuda is None else "PyTorch finds no CUDA device"
+        raise ValueError(f"--device {device} was asked for, but {why}; use --device cpu, or auto")
+    if resolved.index is not None and resolved.index >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {device} was asked for, but there are only {torch.cuda.device_count()} CUDA devices"
+        )
+    return resolved
+
+
+def resolve_preset(preset: str, device: torch.device) -> str:
+    """ "auto" → "full" on CUDA and "demo" on CPU. Raises ValueError for an unknown name."""
+    if preset == "auto":
+        return "full" if device.type == "cuda" else "demo"
+    if preset not in PRESETS:
+        raise ValueError(f"--preset must be one of auto, {', '.join(PRESETS)}; got {preset!r}")
+    return preset
+
+
+def preset_config(preset: str) -> Config:
+    """The defaults of a resolved preset."""
+    return Config(preset=preset, **PRESETS[preset])  # type: ignore[arg-type]

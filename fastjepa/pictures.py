@@ -1,0 +1,36 @@
+"""What a model predicts for a few clips, as arrays to draw."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastjepa.evaluation import eval_mode, rollout_tails
+from fastjepa.figures import RolloutArrays
+from fastjepa.jepa import JEPA
+from fastjepa.moving_mnist import ClipSet
+from fastjepa.networks import DetHead, ImageDecoder
+
+
+def rollout_arrays(jepa: JEPA, image_decoder: ImageDecoder, detection_head: DetHead, clips: ClipSet) -> RolloutArrays:
+    """Decoded one-step predictions and full rollout of every frame from the third on, with detections.
+
+    The full rollout sees only the first two frames of each clip. Decoded images are clipped to [0, 1].
+    """
+    with eval_mode(jepa, image_decoder, detection_head):
+        video, _ = clips.batch(torch.arange(len(clips), device=clips.device))
+        tails = list(rollout_tails(jepa.predictor, jepa.encoder(video), video.shape[2] - 2))
+        # The last rollout: frame s + 2 became final in step s, as the first frame of that step's tail.
+        rollout = torch.cat([tail[:, :, :1] for tail in tails], dim=2)
+        return RolloutArrays(
+            video=_numpy(video)[:, 0],
+            one_step=_numpy(image_decoder(tails[0]).clamp(0, 1))[:, 0],
+            rollout=_numpy(image_decoder(rollout).clamp(0, 1))[:, 0],
+            detections=_numpy(detection_head(rollout)),
+            digit_maps=clips.digit_maps.cpu().numpy(),
+        )
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.float().cpu().numpy()

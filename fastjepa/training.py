@@ -1,0 +1,271 @@
+"""The training run: epochs of steps, evaluation, checkpoints, and a folder that holds all that came of it."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from fastjepa.checkpoint import capture, load_checkpoint, restore, save_checkpoint
+from fastjepa.config import Config, resolve_device
+from fastjepa.environment import environment
+from fastjepa.evaluation import Evaluation, evaluate
+from fastjepa.export import export_pretrained
+from fastjepa.figures import draw_run
+from fastjepa.jepa import build_jepa, build_probes
+from fastjepa.moving_mnist import default_cache_dir, epoch_indices, load_clips
+from fastjepa.moving_mnist.cache import fingerprint
+from fastjepa.pictures import rollout_arrays
+from fastjepa.run_folder import CHECKPOINT_NAME, prepare_folder
+from fastjepa.safe_files import CheckpointError, write_atomic, write_text_atomic
+from fastjepa.step import StepLosses, TrainStep, build_optimizer
+from fastjepa.stop_signals import Interrupted, stop_signals
+
+PICTURED_CLIPS = 4
+LOSS_NAMES = tuple(f"{name}_loss" if name not in ("total", "vc_unweighted") else name for name in StepLosses._fields)
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss became NaN or infinite; the last checkpoint is from before that."""
+
+
+class Trainer:
+    """One run, from a `Config` to a folder. `run()` trains to the end; progress is in the folder at any moment.
+
+    Raises:
+        ValueError: options that contradict each other, the data or the machine.
+        OSError, CheckpointError: files that cannot be read or written; the message names them.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.device = resolve_device(config.device)
+        self.folder = prepare_folder(config)
+        self.config = dataclasses.replace(config, out=self.folder)
+        set_precision(config.precision)
+        train, validation = load_clips(
+            config.data,
+            digits=config.digits,
+            data_path=config.data_path,
+            cache_dir=config.cache_dir or default_cache_dir(),
+            n_train=config.n_train,
+            n_val=config.n_val,
+            n_frames=config.n_frames,
+            canvas=config.canvas,
+            digit_size=config.digit_size,
+            seed=config.seed,
+        )
+        self.data_fingerprint = f"{fingerprint(train.video.numpy())} {fingerprint(validation.video.numpy())}"
+        self.train_clips, self.val_clips = train.to(self.device), validation.to(self.device)
+
+        torch.manual_seed(config.seed)
+        self.jepa = build_jepa(
+            dobs=config.dobs, henc=config.henc, hpre=config.hpre, dstc=config.dstc,
+            std_coeff=config.std_coeff, cov_coeff=config.cov_coeff,
+        ).to(self.device)  # fmt: skip
+        decoder, head = build_probes(dobs=config.dobs, dstc=config.dstc)
+        self.image_decoder, self.detection_head = decoder.to(self.device), head.to(self.device)
+        self.modules = {
+            "jepa": self.jepa, "image_decoder": self.image_decoder, "detection_head": self.detection_head
+        }  # fmt: skip
+        self.optimizer = build_optimizer(self.jepa, self.image_decoder, self.detection_head, config.lr)
+        self.autocast_dtype = torch.bfloat16 if config.precision == "bf16" else None
+        self.step = TrainStep(
+            self.jepa,
+            self.image_decoder,
+            self.detection_head,
+            self.optimizer,
+            steps=config.steps,
+            autocast_dtype=self.autocast_dtype,
+        )
+        # Position: `epoch` epochs are done, and `batch` batches of the next one.
+        self.epoch = self.batch = self.global_step = 0
+        self.seconds = 0.0
+        # Sums of the losses over the steps of this epoch, and since they were last read; on the device until read.
+        self.epoch_losses = torch.zeros(len(LOSS_NAMES), dtype=torch.float64, device=self.device)
+        self.interval_losses = torch.zeros_like(self.epoch_losses)
+        self.rows: list[dict[str, float]] = []
+        if config.resume is not None:
+            self._resume()
+        else:
+            write_text_atomic(self.folder / "config.json", json.dumps(self.config.to_json(), indent=2) + "\n")
+            write_text_atomic(self.folder / "environment.json", json.dumps(environment(self.device), indent=2) + "\n")
+            self.save()
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> Evaluation | None:
+        """Train to the last epoch or `max_steps`; the last evaluation, None if there was nothing left to do.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM; the state is saved.
+            NonFiniteLossError: a loss is NaN or infinite; the last checkpoint is from before that.
+        """
+        evaluation = None
+        with (
+            SummaryWriter(self.folder / "tensorboard", purge_step=self.global_step) as board,
+            stop_signals() as received,
+        ):
+            while not self.finished:
+                complete = self._train_epoch(board, received)
+                row = self._training_row()
+                if complete:
+                    self.epoch, self.batch = self.epoch + 1, 0
+                    self.epoch_losses.zero_()
+                if self.finished or self.epoch % self.config.eval_every == 0:
+                    evaluation = self._evaluate(board)
+                    row |= evaluation.as_row()
+                # The row of an epoch that `max_steps` cut short is shown, not kept: a resumed run completes the epoch.
+                self._write_metrics([*self.rows, row])
+                if complete:
+                    self.rows.append(row)
+                self.save()
+                if received and not self.finished:
+                    raise Interrupted(received[0])
+        return evaluation
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last epoch is done or `max_steps` reached."""
+        limit = self.config.max_steps
+        return self.epoch >= self.config.epochs or (limit is not None and self.global_step >= limit)
+
+    def _train_epoch(self, board: SummaryWriter, received: list[int]) -> bool:
+        """Train on the batches left in this epoch; False if `max_steps` ended it early."""
+        config = self.config
+        batches = epoch_indices(len(self.train_clips), config.batch_size, config.seed, self.epoch, self.device)
+        started = time.perf_counter()
+        with tqdm(
+            total=len(batches), initial=self.batch, unit="step", dynamic_ncols=True, mininterval=0.5,
+            desc=f"epoch {self.epoch + 1}/{config.epochs}",
+        ) as bar:  # fmt: skip
+            for indices in batches[self.batch :]:
+                losses = torch.stack(self.step(*self.train_clips.batch(indices))).double()
+                self.epoch_losses += losses
+                self.interval_losses += losses
+                self.batch += 1
+                self.global_step += 1
+                bar.update()
+                if self.global_step % config.log_every == 0:
+                    self._log(board, bar, config.log_every)
+                if received or self.global_step % config.checkpoint_every == 0:
+                    now = time.perf_counter()
+                    self.seconds, started = self.seconds + now - started, now
+                    self.save()
+                    if received:
+                        raise Interrupted(received[0])
+                if self.finished:
+                    break
+        self.seconds += time.perf_counter() - started
+        return self.batch == len(batches)
+
+    def _log(self, board: SummaryWriter, bar: Any, count: int) -> None:
+        means = self._read(self.interval_losses / count)
+        self.interval_losses.zero_()
+        for name, value in means.items():
+            board.add_scalar(f"train/{name}", value, self.global_step)
+        bar.set_postfix({"loss": f"{means['total']:.3f}", "pred": f"{means['pred_loss']:.4f}"})
+
+    def _read(self, losses: Tensor) -> dict[str, float]:
+        """Losses as numbers (the one wait for the device); raises NonFiniteLossError if one is not finite."""
+        values = dict(zip(LOSS_NAMES, losses.tolist(), strict=True))
+        bad = [name for name, value in values.items() if not np.isfinite(value)]
+        if bad:
+            raise NonFiniteLossError(
+                f"{', '.join(bad)} became NaN or infinite at or before step {self.global_step}. The checkpoint in "
+                f"{self.folder} is from before that; try a smaller --lr, or --precision fp32"
+            )
+        return values
+
+    def _evaluate(self, board: SummaryWriter) -> Evaluation:
+        evaluation = evaluate(
+            self.jepa, self.image_decoder, self.detection_head, self.val_clips, self.config.batch_size,
+            autocast_dtype=self.autocast_dtype,
+        )  # fmt: skip
+        for name, value in evaluation.as_row().items():
+            board.add_scalar(f"val/{name}", value, self.global_step)
+        clips = self.val_clips.subset(min(PICTURED_CLIPS, len(self.val_clips)))
+        arrays = rollout_arrays(self.jepa, self.image_decoder, self.detection_head, clips)
+        write_atomic(self.folder / "rollout.npz", lambda file: np.savez(file, **dataclasses.asdict(arrays)))
+        for name in ("rollout", "one_step"):
+            strip = np.concatenate(list(getattr(arrays, name)[0]), axis=1)
+            board.add_image(f"val/{name}", strip[None], self.global_step)
+        tqdm.write(
+            f"step {self.global_step}: mAP {evaluation.map:.3f}, AP_0 {evaluation.ap[0]:.3f} "
+            f"(chance {evaluation.positive_share:.3f}), reconstruction {evaluation.recon_loss:.4f}"
+        )
+        return evaluation
+
+    def _training_row(self) -> dict[str, float]:
+        row = {"epoch": self.epoch + 1, "step": self.global_step, "seconds": round(self.seconds, 3)}
+        return row | self._read(self.epoch_losses / self.batch)
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write the checkpoint, after making sure that it is worth keeping."""
+        self._read(self.epoch_losses)
+        progress = {
+            "epoch": self.epoch, "batch": self.batch, "global_step": self.global_step, "seconds": self.seconds
+        }  # fmt: skip
+        state = capture(self.modules, self.optimizer, progress, self.config.to_json())
+        for name, tensor in state["modules"]["jepa"].items():
+            if not torch.isfinite(tensor).all():
+                raise NonFiniteLossError(
+                    f"{name} became NaN or infinite at step {self.global_step}; the checkpoint in {self.folder} is "
+                    "from before that"
+                )
+        state["losses"] = {"epoch": self.epoch_losses.cpu(), "interval": self.interval_losses.cpu()}
+        state["rows"] = self.rows
+        state["data"] = self.data_fingerprint
+        save_checkpoint(self.folder / CHECKPOINT_NAME, state)
+
+    def _resume(self) -> None:
+        path = self.folder / CHECKPOINT_NAME
+        state = load_checkpoint(path)
+        if state["data"] != self.data_fingerprint:
+            raise CheckpointError(f"{path} was trained on other clips: the data options or the data files have changed")
+        progress = restore(state, self.modules, self.optimizer)
+        self.epoch, self.batch = int(progress["epoch"]), int(progress["batch"])
+        self.global_step, self.seconds = int(progress["global_step"]), float(progress["seconds"])
+        self.epoch_losses.copy_(state["losses"]["epoch"])
+        self.interval_losses.copy_(state["losses"]["interval"])
+        self.rows = state["rows"]
+        if self.rows:
+            self._write_metrics(self.rows)  # what was written after the checkpoint is about to be done again
+
+    def _write_metrics(self, rows: list[dict[str, float]]) -> None:
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text_atomic(self.folder / "metrics.csv", text.getvalue())
+
+    def finish(self) -> list[Path]:
+        """Draw the pictures and export the weights; the files and folders that the run leaves."""
+        written = draw_run(self.folder)
+        pretrained = self.folder / "pretrained"
+        export_pretrained(
+            self.jepa, self.config.to_json(), pretrained,
+            decoder=self.image_decoder, detection_head=self.detection_head,
+        )  # fmt: skip
+        names = ("config.json", "environment.json", "metrics.csv", CHECKPOINT_NAME, "tensorboard")
+        return [self.folder / name for name in names] + [pretrained, *written]
+
+
+def set_precision(precision: str) -> None:
+    """fp32 everywhere, or tf32 for matrix products and convolutions; deterministic convolutions in any case."""
+    allow = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = allow
+    torch.backends.cudnn.allow_tf32 = allow
+    torch.backends.cudnn.deterministic = True  # two runs with one seed are equal
