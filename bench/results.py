@@ -73,7 +73,7 @@ class Row:
             raise ValueError(f"row: status is {self.status!r}; accepted: {', '.join(STATUSES)}")
         if self.status in _TIMED and (self.median_ms is None or self.median_ms <= 0 or self.rounds < 1):
             raise ValueError(
-                f"row: status is {self.status!r} but median_ms is {self.median_ms!r}, rounds {self.rounds}"
+                f"row: status is {self.status!r} but median_ms is {self.median_ms}, rounds is {self.rounds}"
             )
         if self.status not in _TIMED and self.median_ms is not None:
             raise ValueError(f"row: status is {self.status!r} but median_ms is {self.median_ms}")

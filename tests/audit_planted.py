@@ -1,4 +1,4 @@
-"""Kernels with planted faults for test_audit.py, which `python -m bench audit --module audit_planted` must catch."""
+"""Kernels with planted faults, which `python -m bench audit --module tests.audit_planted` must catch."""
 
 from __future__ import annotations
 

@@ -180,26 +180,34 @@ def test_roofline_is_the_slower_of_memory_and_arithmetic() -> None:
         H200.seconds(1, 1, "int4")
 
 
-def test_every_kernel_module_can_be_collected_and_names_are_unique(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "twice.py").write_text("from audit_planted import audit_cases\n")
+def test_case_names_must_be_unique_and_there_must_be_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "twice.py").write_text("from tests.audit_planted import audit_cases\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ValueError, match="two audit cases are called 'copy': in audit_planted and twice"):
-        collect_cases(["audit_planted", "twice"])
+    with pytest.raises(ValueError, match=r"two audit cases are called 'copy': in tests\.audit_planted and twice"):
+        collect_cases(["tests.audit_planted", "twice"])
     with pytest.raises(ValueError, match=r"no audit_cases\(\) in json"):
         collect_cases(["json"])
 
 
-def run_audit(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "tests")}
-    command = [sys.executable, "-m", "bench", "audit", "--module", "audit_planted", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-
-
 def test_planted_faults_fail_the_audit_even_when_the_interpreter_is_asked_for(tmp_path: Path) -> None:
     out = tmp_path / "audit.json"
-    done = run_audit("--arch", "sm_90", "--jobs", "1", "--json", str(out))
+    command = [
+        sys.executable,
+        "-m",
+        "bench",
+        "audit",
+        "--module",
+        "tests.audit_planted",
+        "--arch",
+        "sm_90",
+        "--jobs",
+        "2",
+    ]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [*command, "--json", str(out)],
+        **{"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 300, "check": False},
+    )
     assert done.returncode == 1, done.stderr
     findings: dict[str, dict[str, Any]] = {finding["case"]: finding for finding in json.loads(out.read_text())}
     failures = {name: finding["failures"] for name, finding in findings.items()}
@@ -222,9 +230,17 @@ def test_planted_faults_fail_the_audit_even_when_the_interpreter_is_asked_for(tm
     assert "2 of 7 pass" in done.stdout
 
 
-def test_audit_passes_when_every_chosen_kernel_does() -> None:
-    done = run_audit("--arch", "sm_80", "sm_90", "--filter", "copy", "--jobs", "2")
-    assert (done.returncode, "2 of 2 pass" in done.stdout) == (0, True), done.stderr
+@pytest.mark.parametrize(("failures", "status"), [((), 0), (("is slow",), 1)])
+def test_exit_status_says_whether_all_pass(
+    failures: tuple[str, ...], status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    findings = [audit.Finding("copy", 80, ()), audit.Finding("copy", 90, failures)]
+    monkeypatch.setattr(audit, "judge_all", lambda cases, archs, jobs: findings)
+    assert audit.main(["--module", "tests.audit_planted"]) == status
+    out = capsys.readouterr().out
+    assert f"{2 - status} of 2 pass" in out
+    assert ("FAIL: copy on sm_90 is slow" in out) == bool(failures)
 
 
 def test_filter_that_matches_nothing_is_an_error(
@@ -232,7 +248,7 @@ def test_filter_that_matches_nothing_is_an_error(
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(SystemExit, match="2"):
-        audit.main(["--module", "audit_planted", "--filter", "nothing like it"])
+        audit.main(["--module", "tests.audit_planted", "--filter", "nothing like it"])
     assert "matches none of: copy, spills" in capsys.readouterr().err
 
 

@@ -1,0 +1,468 @@
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import losses, memory
+from bench.case import BACKWARD, BOTH, FORWARD, Case, Runner, Work, truth_of
+from bench.environment import Environment, collect
+from bench.harness import QUICK, Settings, render, run_case
+from bench.policy import Error, judge, relative_errors
+from bench.results import Row, format_table, read_rows, write_rows, write_text
+from bench.timing import HostTimer, quantile
+from bench.variants import Tensors, Variant, channels_last, eager, eager_bf16, needs_cuda
+
+CPU = torch.device("cpu")
+ENVIRONMENT = Environment(
+    "python -m bench toy", "abc", False, "2026-01-02T03:04:05+00:00", "a CPU", "", 1, {"torch": "2"}
+)
+SETTINGS = Settings(warmup=1, rounds=3, least=3, memory=False)
+MEGABYTE = 1 << 20
+
+
+def toy_inputs(device: torch.device, dtype: torch.dtype) -> Tensors:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, generator=generator).to(device, dtype).requires_grad_()
+    w = torch.randn(5, generator=generator).to(device, dtype).requires_grad_()
+    return {"x": x, "w": w}
+
+
+def toy(inputs: Tensors, scale: float = 1.0) -> Tensors:
+    y = (inputs["x"] * inputs["w"]).sin() * scale
+    return {"y": y, "count": torch.tensor(float(y.numel()), dtype=y.dtype)}
+
+
+def ones_for_y(outputs: Tensors) -> Tensors:
+    return {"y": torch.ones_like(outputs["y"])}
+
+
+def toy_work(phase: str, dtype: torch.dtype) -> Work:
+    return Work(1000, 2000)
+
+
+def toy_case(**changes: Any) -> Case:
+    fields = {
+        **{"suite": "toy", "name": "3x5", "make_inputs": toy_inputs, "truth": toy, "work": toy_work},
+        **{"baseline": "eager", "eager": {"fp32": "eager", "bf16": "eager bf16"}, "cotangents": ones_for_y},
+    }
+    return Case(**{**fields, **changes})
+
+
+def variant(name: str, function: Callable[[Tensors], Tensors], **changes: Any) -> Variant:
+    return Variant(name, lambda _: function, **changes)
+
+
+def measure(variants: list[Variant], case: Case | None = None, **changes: Any) -> dict[tuple[str, str], Row]:
+    settings = Settings(**{**vars(SETTINGS), **changes})
+    rows = run_case(case or toy_case(), variants, CPU, ENVIRONMENT, settings)
+    return {(row.variant, row.phase): row for row in rows}
+
+
+def out_of_memory(inputs: Tensors) -> Tensors:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 TiB")
+
+
+def broken(inputs: Tensors) -> Tensors:
+    raise ZeroDivisionError("a mistake\nwith details")
+
+
+# -- the harness
+
+
+def test_rows_of_an_exact_variant_are_complete() -> None:
+    rows = measure([eager(toy), eager(toy, "twin")])
+    assert [key[1] for key in rows if key[0] == "twin"] == [FORWARD, BACKWARD, BOTH]
+    for row in rows.values():
+        assert (row.status, row.reason, row.rounds, row.quantiles) == ("exact", "", 3, (0.2, 0.8))
+        assert row.median_ms is not None
+        assert row.low_ms is not None
+        assert row.high_ms is not None
+        assert 0 < row.low_ms <= row.median_ms <= row.high_ms
+        assert row.gigabytes_per_second == pytest.approx(1000 / row.median_ms / 1e6)
+        assert row.teraflops_per_second == pytest.approx(2000 / row.median_ms / 1e9)
+        assert (row.command, row.commit, row.dirty, row.device) == ("python -m bench toy", "abc", False, "a CPU")
+        assert (row.timing, row.percent_of_roofline, row.peak_extra_bytes) == ("host", None, None)
+        base = rows["eager", row.phase].median_ms
+        assert row.speedup == pytest.approx((base or 0) / row.median_ms)
+
+
+def test_no_speedup_without_the_accuracy() -> None:
+    rows = measure([eager(toy), variant("fast but wrong", partial(toy, scale=1.001))])
+    for phase in (FORWARD, BACKWARD, BOTH):
+        row = rows["fast but wrong", phase]
+        assert (row.status, row.speedup) == ("inexact", None)
+        assert row.error == pytest.approx(1e-3, rel=0.01)
+        assert row.error_of in {FORWARD: ("y",), BACKWARD: ("grad x", "grad w")}.get(phase, ("y", "grad x", "grad w"))
+        assert row.median_ms is not None
+    line = next(text for text in render(rows.values()).splitlines() if text.startswith("fast but wrong"))
+    assert "inexact: y: error 1.0" in line
+    assert not line.endswith("x")
+
+
+def test_nan_is_inexact() -> None:
+    rows = measure([eager(toy), variant("nan", partial(toy, scale=math.nan))])
+    assert rows["nan", FORWARD].status == "inexact"
+    assert rows["nan", FORWARD].error == math.inf
+
+
+def test_inexact_baseline_gives_nobody_a_speedup() -> None:
+    rows = measure([variant("eager", partial(toy, scale=math.nan)), variant("other", toy)])
+    assert rows["other", FORWARD].speedup is None
+
+
+def test_error_that_appears_only_after_the_first_call_is_found() -> None:
+    calls = 0
+
+    def decays(inputs: Tensors) -> Tensors:
+        nonlocal calls
+        calls += 1
+        return toy(inputs, 1.0 if calls <= 4 else 2.0)  # the check, the warm-up and two rounds are right
+
+    rows = measure([eager(toy), variant("decays", decays)])
+    assert rows["decays", FORWARD].status == "inexact"
+
+
+@pytest.mark.parametrize(
+    ("function", "status", "reason"),
+    [
+        (out_of_memory, "out of memory", "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 TiB"),
+        (broken, "failed", "ZeroDivisionError: a mistake"),
+        (lambda inputs: {"y": inputs["x"]}, "failed", "ValueError: result 'count': expected shape (), got nothing"),
+    ],
+)
+def test_variant_that_cannot_be_measured_is_a_row(function: Any, status: str, reason: str) -> None:
+    rows = measure([variant("bad", function), eager(toy), variant("elsewhere", toy, available=needs_cuda)])
+    row = rows["bad", BACKWARD]
+    assert (row.status, row.reason, row.median_ms, row.speedup) == (status, reason, None, None)
+    assert rows["eager", FORWARD].status == "exact"
+    elsewhere = rows["elsewhere", FORWARD]
+    assert (elsewhere.status, elsewhere.reason) == ("unavailable", "needs a CUDA device")
+    assert f"{status}: {reason}" in render(rows.values())
+
+
+def test_variant_that_fails_during_the_rounds_is_a_row_and_the_others_keep_their_times() -> None:
+    calls = 0
+
+    def fails_late(inputs: Tensors) -> Tensors:
+        nonlocal calls
+        calls += 1
+        return toy(inputs) if calls <= 3 else out_of_memory(inputs)
+
+    rows = measure([eager(toy), variant("late", fails_late)])
+    assert rows["late", FORWARD].status == "out of memory"
+    assert rows["eager", BOTH].rounds == 3
+
+
+def test_bf16_is_judged_by_eager_bf16_and_by_nothing_else() -> None:
+    half = {"precision": "bf16", "dtype": torch.bfloat16}
+    rows = measure([eager(toy), eager_bf16(toy), variant("fused bf16", toy, **half)])
+    row = rows["fused bf16", FORWARD]
+    assert row.status == "exact"
+    assert 1e-4 < (row.error or 0) < (row.error_bound or 0) < 0.1
+    alone = measure([eager(toy), variant("fused bf16", toy, **half)])["fused bf16", FORWARD]
+    assert (alone.status, alone.speedup, alone.error_bound) == ("unjudged", None, None)
+    assert alone.reason.startswith("eager bf16 did not run")
+
+
+def test_rounds_are_interleaved_and_everything_is_warm_before_the_first() -> None:
+    order: list[str] = []
+
+    def logged(name: str) -> Variant:
+        def function(inputs: Tensors) -> Tensors:
+            order.append(name)
+            return toy(inputs)
+
+        return variant(name, function)
+
+    measure([logged("a"), logged("b"), logged("c")], toy_case(baseline="a", eager={"fp32": "a"}))
+    assert "".join(order) == "aabbcc" + "abcbcacab" + "abc"  # check and warm-up; three rounds; the last check
+
+
+def test_forward_only_case_has_one_phase_and_states_latency_and_rates() -> None:
+    case = toy_case(cotangents=None, phase="rollout", latency=True, rates={"frames_per_second": 8.0})
+    (row,) = measure([eager(toy)], case).values()
+    assert (row.phase, row.timing, row.quantiles) == ("rollout", "latency", (0.5, 0.99))
+    assert row.quality["frames_per_second"] == pytest.approx(8e3 / (row.median_ms or 0))
+
+
+def test_time_budget_ends_the_rounds_after_the_least() -> None:
+    assert measure([eager(toy)], rounds=1000, least=2, seconds=0.0)["eager", FORWARD].rounds == 2
+
+
+def test_two_variants_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="different names"):
+        measure([eager(toy), eager(toy)])
+
+
+def test_backward_is_timed_apart_from_forward() -> None:
+    events: list[str] = []
+
+    class Logged(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            events.append("forward")
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+            events.append("backward")
+            return grad
+
+    class LoggingTimer(HostTimer):
+        def time(self, function: Callable[[], Any]) -> Any:
+            events.append("start")
+            result = super().time(function)
+            events.append("stop")
+            return result
+
+    def logged(inputs: Tensors) -> Tensors:
+        return toy({"x": Logged.apply(inputs["x"]), "w": inputs["w"]})
+
+    case = toy_case()
+    runner = Runner(case, variant("logged", logged), CPU, toy_inputs(CPU, torch.float32))
+    runner.time_once(LoggingTimer(CPU, "host"))
+    assert events == ["start", "forward", "stop", "start", "backward", "stop"]
+    forward, backward, both = (runner.times[phase] for phase in case.phases)
+    assert both == [forward[0] + backward[0]]
+
+
+# -- truth, policy and inputs
+
+
+def test_truth_is_float64_with_gradients_of_the_same_values() -> None:
+    inputs = toy_inputs(CPU, torch.bfloat16)
+    truth = truth_of(toy_case(), inputs)
+    x, w = inputs["x"].double(), inputs["w"].double()
+    assert set(truth) == {"y", "count", "grad x", "grad w"}
+    assert all(tensor.dtype == torch.float64 and not tensor.requires_grad for tensor in truth.values())
+    torch.testing.assert_close(truth["grad x"], ((x * w).cos() * w).detach(), rtol=1e-14, atol=0)
+
+
+def test_judge_takes_the_tensor_furthest_beyond_its_bound() -> None:
+    half, single = torch.bfloat16, torch.float32
+    eager_errors = {"loss": Error(1e-7, single), "grad": Error(1e-2, half)}
+    verdict = judge({"loss": Error(9e-6, single), "grad": Error(1e-2, half)}, eager_errors, "bf16")
+    assert (verdict.name, verdict.exact) == ("loss", False)
+    assert judge({"grad": Error(1.9e-2, half)}, eager_errors, "bf16").exact
+    assert not judge({"grad": Error(3.5e-2, half)}, eager_errors, "bf16").exact
+
+
+def test_fp32_has_the_limit_of_the_contract_unless_eager_is_worse() -> None:
+    single = torch.float32
+    good, bad = {"y": Error(8e-6, single)}, {"y": Error(2e-5, single)}
+    assert judge({"y": Error(9.9e-6, single)}, good, "fp32").exact
+    assert not judge({"y": Error(1.1e-5, single)}, good, "fp32").exact  # though within twice eager's error
+    assert judge({"y": Error(3.9e-5, single)}, bad, "fp32").exact
+    assert judge({"y": Error(9.9e-6, single)}, None, "fp32").bound == pytest.approx(1e-5)
+
+
+def test_error_of_a_result_that_is_zero_in_theory_is_relative_to_its_terms() -> None:
+    truth = {"a": torch.zeros(2, dtype=torch.float64), "b": torch.full((2,), 10.0, dtype=torch.float64)}
+    results = {"a": torch.tensor([0.0, 1e-6]), "b": truth["b"].float()}
+    assert relative_errors(results, truth, {}, truth)["a"].relative == math.inf
+    assert relative_errors(results, truth, {"a": "b"}, truth)["a"].relative == pytest.approx(1e-7)
+
+
+def test_channels_last_keeps_values_and_leaves() -> None:
+    inputs = {"x": torch.randn(2, 3, 4, 5, 6).requires_grad_(), "w": torch.randn(3).requires_grad_()}
+    laid_out = channels_last(inputs)
+    x = laid_out["x"]
+    assert x.is_contiguous(memory_format=torch.channels_last_3d)
+    assert x.is_leaf
+    assert x.requires_grad
+    assert torch.equal(x, inputs["x"])
+    assert laid_out["w"] is inputs["w"]
+
+
+def test_quantile_interpolates() -> None:
+    assert (quantile([3.0, 1.0, 2.0], 0.5), quantile([0.0, 10.0], 0.2)) == (2.0, 2.0)
+
+
+# -- memory
+
+
+def hungry(inputs: Tensors, megabytes: int) -> Tensors:
+    scratch = torch.ones(megabytes * MEGABYTE, dtype=torch.uint8)  # written, so it is resident
+    return {"y": inputs["x"] * inputs["w"] + 0 * scratch[0]}
+
+
+def hungry_run(end_of: Callable[[str], None]) -> None:
+    inputs = toy_inputs(CPU, torch.float32)
+    hungry(inputs, 40)
+    end_of("first")
+    hungry(inputs, 90)
+    end_of("second")
+
+
+def prepare_hungry() -> Callable[[Callable[[str], None]], None]:
+    return hungry_run
+
+
+def prepare_failing(error: Exception) -> Any:
+    raise error
+
+
+def test_cpu_memory_is_the_peak_of_each_phase() -> None:
+    peaks = memory.measure_on_cpu(prepare_hungry)
+    assert peaks is not None
+    # A page table and the allocator's slack come on top; a quarter of a megabyte was seen.
+    assert peaks["first"] == pytest.approx(40 * MEGABYTE, abs=2 * MEGABYTE)
+    assert peaks["second"] == pytest.approx(90 * MEGABYTE, abs=2 * MEGABYTE)
+
+
+def test_failures_of_the_measuring_process_are_told_apart() -> None:
+    with pytest.raises(MemoryError, match="no room"):
+        memory.measure_on_cpu(prepare_failing, MemoryError("no room"))
+    with pytest.raises(TypeError, match="module-level functions"):
+        memory.measure_on_cpu(lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("x"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("shape mismatch"), False),
+    ],
+)
+def test_out_of_memory_is_recognised(error: Exception, expected: bool) -> None:
+    assert memory.is_out_of_memory(error) is expected
+
+
+# -- rows and environment
+
+
+def a_row(**changes: Any) -> Row:
+    fields = {"suite": "toy", "case": "3x5", "variant": "eager", "phase": FORWARD, "status": "exact", "rounds": 3}
+    return Row(**{**fields, "median_ms": 1.5, **changes})
+
+
+def test_rows_survive_writing_and_reading(tmp_path: Path) -> None:
+    rows = [
+        a_row(quantiles=(0.2, 0.8), quality={"mAP": 0.5}, versions={"torch": "2"}, dirty=True, speedup=2.0),
+        a_row(status="inexact", reason="y: too large, by far", error=math.inf),
+        a_row(status="unavailable", reason='needs a "GPU"', median_ms=None, rounds=0),
+    ]
+    lines, table = write_rows(rows, tmp_path / "new" / "toy")
+    assert read_rows(lines) == rows
+    with table.open(newline="") as file:
+        cells = list(csv.DictReader(file))
+    assert [row["variant"] for row in cells] == ["eager"] * 3
+    assert (cells[0]["median_ms"], cells[0]["quantiles"], cells[2]["median_ms"]) == ("1.5", "[0.2, 0.8]", "")
+    assert cells[1]["reason"] == "y: too large, by far"
+    assert sorted(path.name for path in lines.parent.iterdir()) == ["toy.csv", "toy.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"status": "great"}, "status is 'great'"),
+        ({"median_ms": "fast"}, "median_ms is 'fast'"),
+        ({"median_ms": math.nan}, "median_ms is nan"),
+        ({"median_ms": None}, "median_ms is None"),
+        ({"rounds": 0}, "rounds is 0"),
+        ({"rounds": True}, "rounds is True"),
+        ({"status": "inexact", "reason": "y"}, None),
+        ({"status": "inexact"}, "without a reason"),
+        ({"status": "inexact", "reason": "y", "speedup": 2.0}, "there can be no speed-up"),
+        ({"status": "failed", "reason": "y"}, "but median_ms is 1.5"),
+        ({"quality": {"mAP": "high"}}, r"quality\['mAP'\] is 'high'"),
+    ],
+)
+def test_rows_are_validated(changes: dict[str, Any], message: str | None) -> None:
+    if message is None:
+        assert a_row(**changes).status == changes["status"]
+        return
+    with pytest.raises((TypeError, ValueError), match=message):
+        a_row(**changes)
+
+
+@pytest.mark.parametrize("line", ['{"suite": "toy"}', "[1]", "not json", '{"suite": "toy", "unknown": 1}'])
+def test_file_that_is_not_rows_is_refused_with_its_line(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    good = write_rows([a_row()], tmp_path / "good")[0].read_text()
+    path.write_text(good + line + "\n")
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: "):
+        read_rows(path)
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.csv"
+    write_text(path, "old")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_table_is_aligned() -> None:
+    assert format_table(["name", "ms"], [["a", "10.5"], ["long", "2"]]).splitlines() == [
+        "name    ms",
+        "----  ----",
+        "a     10.5",
+        "long     2",
+    ]
+
+
+def test_environment_names_the_code_and_the_device() -> None:
+    environment = collect(["python", "-m", "bench", "losses", "--out", "a dir"], CPU)
+    assert environment.command == "python -m bench losses --out 'a dir'"
+    assert environment.device
+    assert environment.versions["torch"] == torch.__version__
+    assert environment.commit == "unknown" or len(environment.commit) == 40
+    assert environment.date.endswith("+00:00")
+
+
+# -- python -m bench losses
+
+
+def test_losses_inputs_are_the_same_values_at_every_precision() -> None:
+    size = losses.Size(batch=1, frames=2, pixels=4)
+    single, half = (losses.make_inputs(size, CPU, dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert [name for name in single if name.startswith("prediction")] == [f"prediction{k}" for k in (1, 2, 3, 4)]
+    assert torch.equal(single["z"].bfloat16(), half["z"])
+    assert single["z"].min() >= 0
+    assert half["weight1"].dtype == torch.float32
+    assert all(x.is_leaf and x.requires_grad for x in half.values())
+
+
+def test_losses_work_is_the_closed_forms_at_the_default_size() -> None:
+    size = losses.Size(batch=64)
+    assert size.rows == 2_621_440
+    one_pass = 5 * 2_621_440 * 16 * 2  # five states in bf16
+    works = [losses.work(size, phase, torch.bfloat16) for phase in (FORWARD, BACKWARD, BOTH)]
+    assert [work.bytes_moved for work in works] == [2 * one_pass, 3 * one_pass, 5 * one_pass]
+    assert works[2].flops == works[0].flops + works[1].flops
+
+
+def test_losses_smoke_run_writes_exact_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "QUICK", Settings(**{**vars(QUICK), "memory": False}))
+    arguments = ["--quick", "--device", "cpu", "--variant", "eager", "closed form", "fused", "--out", str(tmp_path)]
+    assert losses.main(arguments) == 0
+    rows = read_rows(tmp_path / "losses.jsonl")
+    status = {(row.variant, row.phase): row.status for row in rows}
+    for phase in (FORWARD, BACKWARD, BOTH):
+        assert status["eager", phase] == status["closed form", phase] == "exact"
+        assert status["fused", phase] == "unavailable"
+    assert json.loads((tmp_path / "losses.jsonl").read_text().splitlines()[0])["suite"] == "losses"
+
+
+@pytest.mark.parametrize("arguments", [["--batch", "0"], ["--variant", "magic"], ["--device", "tpu"]])
+def test_losses_refuses_what_it_cannot_serve(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        losses.main(arguments)
+    assert arguments[1] in capsys.readouterr().err
