@@ -21,6 +21,7 @@ __all__ = [
     "check_same_config",
     "check_tensors",
     "load_checkpoint",
+    "load_modules",
     "plain_state",
     "restore",
     "save_checkpoint",
@@ -117,16 +118,10 @@ def restore(
     for name in _SECTIONS:
         if not isinstance(state.get(name), dict):
             raise CheckpointError(f"the checkpoint has no section {name!r}")
-    if state["modules"].keys() != modules.keys():
-        raise CheckpointError(f"the checkpoint holds {sorted(state['modules'])}, expected {sorted(modules)}")
     for key, value in state["progress"].items():
         if type(value) not in (int, float):
             raise CheckpointError(f"progress[{key!r}] in the checkpoint is not a number")
-    copies: list[tuple[Tensor, Tensor]] = []
-    for name, module in modules.items():
-        targets, saved = plain_state(module), state["modules"][name]
-        check_tensors(f"{name} in the checkpoint", targets, saved)
-        copies += [(targets[key], saved[key]) for key in targets]
+    copies = _module_copies(state, modules)
     try:
         restore_optimizer = plan_adam_restore(optimizer, state["optimizer"])
     except ValueError as error:
@@ -136,12 +131,39 @@ def restore(
     except Exception as error:  # each library complains in its own way
         raise CheckpointError(f"the random number generator state in the checkpoint is damaged: {error}") from error
 
-    with torch.no_grad():
-        for target, source in copies:
-            target.copy_(source)
+    _copy_all(copies)
     restore_optimizer()
     restore_rng(state["rng"])
     return dict(state["progress"])
+
+
+def load_modules(state: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
+    """Put only the modules of a captured state back, in place, to evaluate them or look at them. All or nothing.
+
+    Raises:
+        CheckpointError: the modules or their tensors do not fit; then nothing has changed.
+    """
+    if not isinstance(state.get("modules"), dict):
+        raise CheckpointError("the checkpoint has no section 'modules'")
+    _copy_all(_module_copies(state, modules))
+
+
+def _module_copies(state: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> list[tuple[Tensor, Tensor]]:
+    """(target, source) for every tensor of the modules, all checked to fit."""
+    if state["modules"].keys() != modules.keys():
+        raise CheckpointError(f"the checkpoint holds {sorted(state['modules'])}, expected {sorted(modules)}")
+    copies = []
+    for name, module in modules.items():
+        targets, saved = plain_state(module), state["modules"][name]
+        check_tensors(f"{name} in the checkpoint", targets, saved)
+        copies += [(targets[key], saved[key]) for key in targets]
+    return copies
+
+
+@torch.no_grad()
+def _copy_all(copies: list[tuple[Tensor, Tensor]]) -> None:
+    for target, source in copies:
+        target.copy_(source)
 
 
 def _copy(value: Any) -> Any:

@@ -183,9 +183,14 @@ class JEPAProbe(nn.Module):
 
 
 def detection_loss(probabilities: Tensor, digit_location: Tensor) -> Tensor:
-    """Binary cross-entropy of (B, T, 8, 8) probabilities against digit maps of the same shape, in fp32 at least."""
+    """Binary cross-entropy of (B, T, 8, 8) probabilities against digit maps of the same shape, in fp32 at least.
+
+    A NaN among the probabilities gives a NaN loss. (Torch's own function raises then, and on a GPU ends the process.)
+    """
     dtype = torch.promote_types(probabilities.dtype, torch.float32)
-    return F.binary_cross_entropy(probabilities.to(dtype), digit_location.to(dtype))
+    probabilities = probabilities.to(dtype)
+    loss = F.binary_cross_entropy(probabilities.nan_to_num(nan=0.5), digit_location.to(dtype))
+    return loss + 0 * probabilities.detach().sum()
 
 
 def build_jepa(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastjepa.evaluation import eval_mode, rollout_tails
-from fastjepa.figures import RolloutArrays
+from fastjepa.figure_data import RolloutArrays
 from fastjepa.jepa import JEPA
 from fastjepa.moving_mnist import ClipSet
 from fastjepa.networks import DetHead, ImageDecoder

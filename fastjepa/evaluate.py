@@ -1,0 +1,94 @@
+"""Evaluate a trained run: `python -m fastjepa.evaluate --checkpoint RUN`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from fastjepa.checkpoint import load_checkpoint, load_modules
+from fastjepa.command_line import fail
+from fastjepa.config import Config, resolve_device
+from fastjepa.evaluation import evaluate
+from fastjepa.jepa import JEPA, build_jepa, build_probes
+from fastjepa.moving_mnist import default_cache_dir, load_clips
+from fastjepa.networks import DetHead, ImageDecoder
+from fastjepa.run_folder import CHECKPOINT_NAME
+from fastjepa.safe_files import CheckpointError, write_text_atomic
+from fastjepa.training import set_precision
+
+
+@dataclass(frozen=True)
+class Options:
+    """Average precision by horizon, and the probes' losses, of a checkpoint on its validation clips."""
+
+    checkpoint: Path
+    """The folder of a run, or its checkpoint file."""
+    device: str = "auto"
+    """"auto", "cpu", "cuda" or "cuda:N"."""
+    batch_size: int | None = None
+    """Clips per batch; default: as in training. AP per batch depends on it a little, pooled AP does not."""
+    literal: bool = False
+    """Repeat the work as the original does."""
+    cache_dir: Path | None = None
+    """Folder of the data; default: as in training."""
+    json: Path | None = None
+    """Also write the metrics to this file."""
+
+
+def load_run(checkpoint: Path, device: torch.device) -> tuple[Config, JEPA, ImageDecoder, DetHead]:
+    """The configuration and the modules of a run, from its folder or checkpoint file.
+
+    Raises:
+        CheckpointError: missing, damaged, or not the checkpoint of a run.
+    """
+    path = checkpoint / CHECKPOINT_NAME if checkpoint.is_dir() else checkpoint
+    state = load_checkpoint(path)
+    try:
+        config = Config.from_json(state["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} holds no usable configuration: {error}") from error
+    jepa = build_jepa(
+        dobs=config.dobs, henc=config.henc, hpre=config.hpre, dstc=config.dstc,
+        std_coeff=config.std_coeff, cov_coeff=config.cov_coeff,
+    )  # fmt: skip
+    decoder, head = build_probes(dobs=config.dobs, dstc=config.dstc)
+    load_modules(state, {"jepa": jepa, "image_decoder": decoder, "detection_head": head})
+    return config, jepa.to(device), decoder.to(device), head.to(device)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    options = tyro.cli(Options, prog="python -m fastjepa.evaluate", args=argv, use_underscores=True)
+    try:
+        device = resolve_device(options.device)
+        config, jepa, decoder, head = load_run(options.checkpoint, device)
+        set_precision(config.precision)
+        _, clips = load_clips(
+            config.data, digits=config.digits, data_path=config.data_path,
+            cache_dir=options.cache_dir or config.cache_dir or default_cache_dir(), n_train=config.n_train,
+            n_val=config.n_val, n_frames=config.n_frames, canvas=config.canvas, digit_size=config.digit_size,
+            seed=config.seed,
+        )  # fmt: skip
+        result = evaluate(
+            jepa, decoder, head, clips.to(device), options.batch_size or config.batch_size,
+            autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None, literal=options.literal,
+        )  # fmt: skip
+        if options.json is not None:
+            write_text_atomic(options.json, json.dumps(result.as_row(), indent=2) + "\n")
+    except (ValueError, OSError, CheckpointError) as error:
+        fail(error)
+    print(f"{len(clips):,} clips; guessing would give {result.positive_share:.3f}")
+    print("horizon  AP      AP pooled")
+    for s, (ap, pooled) in enumerate(zip(result.ap, result.pooled_ap, strict=True)):
+        print(f"AP_{s}     {ap:.4f}  {pooled:.4f}")
+    print(f"mAP      {result.map:.4f}  {result.pooled_map:.4f}")
+    print(f"reconstruction loss {result.recon_loss:.5f}, detection loss {result.det_loss:.5f}")
+
+
+if __name__ == "__main__":
+    main()

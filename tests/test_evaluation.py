@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from sklearn.metrics import average_precision_score
+
+from fastjepa.evaluation import average_precision, eval_mode, evaluate, horizons_of, rollout_tails
+from fastjepa.folding import folded_batch_norm
+from fastjepa.moving_mnist import ClipSet
+from fastjepa.step import TrainStep
+from tiny import tiny_batch, tiny_model
+
+
+def trained(dtype: torch.dtype = torch.float64):  # type: ignore[no-untyped-def]
+    """A tiny model whose running statistics are not the initial ones."""
+    model = tuple(module.to(dtype) for module in tiny_model())
+    step = TrainStep(*model, steps=1)  # type: ignore[arg-type]
+    for seed in range(3):
+        step(*(t.to(dtype) for t in tiny_batch(seed=seed)))
+    return model
+
+
+def clips(n: int, frames: int = 6, size: int = 16) -> ClipSet:
+    generator = torch.Generator().manual_seed(3)
+    video = torch.randint(0, 256, (n, frames, size, size), generator=generator, dtype=torch.uint8)
+    return ClipSet(video, (torch.rand(n, frames, 8, 8, generator=generator) > 0.9).to(torch.uint8))
+
+
+@pytest.mark.parametrize(("frames", "size"), [(10, (8, 8)), (6, (11, 9)), (3, (8, 8))])
+def test_tails_equal_the_literal_rollout(frames: int, size: tuple[int, int]) -> None:
+    jepa, decoder, head = trained()
+    video = tiny_batch(2, frames, size)[0].double()
+    calls = []
+    with eval_mode(jepa, decoder, head):
+        steps, _ = jepa.unroll(video, nsteps=frames - 2, compute_loss=False, return_all_steps=True)
+        jepa.predictor.predictor.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0].shape[2]))
+        tails = list(rollout_tails(jepa.predictor, jepa.encode(video), horizons_of(frames)))
+    assert len(tails) == horizons_of(frames)
+    for s, tail in enumerate(tails):
+        torch.testing.assert_close(tail, steps[s][:, :, s:], rtol=1e-12, atol=1e-12)
+    if frames == 10:
+        assert sum(calls) == 35  # predictor frames per clip; the original computes 72
+
+
+def test_rollout_needs_eval_mode() -> None:
+    jepa, _, _ = trained()
+    with pytest.raises(RuntimeError, match="eval mode"):
+        next(rollout_tails(jepa.predictor, torch.rand(1, 4, 5, 8, 8, dtype=torch.float64), 1))
+    with eval_mode(jepa), pytest.raises(ValueError, match="between 1 and T - 2 = 3, got 4"):
+        next(rollout_tails(jepa.predictor, torch.rand(1, 4, 5, 8, 8, dtype=torch.float64), 4))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_average_precision_is_sklearns(ties: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.rand(4, 3, 8, 8, generator=generator, dtype=torch.float64)
+    if ties:
+        probabilities = (probabilities * 5).round() / 5
+    targets = (torch.rand(4, 3, 8, 8, generator=generator) > 0.8).float()
+    ap = average_precision(probabilities, targets)
+    assert ap.dtype == torch.float64
+    expected = average_precision_score(targets.flatten().numpy(), probabilities.flatten().numpy())
+    assert ap.item() == pytest.approx(expected, rel=1e-12)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_average_precision_without_digits_is_nan() -> None:
+    with pytest.warns(UserWarning, match="No positive samples"):
+        assert average_precision(torch.rand(10), torch.zeros(10)).isnan()
+
+
+def test_folding_keeps_the_numbers() -> None:
+    jepa, _, _ = trained()
+    video = tiny_batch()[0].double()
+    with eval_mode(jepa):
+        for network, x in ((jepa.encoder, video), (jepa.predictor, jepa.encode(video))):
+            folded = folded_batch_norm(network)
+            assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
+            torch.testing.assert_close(folded(x), network(x), rtol=1e-12, atol=1e-12)
+            assert any(isinstance(m, torch.nn.BatchNorm2d) for m in network.modules())
+
+
+def test_deduplicated_evaluation_equals_literal() -> None:
+    jepa, decoder, head = trained(torch.float32)
+    data = clips(5)
+    literal = evaluate(jepa, decoder, head, data, 2, literal=True)
+    single = evaluate(jepa, decoder, head, data, 2)
+    assert single.recon_loss == pytest.approx(literal.recon_loss, rel=1e-5)
+    assert single.det_loss == pytest.approx(literal.det_loss, rel=1e-5)
+    # A rank changes only where two probabilities differ by rounding; there are none here.
+    assert single.ap == pytest.approx(literal.ap, rel=1e-6)
+    assert single.pooled_ap == pytest.approx(literal.pooled_ap, rel=1e-6)
+    assert single.positive_share == pytest.approx(data.digit_maps[:, 2:].float().mean().item(), rel=1e-6)
+    assert single.map == pytest.approx(sum(single.ap) / 3)
+    assert single.as_row().keys() >= {"ap_0", "ap_2", "map", "pooled_map", "val_det_loss", "positive_share"}
+
+
+def test_pooled_ap_and_losses_do_not_depend_on_the_batch_size() -> None:
+    jepa, decoder, head = trained(torch.float32)
+    data = clips(5)
+    one, two = evaluate(jepa, decoder, head, data, 5), evaluate(jepa, decoder, head, data, 2)
+    assert one.pooled_ap == pytest.approx(two.pooled_ap, rel=1e-6)
+    assert one.recon_loss == pytest.approx(two.recon_loss, rel=1e-6)
+    assert one.ap == pytest.approx(one.pooled_ap)  # one batch is the whole set
+    assert one.ap != two.ap
+
+
+def test_evaluation_changes_nothing() -> None:
+    jepa, decoder, head = trained(torch.float32)
+    decoder.eval()
+    before = {name: value.clone() for name, value in jepa.state_dict().items()}
+    evaluate(jepa, decoder, head, clips(3), 2)
+    assert jepa.training
+    assert not decoder.training
+    assert all(torch.equal(value, before[name]) for name, value in jepa.state_dict().items())
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="at least 3 frames, got T = 2"):
+        horizons_of(2)
+    assert [horizons_of(t) for t in (3, 4, 6, 10, 30)] == [1, 1, 3, 7, 7]
