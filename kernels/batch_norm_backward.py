@@ -1,0 +1,244 @@
+"""The op `fastjepa::batch_norm_backward`: the gradient of `batch_norm_forward` in two passes over the rows.
+
+With c = x − mean, x̂ = c·rstd and g = grad_out·[pre-activation > 0], where the pre-activation is computed again:
+
+    ∂bias = Σ g,   ∂weight = Σ g·x̂,
+    ∂x = weight·rstd·(g − ∂bias/n − x̂·∂weight/n)        batch statistics: mean and var depend on x
+    ∂x = weight·rstd·g                                    running statistics
+
+and the same for a normalised residual, with its own statistics and the same g. The first pass makes the sums
+(`batch_norm_reduce`); the second, here, writes ∂x. A residual that is added as it is has the gradient g.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .batch_norm_reduce import reduce_gradients
+from .batch_norm_tiling import (
+    audit_signature,
+    check_inputs,
+    form,
+    launch,
+    load_affine,
+    recipe_cases,
+    row_spans,
+    span_of_program,
+)
+from .launch import TRITON_TYPE, AuditCase, kernel_op, require_available
+
+
+@triton.jit
+def _batch_norm_grad_kernel(  # type: ignore[no-untyped-def]
+    grad_out_ptr,  # (n_rows, n_channels): grad_out, or g if RELU is False
+    x_ptr,  # (n_rows, n_channels)
+    residual_ptr,  # (n_rows, n_channels) or None: raw, with its own BatchNorm
+    grad_x_ptr,  # (n_rows, n_channels)
+    grad_residual_ptr,  # (n_rows, n_channels) or None, as the residual
+    sums_ptr,  # (2 or 3, n_channels): Σ g, Σ g·x̂, Σ g·(normalised residual)
+    mean_ptr,  # (n_channels,), like all that follow
+    var_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_mean_ptr,
+    residual_var_ptr,
+    residual_weight_ptr,
+    residual_bias_ptr,
+    eps,
+    residual_eps,
+    n_rows,
+    n_channels,
+    rows_per_span,
+    BATCH_STATISTICS: tl.constexpr,
+    RESIDUAL_BATCH_STATISTICS: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    offs_row = tl.arange(0, BLOCK_ROWS)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < n_channels
+    offs_tile = offs_row[:, None] * n_channels + offs_c[None, :]
+    first_row, rows = span_of_program(n_rows, rows_per_span)
+    mean, rstd, scale, bias = load_affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, offs_c, mask_c)
+    mean_g = tl.load(sums_ptr + offs_c, mask=mask_c, other=0.0) / n_rows
+    slope = tl.load(sums_ptr + n_channels + offs_c, mask=mask_c, other=0.0) / n_rows * rstd
+    if residual_ptr is not None:
+        residual_mean, residual_rstd, residual_scale, residual_bias = load_affine(
+            residual_mean_ptr, residual_var_ptr, residual_weight_ptr, residual_bias_ptr, residual_eps, offs_c, mask_c
+        )
+        bias += residual_bias
+        residual_sum = tl.load(sums_ptr + 2 * n_channels + offs_c, mask=mask_c, other=0.0)
+        residual_slope = residual_sum / n_rows * residual_rstd
+
+    row = 0
+    while row < rows:
+        offs = (first_row + row) * n_channels + offs_tile
+        mask = (offs_row < rows - row)[:, None] & mask_c[None, :]
+        g = tl.load(grad_out_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        c = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
+        if residual_ptr is not None:
+            r = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32) - residual_mean[None, :]
+        if RELU:
+            out = c * scale[None, :] + bias[None, :]
+            if residual_ptr is not None:
+                out += r * residual_scale[None, :]
+            g = tl.where(out <= 0.0, 0.0, g)
+        grad_x = g
+        if BATCH_STATISTICS:
+            grad_x = (g - mean_g[None, :]) - c * slope[None, :]
+        grad_x *= scale[None, :]
+        tl.store(grad_x_ptr + offs, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        if residual_ptr is not None:
+            grad_residual = g
+            if RESIDUAL_BATCH_STATISTICS:
+                grad_residual = (g - mean_g[None, :]) - r * residual_slope[None, :]
+            grad_residual *= residual_scale[None, :]
+            tl.store(grad_residual_ptr + offs, grad_residual.to(grad_residual_ptr.dtype.element_ty), mask=mask)
+        row += BLOCK_ROWS
+
+
+def _fake_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual_mean: Tensor | None,
+    residual_var: Tensor | None,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    eps: float,
+    residual_eps: float,
+    batch_statistics: bool,
+    residual_batch_statistics: bool,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n_sums = 2 if residual_mean is None else 3
+    grad_residual = x.new_empty(0) if residual is None else torch.empty_like(x)
+    return torch.empty_like(x), grad_residual, x.new_empty((n_sums, x.shape[1]), dtype=torch.float32)
+
+
+@kernel_op("fastjepa::batch_norm_backward", fake=_fake_backward)
+def batch_norm_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual_mean: Tensor | None,
+    residual_var: Tensor | None,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    eps: float,
+    residual_eps: float,
+    batch_statistics: bool,
+    residual_batch_statistics: bool,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `fastjepa::batch_norm_forward`, whose other arguments these are. Not differentiable.
+
+    Args:
+        grad_out: (n_rows, n_channels), contiguous, in x's dtype.
+        residual: as in the forward op, but None for a final residual without a ReLU: its gradient is grad_out.
+
+    Returns:
+        grad_x: like x.
+        grad_residual: like x, or (0,) without a residual.
+        sums: (2 or 3, n_channels) fp32: the gradients of bias (of both biases), weight and residual_weight.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: as the forward op.
+    """
+    op = "batch_norm_backward"
+    require_available(op, x.device)
+    vectors = {
+        "mean": mean,
+        "var": var,
+        "weight": weight,
+        "bias": bias,
+        "residual_mean": residual_mean,
+        "residual_var": residual_var,
+        "residual_weight": residual_weight,
+        "residual_bias": residual_bias,
+    }
+    n_rows, n_channels = check_inputs(op, x, {"grad_out": grad_out, "residual": residual}, vectors)
+    eps_by_name = {"eps": eps, "residual_eps": residual_eps}
+    g, sums = reduce_gradients(grad_out, x, residual, relu=relu, vectors=vectors, **eps_by_name)
+    if g is not None:  # the residual is done, and so is the mask
+        grad_out, residual, relu = g, None, False
+    grad_x = torch.empty_like(x)
+    grad_residual = None if residual is None else torch.empty_like(x)
+    spans = row_spans(f"grad/{form(residual, residual_mean)}", n_rows, n_channels, x.dtype)
+    launch(
+        _batch_norm_grad_kernel,
+        spans.grid,
+        spans.config,
+        grad_out_ptr=grad_out,
+        x_ptr=x,
+        residual_ptr=residual,
+        grad_x_ptr=grad_x,
+        grad_residual_ptr=grad_residual,
+        sums_ptr=sums,
+        **{f"{name}_ptr": vector for name, vector in vectors.items()},
+        **eps_by_name,
+        n_rows=n_rows,
+        n_channels=n_channels,
+        rows_per_span=spans.rows_per_span,
+        BATCH_STATISTICS=batch_statistics,
+        RESIDUAL_BATCH_STATISTICS=residual_batch_statistics,
+        RELU=relu,
+    )
+    if g is not None:
+        grad_residual = g
+    return grad_x, x.new_empty(0) if grad_residual is None else grad_residual, sums
+
+
+def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "batch_norm_act: its gradient cannot be differentiated again (double backward). Use nn.BatchNorm2d, or "
+        "batch_norm_reference.batch_norm_act_reference, where a second derivative is needed"
+    )
+
+
+batch_norm_backward.register_autograd(_refuse_double_backward)
+
+
+def audit_cases() -> list[AuditCase]:
+    """The second pass in its forms at the recipe's shapes, for the static audit."""
+    kernel = _batch_norm_grad_kernel
+    full_size = ("grad_out_ptr", "x_ptr", "residual_ptr", "grad_x_ptr", "grad_residual_ptr")
+    residual = tuple(name for name in kernel.arg_names if "residual" in name and name.endswith("_ptr"))
+    # (case, TILINGS key, full-size tensors moved, RELU, flops per element, absent pointers); after a reduction that
+    # stored g the second pass has no ReLU.
+    forms: list[tuple[str, str, int, bool, int, tuple[str, ...]]] = [
+        ("plain", "plain", 3, True, 8, residual),
+        ("residual", "plain", 3, False, 5, residual),
+        ("normalized_residual", "normalized_residual", 5, True, 14, ()),
+    ]
+    cases = []
+    for n_rows, n_channels, dtype in recipe_cases():
+        for case, key, n_tensors, relu, flops, absent in forms:
+            constexprs: dict[str, Any] = {**dict.fromkeys(absent), "RELU": relu}
+            cases.append(
+                AuditCase(
+                    name=f"batch_norm_grad/{case}/{TRITON_TYPE[dtype]}/{n_rows}x{n_channels}",
+                    kernel=kernel,
+                    signature=audit_signature(kernel, dtype, full_size, absent),
+                    constexprs=constexprs | {"BATCH_STATISTICS": True, "RESIDUAL_BATCH_STATISTICS": True},
+                    config=row_spans(f"grad/{key}", n_rows, n_channels, dtype).config,
+                    bytes_moved=n_tensors * n_rows * n_channels * dtype.itemsize,
+                    flops=flops * n_rows * n_channels,
+                    divisible_by_16=("n_rows", "n_channels", "rows_per_span"),
+                )
+            )
+    return cases

@@ -1,0 +1,238 @@
+"""The op `fastjepa::batch_norm_forward`: one pass that applies BatchNorm (+ residual) (+ ReLU) to rows (M, C).
+
+The maths is in `batch_norm`; the gradient in `batch_norm_backward`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .batch_norm_backward import batch_norm_backward
+from .batch_norm_tiling import (
+    audit_signature,
+    check_inputs,
+    form,
+    launch,
+    load_affine,
+    recipe_cases,
+    row_spans,
+    span_of_program,
+)
+from .launch import TRITON_TYPE, AuditCase, kernel_op, require_available
+
+
+@triton.jit
+def _batch_norm_forward_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,  # (n_rows, n_channels)
+    residual_ptr,  # (n_rows, n_channels) or None
+    out_ptr,  # (n_rows, n_channels)
+    mean_ptr,  # (n_channels,), like all that follow
+    var_ptr,
+    weight_ptr,  # weight and bias may both be None
+    bias_ptr,
+    residual_mean_ptr,  # None: the residual is added as it is
+    residual_var_ptr,
+    residual_weight_ptr,
+    residual_bias_ptr,
+    eps,
+    residual_eps,
+    n_rows,
+    n_channels,
+    rows_per_span,
+    RELU: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    offs_row = tl.arange(0, BLOCK_ROWS)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < n_channels
+    offs_tile = offs_row[:, None] * n_channels + offs_c[None, :]
+    first_row, rows = span_of_program(n_rows, rows_per_span)
+    mean, _, scale, bias = load_affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, offs_c, mask_c)
+    if residual_mean_ptr is not None:
+        residual_mean, _, residual_scale, residual_bias = load_affine(
+            residual_mean_ptr, residual_var_ptr, residual_weight_ptr, residual_bias_ptr, residual_eps, offs_c, mask_c
+        )
+        bias += residual_bias
+
+    row = 0
+    while row < rows:
+        offs = (first_row + row) * n_channels + offs_tile
+        mask = (offs_row < rows - row)[:, None] & mask_c[None, :]
+        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        out = (x - mean[None, :]) * scale[None, :] + bias[None, :]
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            if residual_mean_ptr is not None:
+                residual = (residual - residual_mean[None, :]) * residual_scale[None, :]
+            out += residual
+        if RELU:
+            out = tl.where(out <= 0.0, 0.0, out)  # a NaN stays a NaN
+        tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
+        row += BLOCK_ROWS
+
+
+def _fake_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual_mean: Tensor | None,
+    residual_var: Tensor | None,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    eps: float,
+    residual_eps: float,
+    batch_statistics: bool,
+    residual_batch_statistics: bool,
+    relu: bool,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+@kernel_op("fastjepa::batch_norm_forward", fake=_fake_forward)
+def batch_norm_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual_mean: Tensor | None,
+    residual_var: Tensor | None,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    eps: float,
+    residual_eps: float,
+    batch_statistics: bool,
+    residual_batch_statistics: bool,
+    relu: bool,
+) -> Tensor:
+    """relu?( BN(x; mean, var, weight, bias) [+ residual] [+ BN(residual; residual_mean, ...)] ), differentiable.
+
+    Args:
+        x: (n_rows, n_channels), contiguous, fp32, bf16 or fp16, at most 1024 channels.
+        residual: None, or like x.
+        mean, var: (n_channels,), the biased variance. They get no gradient of their own: see batch_statistics.
+        weight, bias: (n_channels,), or both None.
+        residual_mean, residual_var: the statistics of the residual's own BatchNorm, or both None to add it as it is.
+        residual_weight, residual_bias: its parameters, or both None.
+        eps, residual_eps: added to the variances.
+        batch_statistics: mean and var are those of x itself, so the gradient for x goes through them too (training
+            mode). Otherwise they are constants (running statistics).
+        residual_batch_statistics: the same for the residual's.
+        relu: apply the ReLU.
+        The (n_channels,) vectors are fp32 or have x's dtype.
+
+    Returns:
+        (n_rows, n_channels) in x's dtype.
+
+    Raises:
+        RuntimeError: the kernels cannot run on x's device.
+        TypeError, ValueError: an argument has another dtype, shape, layout or device; the message names it.
+    """
+    op = "batch_norm_forward"
+    require_available(op, x.device)
+    vectors = {
+        "mean": mean,
+        "var": var,
+        "weight": weight,
+        "bias": bias,
+        "residual_mean": residual_mean,
+        "residual_var": residual_var,
+        "residual_weight": residual_weight,
+        "residual_bias": residual_bias,
+    }
+    n_rows, n_channels = check_inputs(op, x, {"residual": residual}, vectors)
+    spans = row_spans(f"forward/{form(residual, residual_mean)}", n_rows, n_channels, x.dtype)
+    out = torch.empty_like(x)
+    launch(
+        _batch_norm_forward_kernel,
+        spans.grid,
+        spans.config,
+        x_ptr=x,
+        residual_ptr=residual,
+        out_ptr=out,
+        **{f"{name}_ptr": vector for name, vector in vectors.items()},
+        eps=eps,
+        residual_eps=residual_eps,
+        n_rows=n_rows,
+        n_channels=n_channels,
+        rows_per_span=spans.rows_per_span,
+        RELU=relu,
+    )
+    return out
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, residual, *vectors, eps, residual_eps, batch_statistics, residual_batch_statistics, relu = inputs
+    residual_mean = vectors[4]
+    ctx.has_residual = residual is not None
+    # A final residual is needed for the ReLU's mask only.
+    kept_residual = residual if relu or residual_mean is not None else None
+    ctx.save_for_backward(x, kept_residual, *vectors)
+    ctx.scalars = (eps, residual_eps, batch_statistics, residual_batch_statistics, relu)
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    x, residual, *vectors = ctx.saved_tensors
+    weight, bias, residual_weight, residual_bias = vectors[2], vectors[3], vectors[6], vectors[7]
+    grad_out = grad_out.contiguous()
+    grad_x, grad_residual, sums = batch_norm_backward(grad_out, x, residual, *vectors, *ctx.scalars)
+    if not ctx.has_residual:
+        grad_residual = None
+    elif residual is None:  # a final residual and no ReLU: its gradient is that of the output
+        grad_residual = grad_out
+    grad_bias, grad_weight = sums[0], sums[1]
+    return (
+        grad_x,
+        grad_residual,
+        None,
+        None,
+        None if weight is None else grad_weight.to(weight.dtype),
+        None if bias is None else grad_bias.to(bias.dtype),
+        None,
+        None,
+        None if residual_weight is None else sums[2].to(residual_weight.dtype),
+        # A copy: two parameters must not be given one gradient tensor.
+        None if residual_bias is None else grad_bias.to(residual_bias.dtype, copy=True),
+        *(None,) * 5,
+    )
+
+
+batch_norm_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def audit_cases() -> list[AuditCase]:
+    """The forward kernel in its three forms at the recipe's shapes, for the static audit."""
+    kernel = _batch_norm_forward_kernel
+    residual_statistics = tuple(n for n in kernel.arg_names if n.startswith("residual_") and n.endswith("_ptr"))[1:]
+    absent = {
+        "plain": ("residual_ptr", *residual_statistics),
+        "residual": residual_statistics,
+        "normalized_residual": (),
+    }
+    cases = []
+    for n_rows, n_channels, dtype in recipe_cases():
+        for name, absent_pointers in absent.items():
+            n_tensors = 2 if name == "plain" else 3
+            cases.append(
+                AuditCase(
+                    name=f"batch_norm_forward/{name}/{TRITON_TYPE[dtype]}/{n_rows}x{n_channels}",
+                    kernel=kernel,
+                    signature=audit_signature(kernel, dtype, ("x_ptr", "residual_ptr", "out_ptr"), absent_pointers),
+                    constexprs={**dict.fromkeys(absent_pointers), "RELU": True},
+                    config=row_spans(f"forward/{name}", n_rows, n_channels, dtype).config,
+                    bytes_moved=n_tensors * n_rows * n_channels * dtype.itemsize,
+                    flops=(8 if name == "normalized_residual" else 3 + n_tensors) * n_rows * n_channels,
+                    divisible_by_16=("n_rows", "n_channels", "rows_per_span"),
+                )
+            )
+    return cases

@@ -1,0 +1,210 @@
+"""The first pass of BatchNorm's backward: per-channel sums over the rows, in partials merged in a fixed order.
+
+    Σ g,  Σ g·x̂  [, Σ g·r̂ for a normalised residual],   g = grad_out·[pre-activation > 0]
+
+Each program sums its span of rows; a second, small kernel adds the partials of all spans. No atomics. The gradient of a
+residual that is added as it is equals g: it is stored on the way, so that the second pass reads g in place of grad_out
+and the residual.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .batch_norm_tiling import (
+    audit_signature,
+    form,
+    launch,
+    load_affine,
+    merge_config,
+    recipe_cases,
+    row_spans,
+    span_of_program,
+)
+from .launch import TRITON_TYPE, AuditCase
+
+
+@triton.jit
+def _batch_norm_reduce_kernel(  # type: ignore[no-untyped-def]
+    grad_out_ptr,  # (n_rows, n_channels)
+    x_ptr,  # (n_rows, n_channels)
+    residual_ptr,  # (n_rows, n_channels) or None
+    g_ptr,  # (n_rows, n_channels) or None: receives g
+    partial_ptr,  # (2 or 3, n_spans, n_channels): Σ g, Σ g·x̂, Σ g·(normalised residual)
+    mean_ptr,  # (n_channels,), like all that follow
+    var_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_mean_ptr,
+    residual_var_ptr,
+    residual_weight_ptr,
+    residual_bias_ptr,
+    eps,
+    residual_eps,
+    n_rows,
+    n_channels,
+    rows_per_span,
+    RELU: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    offs_row = tl.arange(0, BLOCK_ROWS)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < n_channels
+    offs_tile = offs_row[:, None] * n_channels + offs_c[None, :]
+    first_row, rows = span_of_program(n_rows, rows_per_span)
+    mean, rstd, scale, bias = load_affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, offs_c, mask_c)
+    if residual_mean_ptr is not None:
+        residual_mean, residual_rstd, residual_scale, residual_bias = load_affine(
+            residual_mean_ptr, residual_var_ptr, residual_weight_ptr, residual_bias_ptr, residual_eps, offs_c, mask_c
+        )
+        bias += residual_bias
+
+    sum_g = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
+    sum_gc = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
+    sum_gr = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
+    row = 0
+    while row < rows:
+        offs = (first_row + row) * n_channels + offs_tile
+        mask = (offs_row < rows - row)[:, None] & mask_c[None, :]
+        g = tl.load(grad_out_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        c = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
+        if residual_ptr is not None:
+            r = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            if residual_mean_ptr is not None:
+                r -= residual_mean[None, :]
+        if RELU:  # the same arithmetic as in the forward kernel
+            out = c * scale[None, :] + bias[None, :]
+            if residual_mean_ptr is not None:
+                out += r * residual_scale[None, :]
+            elif residual_ptr is not None:
+                out += r
+            g = tl.where(out <= 0.0, 0.0, g)
+        if g_ptr is not None:
+            tl.store(g_ptr + offs, g.to(g_ptr.dtype.element_ty), mask=mask)
+        sum_g += g
+        sum_gc += g * c
+        if residual_mean_ptr is not None:
+            sum_gr += g * r
+        row += BLOCK_ROWS
+
+    offs_partial = tl.program_id(0) * n_channels + offs_c
+    partial_stride = tl.num_programs(0) * n_channels
+    tl.store(partial_ptr + offs_partial, tl.sum(sum_g, axis=0), mask=mask_c)
+    tl.store(partial_ptr + partial_stride + offs_partial, tl.sum(sum_gc, axis=0) * rstd, mask=mask_c)
+    if residual_mean_ptr is not None:
+        tl.store(partial_ptr + 2 * partial_stride + offs_partial, tl.sum(sum_gr, axis=0) * residual_rstd, mask=mask_c)
+
+
+@triton.jit
+def _batch_norm_reduce_merge_kernel(  # type: ignore[no-untyped-def]
+    partial_ptr,  # (n_sums, n_spans, n_channels)
+    sums_ptr,  # (n_sums, n_channels)
+    n_channels,
+    n_spans,
+    BLOCK_SPANS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    offs_span = tl.arange(0, BLOCK_SPANS)
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < n_channels
+    offs = (tl.program_id(1) * n_spans + offs_span)[:, None] * n_channels + offs_c[None, :]
+    partial = tl.load(partial_ptr + offs, mask=(offs_span < n_spans)[:, None] & mask_c[None, :], other=0.0)
+    tl.store(sums_ptr + tl.program_id(1) * n_channels + offs_c, tl.sum(partial, axis=0), mask=mask_c)
+
+
+def reduce_gradients(
+    grad_out: Tensor, x: Tensor, residual: Tensor | None, *, relu: bool, vectors: dict[str, Tensor | None], **eps: float
+) -> tuple[Tensor | None, Tensor]:
+    """Launch the pass. Arguments as in `batch_norm_backward`, which checks them; `eps`: eps and residual_eps.
+
+    Returns:
+        g, like x, for a residual without statistics of its own, else None.
+        sums: (2 or 3, n_channels) fp32: Σ g, Σ g·x̂, Σ g·r̂.
+    """
+    n_rows, n_channels = x.shape
+    reduce_form = form(residual, vectors["residual_mean"])
+    spans = row_spans(f"reduce/{reduce_form}", n_rows, n_channels, x.dtype)
+    n_sums = 3 if reduce_form == "normalized_residual" else 2
+    partial = torch.empty((n_sums, spans.n_spans, n_channels), dtype=torch.float32, device=x.device)
+    sums = torch.empty((n_sums, n_channels), dtype=torch.float32, device=x.device)
+    g = torch.empty_like(x) if reduce_form == "residual" else None
+    launch(
+        _batch_norm_reduce_kernel,
+        spans.grid,
+        spans.config,
+        grad_out_ptr=grad_out,
+        x_ptr=x,
+        residual_ptr=residual,
+        g_ptr=g,
+        partial_ptr=partial,
+        **{f"{name}_ptr": vector for name, vector in vectors.items()},
+        **eps,
+        n_rows=n_rows,
+        n_channels=n_channels,
+        rows_per_span=spans.rows_per_span,
+        RELU=relu,
+    )
+    config = merge_config(spans.n_spans)
+    launch(
+        _batch_norm_reduce_merge_kernel,
+        (triton.cdiv(n_channels, config.blocks["BLOCK_C"]), n_sums),
+        config,
+        partial_ptr=partial,
+        sums_ptr=sums,
+        n_channels=n_channels,
+        n_spans=spans.n_spans,
+    )
+    return g, sums
+
+
+def audit_cases() -> list[AuditCase]:
+    """The reduction in its three forms, and the merge of its partials, at the recipe's shapes."""
+    statistics = tuple(f"residual_{name}_ptr" for name in ("mean", "var", "weight", "bias"))
+    kernel = _batch_norm_reduce_kernel
+    # form: (full-size tensors moved, flops per element, absent pointers)
+    forms: dict[str, tuple[int, int, tuple[str, ...]]] = {
+        "plain": (2, 7, ("residual_ptr", "g_ptr", *statistics)),
+        "residual": (4, 8, statistics),
+        "normalized_residual": (3, 12, ("g_ptr",)),
+    }
+    cases = []
+    for n_rows, n_channels, dtype in recipe_cases():
+        shape = f"{TRITON_TYPE[dtype]}/{n_rows}x{n_channels}"
+        for name, (n_tensors, flops, absent) in forms.items():
+            spans = row_spans(f"reduce/{name}", n_rows, n_channels, dtype)
+            partial_bytes = 4 * (3 if name == "normalized_residual" else 2) * spans.n_spans * n_channels
+            constexprs: dict[str, Any] = {**dict.fromkeys(absent), "RELU": True}
+            cases.append(
+                AuditCase(
+                    name=f"batch_norm_reduce/{name}/{shape}",
+                    kernel=kernel,
+                    signature=audit_signature(
+                        kernel, dtype, ("grad_out_ptr", "x_ptr", "residual_ptr", "g_ptr"), absent
+                    ),
+                    constexprs=constexprs,
+                    config=spans.config,
+                    bytes_moved=n_tensors * n_rows * n_channels * dtype.itemsize + partial_bytes,
+                    flops=flops * n_rows * n_channels,
+                    divisible_by_16=("n_rows", "n_channels", "rows_per_span"),
+                )
+            )
+        spans = row_spans("reduce/plain", n_rows, n_channels, dtype)
+        cases.append(
+            AuditCase(
+                name=f"batch_norm_reduce_merge/{shape}",
+                kernel=_batch_norm_reduce_merge_kernel,
+                signature=audit_signature(_batch_norm_reduce_merge_kernel, dtype, ()),
+                constexprs={},
+                config=merge_config(spans.n_spans),
+                bytes_moved=4 * 2 * (spans.n_spans + 1) * n_channels,
+                flops=2 * spans.n_spans * n_channels,
+                divisible_by_16=("n_channels",),
+            )
+        )
+    return cases

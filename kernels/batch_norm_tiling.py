@@ -1,0 +1,197 @@
+"""How every BatchNorm kernel cuts channels-last rows into programs, and the launch table.
+
+A channels-last tensor (N, C, H, W) is a matrix of rows (M = N·H·W, C) in memory. One program walks a span of rows of a
+block of channels, one tile (BLOCK_ROWS, BLOCK_C) at a time. The cut depends on the shape and the dtype alone, never on
+the GPU, so sums are made in the same order, and give the same bits, everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import TRITON_TYPE, LaunchConfig, check_tensor, wrap
+
+MAX_CHANNELS = 1024
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """`tile_bytes` of each full-size tensor in one tile, and the most programs that the rows are cut into."""
+
+    tile_bytes: int
+    max_programs: int
+
+
+# A program has 128 threads, so 4096 tile bytes are two 128-bit loads in flight per thread and tensor. Where sums are
+# kept, max_programs is what an H200 holds at once: 132 SMs × the programs that the compiled registers (bf16, in the
+# comment) allow on each, rounded down, so that no second wave runs half empty; and at most MAX_SPANS.
+# Where none are kept, smaller spans even out the end of the launch. Chosen from compiled code, not yet measured.
+TILINGS = {
+    "statistics": Tiling(tile_bytes=4096, max_programs=896),  # 72 registers: 7 per SM
+    "forward/plain": Tiling(tile_bytes=8192, max_programs=4096),  # 62
+    "forward/residual": Tiling(tile_bytes=4096, max_programs=4096),  # 48
+    "forward/normalized_residual": Tiling(tile_bytes=4096, max_programs=4096),  # 75
+    "reduce/plain": Tiling(tile_bytes=4096, max_programs=640),  # 95: 5 per SM
+    "reduce/residual": Tiling(tile_bytes=4096, max_programs=512),  # 119: 4 per SM
+    "reduce/normalized_residual": Tiling(tile_bytes=4096, max_programs=384),  # 162: 3 per SM
+    "grad/plain": Tiling(tile_bytes=4096, max_programs=4096),  # 64
+    "grad/normalized_residual": Tiling(tile_bytes=4096, max_programs=4096),  # 128
+}
+MAX_SPANS = 1024  # the partials of all spans fit one tile of a merging kernel
+
+# (rows, channels, dtypes) for the static audit: 64 clips × 9 frame pairs of 64×64 maps, as in the default recipe. Wider
+# layers (64 channels at 32×32, 128 at 16×16, 256 at 8×8) run the code of 64 channels, a block of 64 at a time.
+_AUDITED = (
+    (576 * 64 * 64, 16, (torch.bfloat16,)),
+    (576 * 64 * 64, 32, (torch.bfloat16, torch.float16, torch.float32)),
+    (576 * 64 * 64, 64, (torch.bfloat16,)),
+)
+
+
+def form(residual: object, residual_mean: object) -> str:
+    """Which of the three forms of the op this is: the second half of a TILINGS key."""
+    return "plain" if residual is None else "residual" if residual_mean is None else "normalized_residual"
+
+
+@dataclass(frozen=True)
+class RowSpans:
+    """A launch over (n_rows, n_channels): grid (n_spans, channel blocks), `rows_per_span` rows to a program."""
+
+    config: LaunchConfig
+    grid: tuple[int, int]
+    rows_per_span: int
+
+    @property
+    def n_spans(self) -> int:
+        """The number of spans that the rows are cut into."""
+        return self.grid[0]
+
+
+def row_spans(key: str, n_rows: int, n_channels: int, dtype: torch.dtype) -> RowSpans:
+    """Cut (n_rows, n_channels) of `dtype` into programs of whole tiles, as TILINGS[key] says.
+
+    A tile is at most 64 channels wide: a whole 128-byte line of bf16. Wider ones would leave the 8×8 maps of the recipe
+    too few programs.
+    """
+    tiling = TILINGS[key]
+    block_c = min(triton.next_power_of_2(n_channels), 64)
+    block_rows = tiling.tile_bytes // (dtype.itemsize * block_c)
+    channel_blocks = triton.cdiv(n_channels, block_c)
+    most_spans = max(1, tiling.max_programs // channel_blocks)
+    rows_per_span = triton.cdiv(triton.cdiv(n_rows, block_rows), most_spans) * block_rows
+    config = LaunchConfig(num_warps=4, blocks={"BLOCK_ROWS": block_rows, "BLOCK_C": block_c})
+    return RowSpans(config, (triton.cdiv(n_rows, rows_per_span), channel_blocks), rows_per_span)
+
+
+def merge_config(n_spans: int) -> LaunchConfig:
+    """The launch of a kernel that merges the partials of `n_spans` spans: one tile of all spans × 8 channels.
+
+    8 channels of fp32 are one 32-byte sector, the least that a load fetches.
+    """
+    blocks = {"BLOCK_SPANS": triton.next_power_of_2(n_spans), "BLOCK_C": 8}
+    return LaunchConfig(num_warps=8 if n_spans > 256 else 4, blocks=blocks)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], config: LaunchConfig, **arguments: Any) -> None:
+    """Launch `kernel` over `grid` with the blocks, warps and stages of `config`."""
+    wrap(kernel)[grid](**arguments, **config.blocks, num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+def check_rows(op: str, x: Tensor) -> tuple[int, int]:
+    """(n_rows, n_channels) of the row matrix `x`; ValueError or TypeError if the kernels cannot take it."""
+    check_tensor(op, "x", x, shape=(None, None))
+    n_rows, n_channels = x.shape
+    if not 1 <= n_channels <= MAX_CHANNELS:
+        raise ValueError(f"{op}: x has {n_channels} channels; accepted: 1 to {MAX_CHANNELS}")
+    if n_rows < 1:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; accepted: at least one row")
+    if not x.is_contiguous():
+        raise ValueError(f"{op}: x has strides {x.stride()}; accepted: contiguous rows (n_rows, n_channels)")
+    return n_rows, n_channels
+
+
+def check_inputs(
+    op: str, x: Tensor, tensors: dict[str, Tensor | None], vectors: dict[str, Tensor | None]
+) -> tuple[int, int]:
+    """(n_rows, n_channels) of `x`; an error naming the argument if one does not fit it.
+
+    `tensors` that are given must be like x. `vectors` that are given have one entry per channel, in fp32 or x's dtype;
+    mean and var, and weight and bias, come in pairs.
+    """
+    n_rows, n_channels = check_rows(op, x)
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check_tensor(op, name, tensor, shape=(n_rows, n_channels), dtypes=(x.dtype,), device=x.device)
+            if not tensor.is_contiguous():
+                raise ValueError(f"{op}: {name} has strides {tensor.stride()}; accepted: contiguous rows")
+    for name, vector in vectors.items():
+        if vector is not None:
+            dtypes = dict.fromkeys((torch.float32, x.dtype))
+            check_tensor(op, name, vector, shape=(n_channels,), dtypes=dtypes, device=x.device)
+            if not vector.is_contiguous():
+                raise ValueError(f"{op}: {name} has stride {vector.stride()}; accepted: contiguous")
+    for name, partner in _PAIRS:
+        if (vectors[name] is None) != (vectors[partner] is None):
+            raise ValueError(f"{op}: {name} and {partner} must both be given, or both be None")
+    return n_rows, n_channels
+
+
+_PAIRS = (
+    ("mean", "var"),
+    ("weight", "bias"),
+    ("residual_mean", "residual_var"),
+    ("residual_weight", "residual_bias"),
+)
+
+
+@triton.jit
+def span_of_program(n_rows, rows_per_span):  # type: ignore[no-untyped-def]
+    """(first row, number of rows) of this program's span. int64, because n_rows · n_channels may exceed 2^31."""
+    first_row = tl.program_id(0).to(tl.int64) * rows_per_span
+    return first_row, tl.minimum(n_rows - first_row, rows_per_span).to(tl.int32)
+
+
+@triton.jit
+def load_affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, offs_c, mask_c):  # type: ignore[no-untyped-def]
+    """(mean, rstd, scale, bias) of these channels in fp32: BN(x) = (x − mean)·scale + bias with scale = weight·rstd.
+
+    Not folded into x·scale + (bias − mean·scale): that cancels where the mean is large against the deviation.
+    """
+    mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.load(var_ptr + offs_c, mask=mask_c, other=1.0).to(tl.float32) + eps)
+    if weight_ptr is not None:
+        scale = rstd * tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    else:
+        scale = rstd
+        bias = tl.zeros_like(mean)
+    return mean, rstd, scale, bias
+
+
+def recipe_cases() -> Iterator[tuple[int, int, torch.dtype]]:
+    """(n_rows, n_channels, dtype) of every launch config for the static audit, at the recipe's sizes."""
+    for n_rows, n_channels, dtypes in _AUDITED:
+        for dtype in dtypes:
+            yield n_rows, n_channels, dtype
+
+
+def audit_signature(
+    kernel: Any, dtype: torch.dtype, full_size: tuple[str, ...], absent: tuple[str, ...] = ()
+) -> dict[str, str]:
+    """Triton types of all arguments but the `absent`: `full_size` pointers are to `dtype`, the others to fp32."""
+    types = {}
+    for name in kernel.arg_names:
+        if name in absent or name.isupper():  # None, or a constexpr
+            continue
+        if name.endswith("_ptr"):
+            types[name] = f"*{TRITON_TYPE[dtype]}" if name in full_size else "*fp32"
+        else:
+            types[name] = "fp32" if name.endswith("eps") else "i32"
+    return types
