@@ -158,6 +158,7 @@ def test_the_model_is_frozen_and_stays_in_eval_mode(folder: Path) -> None:
     assert torch.equal(model.encode(video), before)
     states = before.clone().requires_grad_()
     assert not model.rollout(states=states, steps=1).requires_grad
+    assert not model.encode(video.requires_grad_()).requires_grad
 
 
 @pytest.mark.parametrize(
@@ -324,6 +325,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 def test_config_is_written_last(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An export that stops half-way leaves a folder that says so, never one of mixed weights."""
+
     def refuse(path: Path, text: str) -> None:
         raise CheckpointError("no space")
 
