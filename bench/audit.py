@@ -15,6 +15,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -164,7 +165,7 @@ def render(findings: Iterable[Finding]) -> str:
             [
                 *start,
                 *(str(facts[name]) for name in ("registers", "spill_bytes", "shared_bytes")),
-                ", ".join(f"{count} {form}" for form, count in forms.items()) or "none",
+                _summary(forms),
                 *(f"{facts[f'wide_{kind}']}/{facts[f'global_{kind}']}" for kind in ("loads", "stores")),
                 "YES" if facts["warnings"] else "no",
                 f"YES ({len(finding.hazards)})" if finding.hazards else "no" if finding.arch == 90 else "-",
@@ -173,6 +174,16 @@ def render(findings: Iterable[Finding]) -> str:
             ]
         )
     return format_table(header.split(" "), rows)
+
+
+def _summary(forms: dict[str, int]) -> str:
+    """Matrix instructions by kind and type, without their shapes: "8 HGMMA.BF16 RS"."""
+    counts: Counter[str] = Counter()
+    for form, count in forms.items():
+        opcode, _, operand = form.partition(" ")
+        kind, *modifiers = opcode.split(".")
+        counts[" ".join(filter(None, [".".join([kind, *modifiers[-1:]]), operand]))] += count
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "none"
 
 
 def main(argv: list[str]) -> int:

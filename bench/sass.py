@@ -22,6 +22,7 @@ from fastjepa.kernels.launch import AuditCase
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.cache import get_cache_manager
 
 # Mnemonics of matrix instructions: warp-wide (Ampere), warpgroup-wide (Hopper), tensor memory (Blackwell).
 TENSOR_CORE_OPCODES = (
@@ -29,6 +30,7 @@ TENSOR_CORE_OPCODES = (
     *("HGMMA", "IGMMA", "BGMMA", "QGMMA"),
     *("UTCHMMA", "UTCIMMA", "UTCQMMA", "UTCOMMA"),
 )
+_LOG_FILE = "ptxas.log"
 _GLOBAL_LOADS = ("LDG", "LDGSTS", "LD")
 _GLOBAL_STORES = ("STG", "ST")
 _BULK_LOADS = ("UTMALDG", "UBLKCP")  # the copy engine moves whole tiles
@@ -37,7 +39,9 @@ _BULK_STORES = ("UTMASTG",)
 _SASS_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z]\S*)\s*([^;]*);")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
-_WARNING = re.compile(r"(?:\((C\d+)\) )?Potential Performance Loss: (.*?)(?: in the function\b.*)?$", re.MULTILINE)
+_WARNING = re.compile(
+    r"(?:\((C\d+)\) )?Potential Performance Loss: (.*?)(?: (?:in|for) the function\b.*)?$", re.MULTILINE
+)
 
 
 @dataclass(frozen=True)
@@ -104,21 +108,22 @@ def compile_case(case: AuditCase, arch: int) -> Binary:
     """Compile one audit case for compute capability `arch` (80, 90, 100); needs no GPU.
 
     Raises ValueError if the case does not describe its kernel's arguments, and whatever Triton raises if the kernel
-    does not compile. Triton's cache is passed over, because ptxas's log is not in it.
+    does not compile.
     """
     source = _source(case)
-    log = io.StringIO()
-    with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
-        knobs.compilation.always_compile = True
-        knobs.nvidia.dump_ptxas_log = True
-        compiled = triton.compile(
-            source,
-            target=GPUTarget("cuda", arch, 32),
-            options={"num_warps": case.config.num_warps, "num_stages": case.config.num_stages},
-        )
+    compiled, log = _compile(source, case, arch, again=False)
+    # Triton's cache holds the binary but not ptxas's log, so the log is put beside it.
+    cache = get_cache_manager(compiled.hash)
+    if log:
+        cache.put(log, _LOG_FILE, binary=False)
+    elif (cached := cache.get_file(_LOG_FILE)) is not None:
+        log = Path(cached).read_text()
+    else:
+        compiled, log = _compile(source, case, arch, again=True)
+        cache.put(log, _LOG_FILE, binary=False)
     return Binary(
         instructions=parse_sass(_disassemble(compiled.asm["cubin"])),
-        assembler_log=log.getvalue(),
+        assembler_log=log,
         shared_bytes=compiled.metadata.shared,
         tensor_memory_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
     )
@@ -153,6 +158,20 @@ def _matrix_form(instruction: Instruction) -> str:
     if instruction.mnemonic.endswith("GMMA"):
         return f"{instruction.opcode} {'SS' if instruction.operands[1].startswith('gdesc') else 'RS'}"
     return instruction.opcode
+
+
+def _compile(source: Any, case: AuditCase, arch: int, *, again: bool) -> tuple[Any, str]:
+    """The compiled kernel and ptxas's log; the log is empty if the kernel came from Triton's cache."""
+    log = io.StringIO()
+    with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        knobs.compilation.always_compile = again
+        knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(
+            source,
+            target=GPUTarget("cuda", arch, 32),
+            options={"num_warps": case.config.num_warps, "num_stages": case.config.num_stages},
+        )
+    return compiled, log.getvalue()
 
 
 def _source(case: AuditCase) -> Any:

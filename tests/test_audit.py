@@ -230,6 +230,21 @@ def test_planted_faults_fail_the_audit_even_when_the_interpreter_is_asked_for(tm
     assert "2 of 7 pass" in done.stdout
 
 
+def test_table_sums_matrix_instructions_over_their_shapes() -> None:
+    forms = {
+        "HGMMA.64x32x16.F32.BF16 RS": 2,
+        "HGMMA.64x8x16.F32.BF16 RS": 3,
+        "HGMMA.64x8x8.F32.TF32 SS": 1,
+        "UTCHMMA": 4,
+    }
+    facts = {"tensor_cores": forms, "warnings": (), "registers": 9, "spill_bytes": 0, "shared_bytes": 0}
+    facts |= {"wide_loads": 1, "global_loads": 2, "wide_stores": 3, "global_stores": 4}
+    line = audit.render([audit.Finding("case", 90, (), facts=facts)]).splitlines()[-1]
+    assert "5 HGMMA.BF16 RS, 1 HGMMA.TF32 SS, 4 UTCHMMA" in line
+    assert "1/2" in line
+    assert "3/4" in line
+
+
 @pytest.mark.parametrize(("failures", "status"), [((), 0), (("is slow",), 1)])
 def test_exit_status_says_whether_all_pass(
     failures: tuple[str, ...], status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
