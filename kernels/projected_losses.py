@@ -7,7 +7,7 @@ definition are never stored: four passes over the D-wide rows replace them.
 
     1. mean and scatter of every tensor                       (moments.py)
     2. moments of r(z), and of r(z) − r(p) per prediction     (projected_losses_forward.py)
-    3. Aᵀdy, Σdy and Σdy·xᵀ                                   (projected_losses_backward.py)
+    3. Aᵀdy, Σdy and Σdy(x−μ)ᵀ                                (projected_losses_backward.py)
     4. dx = Aᵀdy − BatchNorm's correction                     (moments.py)
 
 Between the passes, matrices of at most 128×128 (projector_algebra.py).
@@ -82,7 +82,12 @@ def _forward(
     std_loss, cov_loss = algebra.vc_from_covariance(algebra.covariance(weight2, scatter_r, n_rows))
     prediction = algebra.prediction_losses(weight2, delta_moments, n_rows)
     results = (std_loss, cov_loss, prediction, folded.hidden_mean, folded.hidden_var)
-    return [*(x.float() for x in results), mean, scatter, mean_r, scatter_r, delta_moments]
+    # A padded matrix is cut to size by a view; outputs own their memory, contiguous as the fake op says.
+    saved = (mean, scatter, mean_r, scatter_r, delta_moments)
+    return [
+        *(x.float().contiguous() for x in results),
+        *(x.clone(memory_format=torch.contiguous_format) for x in saved),
+    ]
 
 
 def _backward_fake(
@@ -123,8 +128,8 @@ def _backward(
     tensors, n_rows = [z, *predictions], z.shape[0]
     out = algebra.output_gradients(weight2, scatter_r, delta_moments, n_rows, grad_std, grad_cov, grad_prediction)
     folded = algebra.fold(params, mean, scatter, n_rows, eps)
-    slopes, sum_dy, dy_x = slope_gradients(tensors, operands(folded, mean, bn_bias, z.dtype), mean, mean_r, out)
-    grad = algebra.input_gradients(params, folded, scatter, sum_dy, dy_x, n_rows)
+    slopes, sum_dy, dy_x, slope_sum = slope_gradients(tensors, operands(folded, mean, bn_bias, z.dtype), mean_r, out)
+    grad = algebra.input_gradients(params, folded, scatter, sum_dy, dy_x, slope_sum, n_rows)
     grad_params = (grad.weight1, grad.bias1, grad.bn_weight, grad.bn_bias, out.weight2)
     grad_tensors = [
         subtract_centred_linear(

@@ -2,7 +2,7 @@
 
     N rows  T = 1+K tensors (t = 0: the state z; t = 1..K: predictions)  D channels  H hidden features
 
-With Δ_k = r(z) − r(p_k) and u_k = M·Δ_k:  dr(z) = G(r(z) − r̄) + Σ_k c_k·u_k,  dr(p_k) = −c_k·u_k,  dy = dr·[r > 0].
+With u_k = M·c_k(r(p_k) − r(z)):  dr(p_k) = u_k,  dr(z) = G(r(z) − r̄) − Σ_k u_k,  dy = dr·[r > 0].
 G, M and c come from the algebra between the passes. What is written, v = Aᵀdy, is dx before BatchNorm's correction,
 which needs the sums that this pass makes; correcting v afterwards costs less than doing this pass twice. Programs leave
 fp32 partials, which are added in float64 in one order.
@@ -41,14 +41,15 @@ GROUP = 4  # predictions that one launch takes; more are done in several launche
 def _reduce_slope(  # type: ignore[no-untyped-def]
     dy,
     centred,
-    scale,
     slope_ptr,
     out_ptr,
     sum_dy,
-    dy_x,
+    x_dy,
+    slope_sum,
     offs_n,
     n_rows,
     D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_H: tl.constexpr,
     EVEN_N: tl.constexpr,
@@ -56,13 +57,13 @@ def _reduce_slope(  # type: ignore[no-untyped-def]
     ADD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write (or ADD) scale·Aᵀdy for a tile; return sum_dy and dy_x with the tile added, without scale."""
+    """Write (or ADD) Aᵀdy for a tile; return the three sums with the tile added."""
     offs_d = tl.arange(0, BLOCK_D)
     offs_h = tl.arange(0, BLOCK_H)
-    sum_dy += tl.sum(dy, 0)
     operand = round_to(dy, slope_ptr.dtype.element_ty)
     slope = tl.load(slope_ptr + offs_d[None, :] * BLOCK_H + offs_h[:, None])  # (BLOCK_H, BLOCK_D)
-    v = scale * dot(operand, slope, tl.zeros_like(centred).to(tl.float32), PRECISION)
+    v = dot(operand, slope, tl.zeros_like(centred).to(tl.float32), PRECISION)
+    slope_sum += tl.sum(v, 0)
     if ADD:
         v += load_rows(out_ptr, offs_n, offs_d, n_rows, D, EVEN_N, D == BLOCK_D).to(tl.float32)
     v = round_to(v, out_ptr.dtype.element_ty)
@@ -71,24 +72,27 @@ def _reduce_slope(  # type: ignore[no-untyped-def]
         tl.store(ptrs, v)
     else:
         tl.store(ptrs, v, mask=(offs_n[:, None] < n_rows) & (offs_d[None, :] < D))
-    dy_x = add_dot(dy_x, tl.trans(operand), centred, PRECISION, not HALF)
-    return sum_dy, dy_x
+    x_dy = add_dot(x_dy, tl.trans(centred), operand, PRECISION, not HALF)
+    sum_dy = add_dot(sum_dy, tl.full([16, BLOCK_N], 1.0, operand.dtype), operand, PRECISION, not HALF)
+    return sum_dy, x_dy, slope_sum
 
 
 @triton.jit
 def _slope_gradients_kernel(  # type: ignore[no-untyped-def]
     z_ptr, p0_ptr, p1_ptr, p2_ptr, p3_ptr,  # rows (n_rows, D); the first N_PREDICTIONS of p are read
     vz_ptr, v0_ptr, v1_ptr, v2_ptr, v3_ptr,  # (n_rows, D), written
-    centre_ptr,  # (1 + N_PREDICTIONS, BLOCK_D) fp32; z is row 0 here and below
+    centre_ptr,  # (1 + N_PREDICTIONS, 2, BLOCK_D) fp32; z is row 0 here and below
     slope_ptr,  # (1 + N_PREDICTIONS, 2 if HALF else 1, BLOCK_D, BLOCK_H)
     offset_ptr,  # (1 + N_PREDICTIONS, BLOCK_H) fp32
     mean_r_ptr,  # (BLOCK_H,) fp32
     variance_ptr,  # (BLOCK_H, BLOCK_H) in the dtype of z: G, read if FIRST
     gram_ptr,  # (BLOCK_H, BLOCK_H) in the dtype of z: M
     coefficient_ptr,  # (N_PREDICTIONS,) fp32: c
-    sum_dy_ptr,  # (1 + N_PREDICTIONS, programs, BLOCK_H)
-    dy_x_ptr,  # (1 + N_PREDICTIONS, programs, BLOCK_H, BLOCK_D)
+    sum_dy_ptr,  # (programs, BLOCK_H): over all tensors
+    x_dy_ptr,  # (1 + N_PREDICTIONS, programs, BLOCK_D, BLOCK_H)
+    slope_sum_ptr,  # (1 + N_PREDICTIONS, programs, BLOCK_D)
     n_rows,
+    zero,  # the integer 0. Added to pointers so that the compiler reloads small vectors for each tile: kept, they spill
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -107,27 +111,28 @@ def _slope_gradients_kernel(  # type: ignore[no-untyped-def]
     offs_d = tl.arange(0, BLOCK_D)
     offs_h = tl.arange(0, BLOCK_H)
     offs_hh = offs_h[:, None] * BLOCK_H + offs_h[None, :]
-    offs_hd = offs_h[:, None] * BLOCK_D + offs_d[None, :]
-    mean_r = tl.load(mean_r_ptr + offs_h)
-    sz = tl.zeros([BLOCK_H], dtype=tl.float32)
-    s0 = tl.zeros([BLOCK_H], dtype=tl.float32)
-    s1 = tl.zeros([BLOCK_H], dtype=tl.float32)
-    s2 = tl.zeros([BLOCK_H], dtype=tl.float32)
-    s3 = tl.zeros([BLOCK_H], dtype=tl.float32)
-    qz = tl.zeros([BLOCK_H, BLOCK_D], dtype=tl.float32)
-    q0 = tl.zeros([BLOCK_H, BLOCK_D], dtype=tl.float32)
-    q1 = tl.zeros([BLOCK_H, BLOCK_D], dtype=tl.float32)
-    q2 = tl.zeros([BLOCK_H, BLOCK_D], dtype=tl.float32)
-    q3 = tl.zeros([BLOCK_H, BLOCK_D], dtype=tl.float32)
-    for _ in range(TILES):
+    offs_dh = offs_d[:, None] * BLOCK_H + offs_h[None, :]
+    sum_dy = tl.zeros([16, BLOCK_H], dtype=tl.float32)  # a dot with 16 rows of ones: cheaper than a reduction per tile
+    sz = tl.zeros([BLOCK_D], dtype=tl.float32)
+    s0 = tl.zeros([BLOCK_D], dtype=tl.float32)
+    s1 = tl.zeros([BLOCK_D], dtype=tl.float32)
+    s2 = tl.zeros([BLOCK_D], dtype=tl.float32)
+    s3 = tl.zeros([BLOCK_D], dtype=tl.float32)
+    qz = tl.zeros([BLOCK_D, BLOCK_H], dtype=tl.float32)
+    q0 = tl.zeros([BLOCK_D, BLOCK_H], dtype=tl.float32)
+    q1 = tl.zeros([BLOCK_D, BLOCK_H], dtype=tl.float32)
+    q2 = tl.zeros([BLOCK_D, BLOCK_H], dtype=tl.float32)
+    q3 = tl.zeros([BLOCK_D, BLOCK_H], dtype=tl.float32)
+    for tile in range(TILES):
+        reload = tile * zero
         z, r_z = activations(
-            z_ptr, centre_ptr, slope_ptr, offset_ptr, offs_n, n_rows,
+            z_ptr, centre_ptr + reload, slope_ptr, offset_ptr + reload, offs_n, n_rows,
             D, BLOCK_N, BLOCK_D, BLOCK_H, EVEN_N, HALF, PRECISION,
         )  # fmt: skip
         dr_z = tl.zeros([BLOCK_N, BLOCK_H], dtype=tl.float32)
         if FIRST:
-            apart = round_to(r_z - mean_r[None, :], z_ptr.dtype.element_ty)
-            dr_z = dot(apart, tl.load(variance_ptr + offs_hh), dr_z, PRECISION)
+            apart = round_to(r_z - tl.load(mean_r_ptr + reload + offs_h)[None, :], z_ptr.dtype.element_ty)
+            dr_z = dot(apart, tl.load(variance_ptr + reload + offs_hh), dr_z, PRECISION)
         for k in tl.static_range(N_PREDICTIONS):
             if k == 0:
                 p_ptr, v_ptr, s, q = p0_ptr, v0_ptr, s0, q0
@@ -137,21 +142,24 @@ def _slope_gradients_kernel(  # type: ignore[no-untyped-def]
                 p_ptr, v_ptr, s, q = p2_ptr, v2_ptr, s2, q2
             else:
                 p_ptr, v_ptr, s, q = p3_ptr, v3_ptr, s3, q3
-            slope_p_ptr = slope_ptr + (k + 1) * SLOPE
+            slope_p_ptr = slope_ptr + (reload + (k + 1) * SLOPE)
             p, r = activations(
-                p_ptr, centre_ptr + (k + 1) * BLOCK_D, slope_p_ptr, offset_ptr + (k + 1) * BLOCK_H, offs_n, n_rows,
-                D, BLOCK_N, BLOCK_D, BLOCK_H, EVEN_N, HALF, PRECISION,
+                p_ptr, centre_ptr + (reload + (k + 1) * 2 * BLOCK_D), slope_p_ptr, offset_ptr + (reload + (k + 1) * BLOCK_H),
+                offs_n, n_rows, D, BLOCK_N, BLOCK_D, BLOCK_H, EVEN_N, HALF, PRECISION,
             )  # fmt: skip
-            delta = round_to(r_z - r, z_ptr.dtype.element_ty)
-            u = dot(delta, tl.load(gram_ptr + offs_hh), tl.zeros([BLOCK_N, BLOCK_H], dtype=tl.float32), PRECISION)
             c = tl.load(coefficient_ptr + k)
-            dr_z += c * u
+            delta = round_to(c * (r - r_z), z_ptr.dtype.element_ty)
+            u = dot(
+                delta, tl.load(gram_ptr + reload + offs_hh), tl.zeros([BLOCK_N, BLOCK_H], dtype=tl.float32), PRECISION
+            )
+            dr_z -= u
             active = r > 0.0
             if not EVEN_N:
                 active = active & (offs_n[:, None] < n_rows)
-            s, q = _reduce_slope(
-                tl.where(active, u, 0.0), p, -c, slope_p_ptr, v_ptr, s, q, offs_n, n_rows,
-                D, BLOCK_D, BLOCK_H, EVEN_N, HALF, False, PRECISION,
+            dy = tl.where(active, u, 0.0)
+            sum_dy, q, s = _reduce_slope(
+                dy, p, slope_p_ptr, v_ptr, sum_dy, q, s, offs_n, n_rows,
+                D, BLOCK_N, BLOCK_D, BLOCK_H, EVEN_N, HALF, False, PRECISION,
             )  # fmt: skip
             if k == 0:
                 s0, q0 = s, q
@@ -164,13 +172,15 @@ def _slope_gradients_kernel(  # type: ignore[no-untyped-def]
         active = r_z > 0.0
         if not EVEN_N:
             active = active & (offs_n[:, None] < n_rows)
-        sz, qz = _reduce_slope(
-            tl.where(active, dr_z, 0.0), z, 1.0, slope_ptr, vz_ptr, sz, qz, offs_n, n_rows,
-            D, BLOCK_D, BLOCK_H, EVEN_N, HALF, not FIRST, PRECISION,
+        dy = tl.where(active, dr_z, 0.0)
+        sum_dy, qz, sz = _reduce_slope(
+            dy, z, slope_ptr, vz_ptr, sum_dy, qz, sz, offs_n, n_rows,
+            D, BLOCK_N, BLOCK_D, BLOCK_H, EVEN_N, HALF, not FIRST, PRECISION,
         )  # fmt: skip
         offs_n += BLOCK_N
-    tl.store(sum_dy_ptr + pid * BLOCK_H + offs_h, sz)
-    tl.store(dy_x_ptr + pid * BLOCK_H * BLOCK_D + offs_hd, qz)
+    tl.store(sum_dy_ptr + pid * BLOCK_H + offs_h, tl.sum(sum_dy, 0) * 0.0625)  # of 16 equal rows
+    tl.store(slope_sum_ptr + pid * BLOCK_D + offs_d, sz)
+    tl.store(x_dy_ptr + pid * BLOCK_D * BLOCK_H + offs_dh, qz)
     for k in tl.static_range(N_PREDICTIONS):
         if k == 0:
             s, q = s0, q0
@@ -181,24 +191,23 @@ def _slope_gradients_kernel(  # type: ignore[no-untyped-def]
         else:
             s, q = s3, q3
         partial = (k + 1) * n_programs + pid
-        c = tl.load(coefficient_ptr + k)
-        tl.store(sum_dy_ptr + partial * BLOCK_H + offs_h, -c * s)
-        tl.store(dy_x_ptr + partial * BLOCK_H * BLOCK_D + offs_hd, -c * q)
+        tl.store(slope_sum_ptr + partial * BLOCK_D + offs_d, s)
+        tl.store(x_dy_ptr + partial * BLOCK_D * BLOCK_H + offs_dh, q)
 
 
 # (BLOCK_H, fp32?) → launch config. From the static audit: the largest tiles that stay in registers.
 _CONFIGS = {
     (64, False): LaunchConfig(num_warps=4, blocks={"BLOCK_N": 64, "BLOCK_H": 64}),
-    (64, True): LaunchConfig(num_warps=8, blocks={"BLOCK_N": 64, "BLOCK_H": 64}),
+    (64, True): LaunchConfig(num_warps=4, blocks={"BLOCK_N": 64, "BLOCK_H": 64}),
     (128, False): LaunchConfig(num_warps=8, blocks={"BLOCK_N": 64, "BLOCK_H": 128}),
     (128, True): LaunchConfig(num_warps=8, blocks={"BLOCK_N": 64, "BLOCK_H": 128}),
 }
 
 
 def slope_gradients(
-    tensors: Sequence[Tensor], ops: Operands, mean: Tensor, mean_r: Tensor, out: OutputGradients
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Aᵀdy of every tensor (N, D), and Σdy (T, H) and Σdy(x−μ)ᵀ (T, H, D) in float64.
+    tensors: Sequence[Tensor], ops: Operands, mean_r: Tensor, out: OutputGradients
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Aᵀdy of every tensor (N, D); in float64 Σdy over all of them (H,), Σdy(x−μ)ᵀ (T, H, D) and ΣAᵀdy (T, D).
 
     Launches one kernel for each GROUP of predictions, and one where there are none. Aᵀdy has the dtype of the rows,
     except that of z where several launches add to it: fp32.
@@ -206,20 +215,21 @@ def slope_gradients(
     z, predictions = tensors[0], tensors[1:]
     n_rows, n_channels = z.shape
     n_hidden, dtype = mean_r.shape[0], z.dtype
-    block_d, block_h = ops.centre.shape[1], ops.offset.shape[1]
+    block_d, block_h = ops.centre.shape[2], ops.offset.shape[1]
     config = _CONFIGS[block_h, dtype == torch.float32]
     split = RowSplit.of(n_rows, config.blocks["BLOCK_N"], MAX_PROGRAMS)
     results = [torch.empty_like(z, dtype=torch.float32 if len(predictions) > GROUP else dtype)]
     results += [torch.empty_like(p) for p in predictions]
     variance, gram = (padded(m, (block_h, block_h), dtype) for m in (out.variance, out.gram))
     coefficients = out.prediction.float()
-    sums, products = [], []
+    sum_dys, products, slope_sums = [], [], []
     for start in range(0, max(1, len(predictions)), GROUP):
         group = list(range(start + 1, min(start + GROUP, len(predictions)) + 1))
         index = [0, *group]
         unused = [z] * (GROUP - len(group))
-        sum_dy = torch.empty(len(index), split.programs, block_h, device=z.device, dtype=torch.float32)
-        dy_x = torch.empty(len(index), split.programs, block_h, block_d, device=z.device, dtype=torch.float32)
+        sum_dy = torch.empty(split.programs, block_h, device=z.device, dtype=torch.float32)
+        slope_sum = torch.empty(len(index), split.programs, block_d, device=z.device, dtype=torch.float32)
+        x_dy = torch.empty(len(index), split.programs, block_d, block_h, device=z.device, dtype=torch.float32)
         wrap(_slope_gradients_kernel)[(split.programs,)](
             z,
             *[tensors[t] for t in group],
@@ -235,8 +245,10 @@ def slope_gradients(
             gram,
             coefficients[start : start + GROUP] if group else mean_r.new_zeros(1, dtype=torch.float32),
             sum_dy,
-            dy_x,
+            x_dy,
+            slope_sum,
             n_rows,
+            0,
             D=n_channels,
             BLOCK_N=config.blocks["BLOCK_N"],
             BLOCK_D=block_d,
@@ -250,13 +262,15 @@ def slope_gradients(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-        sums.append(sum_dy.sum(1, dtype=torch.float64)[:, :n_hidden])
-        products.append(dy_x.sum(1, dtype=torch.float64)[:, :n_hidden, :n_channels])
-    total = torch.cat([torch.stack([s[:1] for s in sums]).sum(0), *(s[1:] for s in sums)])
-    product = torch.cat([torch.stack([q[:1] for q in products]).sum(0), *(q[1:] for q in products)])
-    # The kernel centred the rows at the rounded mean.
-    rounding = mean - ops.centre[:, :n_channels].double()
-    return results, total, product - total.unsqueeze(-1) * rounding.unsqueeze(1)
+        sum_dys.append(sum_dy.sum(0, dtype=torch.float64)[:n_hidden])
+        slope_sums.append(slope_sum.sum(1, dtype=torch.float64)[:, :n_channels])
+        products.append(x_dy.sum(1, dtype=torch.float64)[:, :n_channels, :n_hidden].transpose(1, 2))
+    return results, torch.stack(sum_dys).sum(0), _joined(products), _joined(slope_sums)
+
+
+def _joined(groups: list[Tensor]) -> Tensor:
+    """Each group's sums, z first → z's sum over the groups, then every prediction's."""
+    return torch.cat([torch.stack([g[:1] for g in groups]).sum(0), *(g[1:] for g in groups)])
 
 
 def _rows_of(x: Tensor, index: list[int]) -> Tensor:
@@ -276,7 +290,9 @@ def audit_cases() -> list[AuditCase]:
             names = ["z_ptr", *(f"p{i}_ptr" for i in range(GROUP)), "vz_ptr", *(f"v{i}_ptr" for i in range(GROUP))]
             signature = dict.fromkeys(names, rows) | {"centre_ptr": fp32, "slope_ptr": rows, "offset_ptr": fp32}
             signature |= {"mean_r_ptr": fp32, "variance_ptr": rows, "gram_ptr": rows, "coefficient_ptr": fp32}
-            signature |= {"sum_dy_ptr": fp32, "dy_x_ptr": fp32, "n_rows": "i32"}
+            signature |= {"sum_dy_ptr": fp32, "x_dy_ptr": fp32, "slope_sum_ptr": fp32, "n_rows": "i32", "zero": "i32"}
+            if not first:
+                signature["vz_ptr"] = fp32
             constexprs: dict[str, Any] = {
                 **config.blocks,
                 "D": d,
@@ -299,7 +315,7 @@ def audit_cases() -> list[AuditCase]:
                     bytes_moved=2 * (k + 1) * n_rows * d * dtype.itemsize
                     + (k + 1) * split.programs * block_h * (block_d + 1) * 4,
                     flops=2 * n_rows * (dots if first else dots - h * h),
-                    divisible_by_16=("n_rows",),
+                    divisible_by_16=("n_rows", "zero"),
                     expects_tensor_cores=True,
                 )
             )

@@ -90,7 +90,7 @@ _CONFIGS = {
 def activation_moments(tensors: Sequence[Tensor], ops: Operands, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean (H,) and scatter (H, H) of r(z), and ΣΔΔᵀ (K, H, H), in float64; launches 1 + K kernels."""
     n_rows, n_channels = tensors[0].shape
-    block_d, block_h = ops.centre.shape[1], ops.offset.shape[1]
+    block_d, block_h = ops.centre.shape[2], ops.offset.shape[1]
     n_hidden = shift.shape[0]
     fp32 = tensors[0].dtype == torch.float32
     config = _CONFIGS[block_h, fp32]

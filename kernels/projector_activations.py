@@ -30,7 +30,7 @@ MAX_PROGRAMS = 528  # 4 for each of 132 multiprocessors; 8.6 MB of partials for 
 @triton.jit
 def activations(  # type: ignore[no-untyped-def]
     x_ptr,
-    centre_ptr,  # (BLOCK_D,) fp32
+    centre_ptr,  # (2, BLOCK_D) fp32: μ as a sum of two
     slope_ptr,  # HALF: (2, BLOCK_D, BLOCK_H), Aᵀ as a sum of two; else (1, BLOCK_D, BLOCK_H)
     offset_ptr,  # (BLOCK_H,) fp32
     offs_n,
@@ -43,12 +43,15 @@ def activations(  # type: ignore[no-untyped-def]
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(x − centre as a dot operand, relu(y) in fp32) of one tile of rows."""
+    """(x − μ as a dot operand, relu(y) in fp32) of one tile of rows."""
     offs_d = tl.arange(0, BLOCK_D)
     offs_h = tl.arange(0, BLOCK_H)
     offs_dh = offs_d[:, None] * BLOCK_H + offs_h[None, :]
     x = load_rows(x_ptr, offs_n, offs_d, n_rows, D, EVEN_N, D == BLOCK_D)
-    centred = round_to(x.to(tl.float32) - tl.load(centre_ptr + offs_d)[None, :], x_ptr.dtype.element_ty)
+    # Exact where |μ| is large beside the deviations: the first difference is, and the second term is tiny.
+    centred = x.to(tl.float32) - tl.load(centre_ptr + offs_d)[None, :]
+    centred -= tl.load(centre_ptr + BLOCK_D + offs_d)[None, :]
+    centred = round_to(centred, x_ptr.dtype.element_ty)
     y = tl.zeros([BLOCK_N, BLOCK_H], dtype=tl.float32) + tl.load(offset_ptr + offs_h)[None, :]
     if HALF:
         y = dot(x, tl.load(slope_ptr + BLOCK_D * BLOCK_H + offs_dh), y, PRECISION)
@@ -61,7 +64,7 @@ def activations(  # type: ignore[no-untyped-def]
 class Operands(NamedTuple):
     """Each tensor's folded projector, padded and rounded as the kernels read it."""
 
-    centre: Tensor  # (T, BLOCK_D) fp32: μ, rounded
+    centre: Tensor  # (T, 2, BLOCK_D) fp32: μ as a sum of two
     slope: Tensor  # (T, 2 or 1, BLOCK_D, BLOCK_H) in the rows' dtype: Aᵀ, as a sum of two if that is bf16
     offset: Tensor  # (T, BLOCK_H) fp32: what y is where the dot is 0
 
@@ -72,20 +75,21 @@ def block_sizes(n_channels: int, n_hidden: int) -> tuple[int, int]:
 
 
 def operands(folded: Folded, mean: Tensor, bn_bias: Tensor, dtype: torch.dtype) -> Operands:
-    """Round the folded projector. The offset is made with the rounded A and centre: their rounding does not shift y."""
+    """Round the folded projector. The offset is made with the rounded A: its rounding does not shift y."""
     n_tensors, n_hidden, n_channels = folded.slope.shape
     block_d, block_h = block_sizes(n_channels, n_hidden)
     slope = folded.slope.transpose(1, 2)
     centre = mean.float()
+    centre = torch.stack([centre, (mean - centre.double()).float()], 1)
     parts = [slope.to(dtype)]
     if dtype != torch.float32:
         parts.append((slope - parts[0].double()).to(dtype))
     rounded = sum(part.double() for part in parts)
-    # bf16 rows are not centred before the dot: centring would round them again.
-    apart = mean if dtype != torch.float32 else mean - centre.double()
-    offset = bn_bias.double() - torch.einsum("td,tdh->th", apart, rounded)
+    offset = bn_bias.double().expand(n_tensors, -1)
+    if dtype != torch.float32:  # these rows are not centred before the dot: that would round them again
+        offset = offset - torch.einsum("td,tdh->th", mean, rounded)
     return Operands(
-        padded(centre, (n_tensors, block_d), torch.float32),
+        padded(centre, (n_tensors, 2, block_d), torch.float32),
         padded(torch.stack(parts, 1), (n_tensors, len(parts), block_d, block_h), dtype),
         padded(offset, (n_tensors, block_h), torch.float32),
     )

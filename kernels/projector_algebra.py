@@ -139,9 +139,11 @@ class InputGradients(NamedTuple):
 
 
 def input_gradients(
-    params: Projector, folded: Folded, scatter: Tensor, sum_dy: Tensor, dy_x: Tensor, n_rows: int
+    params: Projector, folded: Folded, scatter: Tensor, sum_dy: Tensor, dy_x: Tensor, slope_sum: Tensor, n_rows: int
 ) -> InputGradients:
-    """Differentiate BatchNorm and the first layer from Σdy (T, H) and Q = Σdy·(x−μ)ᵀ (T, H, D).
+    """Differentiate BatchNorm and the first layer.
+
+    From Σdy over all rows and tensors (H,), and for each tensor Q = Σdy·(x−μ)ᵀ (T, H, D) and ΣAᵀdy (T, D).
 
     Σdy·x̂ = inv·rowsum(W1∘Q) and Σx̂(x−μ)ᵀ = inv∘(W1·M2), so no other sum over the rows is needed.
     """
@@ -155,7 +157,7 @@ def input_gradients(
         weight1=grad_w1.sum(0),
         bias1=torch.zeros_like(gamma),
         bn_weight=sum_dy_xhat.sum(0),
-        bn_bias=sum_dy.sum(0),
-        constant=(slope_t @ sum_dy.unsqueeze(-1)).squeeze(-1) / n_rows,
+        bn_bias=sum_dy,
+        constant=slope_sum / n_rows,
         linear=slope_t @ ((folded.inv_std * sum_dy_xhat / n_rows).unsqueeze(-1) * w1),
     )

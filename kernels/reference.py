@@ -288,8 +288,8 @@ def _slope_gradients(
     bn_bias: Tensor,
     mean_r: Tensor,
     out: algebra.OutputGradients,
-) -> tuple[Tensor, Tensor]:
-    """Write Aᵀdy of every tensor to `grad_columns`; return Σdy (T, H) and Σdy(x−μ)ᵀ (T, H, D) in float64."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Write Aᵀdy of every tensor to `grad_columns`; return what `algebra.input_gradients` takes, in float64."""
     affines = _affines(folded, mean, bn_bias, columns[0][0].dtype)
     wide = affines[0].slope.dtype
     variance, gram = out.variance.to(wide), out.gram.to(wide)
@@ -314,7 +314,8 @@ def _slope_gradients(
         reduce(0, torch.ops.aten.threshold_backward(dr_z, r_z, 0), x_z, grad_chunks[0])
     # The chunks were centred at the rounded mean.
     rounding = mean - torch.stack([a.centre[:, 0].double() for a in affines])
-    return sum_dy, dy_x - sum_dy.unsqueeze(-1) * rounding.unsqueeze(1)
+    dy_x -= sum_dy.unsqueeze(-1) * rounding.unsqueeze(1)
+    return sum_dy.sum(0), dy_x, torch.einsum("th,thd->td", sum_dy, folded.slope)
 
 
 def _subtract_correction(

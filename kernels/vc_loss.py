@@ -36,7 +36,7 @@ def _forward(f: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mean, scatter = moments(f)
     cov = scatter / (f.shape[0] - 1)
     std_loss, cov_loss = algebra.vc_from_covariance(cov)
-    return std_loss.float(), cov_loss.float(), mean.clone(), cov
+    return std_loss.float(), cov_loss.float(), mean.clone(), cov.contiguous()
 
 
 def _backward_fake(grad_std: Tensor, grad_cov: Tensor, f: Tensor, mean: Tensor, cov: Tensor) -> Tensor:
