@@ -100,17 +100,22 @@ def _child(sender: Connection, payload: bytes) -> None:
 
 def _resident_peaks(run: Run) -> Phases:
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    _reset_high_water_mark()
     before = _status_bytes("VmRSS")
     peaks: Phases = {}
 
     def end_of(phase: str) -> None:
         peaks[phase] = max(0, _status_bytes("VmHWM") - before)
-        _CLEAR_REFS.write_text("5")
+        _reset_high_water_mark()
 
-    _CLEAR_REFS.write_text("5")
     run(end_of)
     return peaks
+
+
+def _reset_high_water_mark() -> None:
+    """To the memory in use: what is freed but kept by the allocator is given back first."""
+    ctypes.CDLL(None).malloc_trim(0)
+    _CLEAR_REFS.write_text("5")
 
 
 def _status_bytes(field: str) -> int:

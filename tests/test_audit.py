@@ -156,10 +156,16 @@ def test_only_paths_that_exist_count() -> None:
 
 
 def test_paths_that_meet_are_joined_from_the_newest_group() -> None:
-    # On one path two groups are in flight at line 4, on the other one: waiting for all but one leaves the newest.
+    # Two groups are in flight at the wait if line 6 ran, one if not: waiting for all but one leaves the newest, which
+    # is that of line 0 on the other path. That path is the longer one, so the wait has been seen when it arrives.
     newer = COMMIT.replace("R56", "R64")
-    branch = (COMMIT, "@P0 BRA 0x30", newer, WAIT_ONE, WRITE_A, WAIT_ALL, "EXIT")
-    assert hazards(*branch) == [(0, 4)]
+    shortcut = ("NOP", "NOP", "NOP", "BRA 0x70")
+    assert hazards(COMMIT, "@P0 BRA 0x60", *shortcut, newer, WAIT_ONE, WRITE_A, WAIT_ALL, "EXIT") == [(0, 8)]
+
+
+def test_half_precision_accumulators_take_half_the_registers() -> None:
+    half = "HGMMA.64x32x16.F16 R24, gdesc[UR4], R24, gsb0"
+    assert hazards(half, "MOV R31, RZ", "MOV R32, RZ", "EXIT") == [(0, 1)]
 
 
 def test_indirect_branch_is_refused() -> None:
