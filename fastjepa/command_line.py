@@ -16,6 +16,7 @@ import tyro
 from fastjepa.checkpoint import check_same_config
 from fastjepa.config import MAY_CHANGE_ON_RESUME, Config, preset_config, resolve_device, resolve_preset
 from fastjepa.environment import device_name
+from fastjepa.kernels.launch import unavailable_reason
 from fastjepa.run_folder import read_run_config
 from fastjepa.safe_files import CheckpointError
 from fastjepa.stop_signals import Interrupted
@@ -58,8 +59,11 @@ def parse_config(argv: Sequence[str] | None = None, prog: str = "train.py") -> C
             check_same_config(saved, config.to_json(), MAY_CHANGE_ON_RESUME)
             if config.out != config.resume:
                 raise ValueError("--out cannot be given with --resume: a run goes on in its own folder")
-        if resolve_device(config.device).type != "cuda" and config.precision == "tf32":
+        device = resolve_device(config.device)
+        if device.type != "cuda" and config.precision == "tf32":
             raise ValueError("--precision tf32 needs a CUDA device; use fp32 or bf16")
+        if config.backend == "fused" and (reason := unavailable_reason(device)) is not None:
+            raise ValueError(f"--backend fused cannot be served: {reason}; use auto or eager")
     except (ValueError, CheckpointError) as error:
         fail(error)
     return config
@@ -103,5 +107,5 @@ def describe(trainer: Trainer) -> str:
         f"preset {config.preset}{small}; {device_name(trainer.device)}, {config.precision}\n"
         f"{parameters:,} parameters; {len(trainer.train_clips):,} + {len(trainer.val_clips):,} clips of "
         f"{config.n_frames}×{config.canvas}×{config.canvas} ({config.data}); {config.epochs} epochs of batches of "
-        f"{config.batch_size}\nfolder: {trainer.folder}"
+        f"{config.batch_size}\n{trainer.jepa.acceleration}\nfolder: {trainer.folder}"
     )

@@ -46,6 +46,8 @@ class Config:
     takes full on a GPU and demo without one."""
     precision: Precision = "fp32"
     """Arithmetic of the networks: fp32, tf32 (CUDA only) or bf16 autocast. Losses are always fp32."""
+    backend: Literal["auto", "eager", "fused"] = "auto"
+    """Fused kernels (a GPU only), plain PyTorch, or whichever is known to be faster; see fastjepa.accelerate."""
     device: str = "auto"
     """"auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N"."""
 

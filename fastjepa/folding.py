@@ -7,13 +7,19 @@ import copy
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from fastjepa.fused import FusedNetwork
+
 
 def folded_batch_norm(network: nn.Module) -> nn.Module:
     """A copy in eval mode with every BatchNorm folded into the convolution before it: w ← w·γ/σ, b = β - μ·γ/σ.
 
     Knows the pairs `conv1`/`bn1`, `conv2`/`bn2` and (convolution, BatchNorm) in a Sequential. Exact up to the rounding
     of the scaled weights. The copy shares nothing with `network`: make it again when the weights have changed.
+
+    A fused network is returned as it is: it applies BatchNorm in the pass that adds and rectifies anyway.
     """
+    if any(isinstance(child, FusedNetwork) for child in network.modules()):
+        return network
     folded = copy.deepcopy(network).eval()
     for module in folded.modules():
         if isinstance(module, nn.Sequential):

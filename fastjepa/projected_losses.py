@@ -7,16 +7,18 @@ moved as the original's calls would move them: VC(z); then z, p¹, z, p², …
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastjepa.kernels import reference
+from fastjepa.kernels.projected_losses import projected_losses as fused_projected_losses
 from fastjepa.losses import project, std_and_cov_loss
-from fastjepa.running_stats import BatchStatisticsRecorder, fold_updates, updating_batch_norms
+from fastjepa.running_stats import BatchStatistics, BatchStatisticsRecorder, fold_updates, updating_batch_norms
 
-ProjectionPath = Literal["auto", "eager"]
+ProjectionPath = Literal["auto", "eager", "closed_form", "fused"]
 
 
 class Losses(NamedTuple):
@@ -27,9 +29,42 @@ class Losses(NamedTuple):
     prediction_losses: Tensor
 
 
+class HiddenLayer(NamedTuple):
+    """The layers of a projector with one hidden layer, Linear → BatchNorm1d → ReLU → Linear without bias."""
+
+    linear1: nn.Linear
+    batch_norm: nn.BatchNorm1d
+    linear2: nn.Linear
+
+
+def hidden_layer(projector: nn.Module, *, any_mode: bool = False) -> HiddenLayer | str:
+    """The projector's layers if the closed form covers it as it is now; otherwise why it does not.
+
+    `any_mode` looks at the structure only, not at whether the projector is in eval mode now.
+    """
+    net = getattr(projector, "net", None)
+    if not isinstance(net, nn.Sequential):
+        return f"{type(projector).__name__} has no Sequential `net`"
+    match list(net):
+        # Exact types: a subclass may compute something else.
+        case [linear1, norm, relu, linear2] if (
+            type(linear1) is nn.Linear
+            and type(norm) is nn.BatchNorm1d
+            and type(relu) is nn.ReLU
+            and type(linear2) is nn.Linear
+        ):
+            if linear2.bias is not None:
+                return "the projector's last Linear has a bias"
+            if not (any_mode or norm.training) and norm.track_running_stats:
+                return "the projector is in eval mode, where it uses running statistics and not the batch's"
+            return HiddenLayer(linear1, norm, linear2)
+    names = " → ".join(type(layer).__name__ for layer in net)
+    return f"the projector is {names}, not Linear → BatchNorm1d → ReLU → Linear"
+
+
 def projected_losses(
-    regularizer: nn.Module,
-    predcost: nn.Module,
+    vc_proj: nn.Module,
+    pred_proj: nn.Module,
     state: Tensor,
     predictions: Sequence[Tensor],
     *,
@@ -38,13 +73,52 @@ def projected_losses(
     """The unweighted losses of one parallel unroll, differentiable in everything; moves the projectors' buffers.
 
     Args:
-        regularizer: a `VCLoss`, or anything like it: `proj`, `std_coeff` and `cov_coeff`.
-        predcost: a `SquareLossSeq`, or anything like it: `proj`.
+        vc_proj: the projector of the variance–covariance loss.
+        pred_proj: the projector of the prediction losses; the same module in a published JEPA.
         state: z (B, D, T, H, W).
         predictions: p¹..pᴷ, of the same shape.
-        path: "eager" materialises the projections; "auto" chooses.
+        path: "eager" materialises the projections; "closed_form" needs only moments of the rows, in plain torch;
+            "fused" is the closed form as Triton kernels. "auto" takes the closed form on a CPU, where it was measured
+            faster and smaller (bench/results), and eager elsewhere. States below fp32 are upcast, except in "fused".
+
+    Raises:
+        ValueError: an unknown path, or one that does not cover these projectors; the message says why.
+        RuntimeError: "fused" where kernels cannot run.
     """
-    return _eager(regularizer.proj, predcost.proj, state, predictions)  # type: ignore[arg-type]
+    if path not in get_args(ProjectionPath):
+        raise ValueError(f"projection must be one of {', '.join(get_args(ProjectionPath))}; got {path!r}")
+    layers: HiddenLayer | str = "the two losses have different projectors"
+    if vc_proj is pred_proj:
+        layers = hidden_layer(vc_proj)
+    if path == "auto":
+        path = "closed_form" if state.device.type == "cpu" and isinstance(layers, HiddenLayer) else "eager"
+    if path == "eager":
+        return _eager(vc_proj, pred_proj, state, predictions)
+    if isinstance(layers, str):
+        raise ValueError(f"projection={path!r} cannot be served: {layers}; use 'eager' or 'auto'")
+    losses, calls = closed_form(layers, state, predictions, fused=path == "fused")
+    order = [calls[0]]  # VC(z)
+    for prediction in calls[1:]:
+        order += [calls[0], prediction]
+    fold_updates(layers.batch_norm, order)
+    return losses
+
+
+def closed_form(
+    layers: HiddenLayer, state: Tensor, predictions: Sequence[Tensor], *, fused: bool
+) -> tuple[Losses, list[BatchStatistics]]:
+    """The losses without materialised projections, and the batch statistics of z, p¹..pᴷ; buffers do not move."""
+    compute = fused_projected_losses if fused else reference.projected_losses
+    if not fused:
+        dtype = torch.promote_types(state.dtype, torch.float32)
+        state, predictions = state.to(dtype), [prediction.to(dtype) for prediction in predictions]
+    linear1, norm, linear2 = layers
+    with torch.autocast(state.device.type, enabled=False):
+        found = compute(
+            state, predictions, linear1.weight, linear1.bias, norm.weight, norm.bias, linear2.weight, norm.eps
+        )
+    calls = [BatchStatistics(*call) for call in zip(found.batch_means, found.batch_vars, strict=True)]
+    return Losses(found.std_loss, found.cov_loss, found.prediction_losses), calls
 
 
 def _eager(vc_proj: nn.Module, pred_proj: nn.Module, state: Tensor, predictions: Sequence[Tensor]) -> Losses:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastjepa.fused_losses import ClosedFormVCLoss
 from fastjepa.jepa import JEPA, detection_loss
 from fastjepa.networks import DetHead, ImageDecoder
 from fastjepa.projected_losses import ProjectionPath, projected_losses
@@ -54,7 +55,7 @@ class TrainStep:
         steps: prediction steps of the unroll, ≥ 1.
         literal: repeat the work as the original does.
         autocast_dtype: torch.bfloat16 runs the networks in bf16 autocast; losses are always computed in fp32 or better.
-        projection: how the projected losses are computed; see `fastjepa.projected_losses`.
+        projection: how the projected losses are computed; see `fastjepa.projected_losses.projected_losses`.
 
     Raises:
         ValueError: `steps` < 1, or `literal` with a projection other than "auto" and "eager".
@@ -114,13 +115,22 @@ class TrainStep:
                 state = self.jepa.encoder(video)
             predictions = self._predict(state)
         regularizer: Any = self.jepa.regularizer
-        std, cov, preds = projected_losses(regularizer, self.jepa.predcost, state, predictions, path=self.projection)
+        predcost: Any = self.jepa.predcost
+        std, cov, preds = projected_losses(
+            regularizer.proj, predcost.proj, state, predictions, path=self._projection_path()
+        )
         vc = regularizer.std_coeff * std + regularizer.cov_coeff * cov
         pred = preds.sum() / self.steps
         jepa = vc + pred
         recon = self._reconstruct(state.detach(), video)
         det = self._detect(state.detach(), digit_location)
         return StepLosses(jepa + recon + det, jepa, vc, std + cov, std, cov, pred, recon, det)
+
+    def _projection_path(self) -> ProjectionPath:
+        """What was asked for; "auto" follows what `accelerate` has chosen for the losses."""
+        if self.projection == "auto" and isinstance(self.jepa.regularizer, ClosedFormVCLoss):
+            return "fused" if self.jepa.regularizer.fused else "closed_form"
+        return self.projection
 
     def _predict(self, state: Tensor) -> list[Tensor]:
         """The predicted sequences p¹..pᴷ, each (B, D, T, H, W), of the parallel unroll."""

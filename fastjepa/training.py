@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from fastjepa.accelerate import accelerate
 from fastjepa.checkpoint import capture, load_checkpoint, restore, save_checkpoint
 from fastjepa.config import Config, resolve_device
 from fastjepa.environment import environment
@@ -72,6 +73,7 @@ class Trainer:
             dobs=config.dobs, henc=config.henc, hpre=config.hpre, dstc=config.dstc,
             std_coeff=config.std_coeff, cov_coeff=config.cov_coeff,
         ).to(self.device)  # fmt: skip
+        accelerate(self.jepa, backend=config.backend, verbose=False)
         decoder, head = build_probes(dobs=config.dobs, dstc=config.dstc)
         self.image_decoder, self.detection_head = decoder.to(self.device), head.to(self.device)
         self.modules = {
@@ -85,6 +87,7 @@ class Trainer:
             self.detection_head,
             self.optimizer,
             steps=config.steps,
+            projection="eager" if config.backend == "eager" else "auto",
             autocast_dtype=self.autocast_dtype,
         )
         # Position: `epoch` epochs are done, and `batch` batches of the next one.
@@ -253,12 +256,12 @@ class Trainer:
 
     def finish(self) -> list[Path]:
         """Draw the pictures and export the weights; the files and folders that the run leaves."""
-        written = draw_run(self.folder)
         pretrained = self.folder / "pretrained"
         export_pretrained(
             self.jepa, self.config.to_json(), pretrained,
             decoder=self.image_decoder, detection_head=self.detection_head,
         )  # fmt: skip
+        written = draw_run(self.folder)
         names = ("config.json", "environment.json", "metrics.csv", CHECKPOINT_NAME, "tensorboard")
         return [self.folder / name for name in names] + [pretrained, *written]
 

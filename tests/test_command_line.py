@@ -68,6 +68,7 @@ def test_config_survives_json() -> None:
         (["--max_steps", "0"], "--max_steps must be at least 1, got 0"),
         (["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N; got 'tpu'"),
         (["--device", "cpu", "--precision", "tf32"], "--precision tf32 needs a CUDA device"),
+        (["--device", "mps", "--backend", "fused"], "--device must be auto, cpu, cuda or cuda:N; got 'mps'"),
         (["--preset", "huge"], "--preset must be one of auto, full, demo; got 'huge'"),
         (["--resume", "/nowhere"], "/nowhere is not a folder"),
         (["--colour", "red"], "--colour"),
@@ -93,3 +94,10 @@ def test_resume_needs_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         parse_config(["--resume", str(tmp_path)])
     assert "there is nothing to resume" in capsys.readouterr().err
+
+
+def test_fused_where_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("fastjepa.kernels.launch.INTERPRET", False)
+    with pytest.raises(SystemExit):
+        parse_config(["--device", "cpu", "--backend", "fused"])
+    assert "--backend fused cannot be served: Triton kernels need a CUDA device" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
+from fastjepa.accelerate import accelerate
 from fastjepa.evaluation import average_precision, eval_mode, evaluate, horizons_of, rollout_tails
 from fastjepa.folding import folded_batch_norm
 from fastjepa.moving_mnist import ClipSet
@@ -119,3 +120,12 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="at least 3 frames, got T = 2"):
         horizons_of(2)
     assert [horizons_of(t) for t in (3, 4, 6, 10, 30)] == [1, 1, 3, 7, 7]
+
+
+def test_a_fused_model_evaluates_the_same(device: str) -> None:
+    model, fused = ([module.to(device) for module in trained(torch.float32)] for _ in range(2))
+    accelerate(fused[0], backend="fused", verbose=False)
+    data = clips(2, frames=4, size=8).to(device)
+    expected, found = evaluate(*model, data, 2), evaluate(*fused, data, 2)
+    assert found.ap == pytest.approx(expected.ap, rel=1e-4)
+    assert found.det_loss == pytest.approx(expected.det_loss, rel=1e-5)

@@ -1,0 +1,239 @@
+"""Fused networks: the published ones with everything between the convolutions done in one pass each way.
+
+`from_eager` shares every parameter, buffer and submodule name with the module it replaces, so state_dicts, optimizers
+and freezing go on as before. Frames are kept channels-last (N, H, W, C in memory) throughout; results have the shapes
+of the replaced module, and equal its results to rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastjepa.kernels.batch_norm import batch_norm_act
+from fastjepa.networks import join_skip, per_frame
+
+BLOCKS_OF_ENCODER = ("layer1", "layer2", "layer3")
+BLOCKS_OF_UNET = ("enc1", "enc2", "enc3", "bott", "dec3", "dec2", "dec1")
+_CONVS_OF_UNET = ("up3", "up2", "up1", "head")
+
+
+def convolve(conv: nn.Module, x: Tensor) -> Tensor:
+    """conv(x), channels-last. A copy only where cuDNN chose another layout, as it may for a single input channel."""
+    return conv(x).contiguous(memory_format=torch.channels_last)
+
+
+class FusedResidualBlock(nn.Module):
+    """`ResidualBlock` with BatchNorm, the addition and ReLU in one pass."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        source: Any = block
+        self.conv1, self.bn1 = source.conv1, source.bn1
+        self.conv2, self.bn2 = source.conv2, source.bn2
+        self.shortcut = source.shortcut
+        self.training = block.training
+
+    @classmethod
+    def from_eager(cls, block: nn.Module) -> FusedResidualBlock:
+        """Share everything with `block`. Raises ValueError, saying why, if it is not of the published form."""
+        _require(block_problem(block))
+        return cls(block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, in, H, W) → (N, out, H/stride, W/stride), channels-last."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        out = batch_norm_act(convolve(self.conv1, x), self.bn1)
+        out = convolve(self.conv2, out)
+        if _is_identity(self.shortcut):
+            return batch_norm_act(out, self.bn2, residual=x.to(out.dtype))
+        return batch_norm_act(out, self.bn2, residual=convolve(self.shortcut[0], x), residual_bn=self.shortcut[1])
+
+
+class FusedNetwork(nn.Module):
+    """Frames in, frames out, under an autocast of its own if it was given one."""
+
+    blocks: tuple[str, ...] = ()
+
+    def __init__(self, network: nn.Module, autocast_dtype: torch.dtype | None) -> None:
+        super().__init__()
+        source: Any = network
+        self.conv1, self.bn1 = source.conv1, source.bn1
+        for name in self.blocks:
+            setattr(self, name, FusedResidualBlock.from_eager(getattr(network, name)))
+        self.autocast_dtype = autocast_dtype
+        self.training = network.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, in, T, H, W) or (N, in, H, W) → the same with the output channels, in the dtype of x if the network
+        has an autocast of its own.
+        """
+        if self.autocast_dtype is None:
+            return per_frame(self._frames, x)
+        with torch.autocast(x.device.type, dtype=self.autocast_dtype):
+            return per_frame(self._frames, x).to(x.dtype)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        return batch_norm_act(convolve(self.conv1, x.contiguous(memory_format=torch.channels_last)), self.bn1)
+
+    def _frames(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class FusedResNet5(FusedNetwork):
+    """`ResNet5`, fused."""
+
+    blocks = BLOCKS_OF_ENCODER
+    layer1: FusedResidualBlock
+    layer2: FusedResidualBlock
+    layer3: FusedResidualBlock
+
+    @classmethod
+    def from_eager(cls, network: nn.Module, autocast_dtype: torch.dtype | None = None) -> FusedResNet5:
+        """Share everything with `network`. Raises ValueError, saying why, if it is not of the published form."""
+        _require(encoder_problem(network))
+        return cls(network, autocast_dtype)
+
+    def _frames(self, x: Tensor) -> Tensor:
+        x = self._stem(x)
+        return self.layer3(self.layer2(self.layer1(x)))
+
+
+class FusedResUNet(FusedNetwork):
+    """`ResUNet`, fused. Skips are concatenated channels-last, once."""
+
+    blocks = BLOCKS_OF_UNET
+    enc1: FusedResidualBlock
+    enc2: FusedResidualBlock
+    enc3: FusedResidualBlock
+    bott: FusedResidualBlock
+    dec3: FusedResidualBlock
+    dec2: FusedResidualBlock
+    dec1: FusedResidualBlock
+    up3: nn.Module
+    up2: nn.Module
+    up1: nn.Module
+    head: nn.Module
+
+    def __init__(self, network: nn.Module, autocast_dtype: torch.dtype | None) -> None:
+        super().__init__(network, autocast_dtype)
+        for name in _CONVS_OF_UNET:
+            setattr(self, name, getattr(network, name))
+
+    @classmethod
+    def from_eager(cls, network: nn.Module, autocast_dtype: torch.dtype | None = None) -> FusedResUNet:
+        """Share everything with `network`. Raises ValueError, saying why, if it is not of the published form."""
+        _require(unet_problem(network))
+        return cls(network, autocast_dtype)
+
+    def _frames(self, x: Tensor) -> Tensor:
+        s1 = self.enc1(self._stem(x))
+        s2 = self.enc2(s1)
+        s3 = self.enc3(s2)
+        x = self.bott(s3)
+        x = self.dec3(join_skip(convolve(self.up3, x), s3))
+        x = self.dec2(join_skip(convolve(self.up2, x), s2))
+        x = self.dec1(join_skip(convolve(self.up1, x), s1))
+        return self.head(x)
+
+
+# ---- recognising the published networks by structure: None, or why a module is something else ------------------------
+
+
+def block_problem(block: nn.Module) -> str | None:
+    """Why `block` cannot be replaced by a `FusedResidualBlock`, or None if it can."""
+    problem = _children_problem(block, {"conv1", "bn1", "conv2", "bn2"}, optional={"shortcut"})
+    if problem:
+        return problem
+    source: Any = block
+    for name in ("bn1", "bn2"):
+        if type(getattr(source, name)) is not nn.BatchNorm2d:
+            return f"{name} is a {type(getattr(source, name)).__name__}, not a BatchNorm2d"
+    for name in ("conv1", "conv2"):
+        if type(getattr(source, name)) is not nn.Conv2d:
+            return f"{name} is a {type(getattr(source, name)).__name__}, not a Conv2d"
+    shortcut = getattr(source, "shortcut", None)
+    if shortcut is None or _is_identity(shortcut):
+        return None if shortcut is not None else "it has no `shortcut`"
+    kinds = [type(layer) for layer in shortcut] if isinstance(shortcut, nn.Sequential) else []
+    return None if kinds == [nn.Conv2d, nn.BatchNorm2d] else "its shortcut is not (Conv2d, BatchNorm2d)"
+
+
+def encoder_problem(network: nn.Module) -> str | None:
+    """Why `network` cannot be replaced by a `FusedResNet5`, or None if it can."""
+    return _network_problem(network, BLOCKS_OF_ENCODER, ())
+
+
+def unet_problem(network: nn.Module) -> str | None:
+    """Why `network` cannot be replaced by a `FusedResUNet`, or None if it can."""
+    return _network_problem(network, BLOCKS_OF_UNET, _CONVS_OF_UNET)
+
+
+def _network_problem(network: nn.Module, blocks: tuple[str, ...], convs: tuple[str, ...]) -> str | None:
+    problem = _children_problem(network, {"conv1", "bn1", *blocks, *convs}, optional=set())
+    if problem:
+        return problem
+    for name in blocks:
+        problem = block_problem(getattr(network, name))
+        if problem:
+            return f"{name}: {problem}"
+    return None
+
+
+def _children_problem(module: nn.Module, required: set[str], optional: set[str]) -> str | None:
+    children = dict(module.named_children())
+    if missing := sorted(required - children.keys()):
+        return f"{type(module).__name__} has no {', '.join(missing)}"
+    # The original may hold its activation as a module.
+    unknown = [name for name in children if name not in required | optional and type(children[name]) is not nn.ReLU]
+    if unknown:
+        return f"{type(module).__name__} has further layers: {', '.join(unknown)}"
+    for child in module.modules():
+        if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks:
+            return f"{type(child).__name__} has hooks, which a fused pass would not call"
+    return None
+
+
+def _is_identity(module: nn.Module) -> bool:
+    return isinstance(module, nn.Identity) or (isinstance(module, nn.Sequential) and len(module) == 0)
+
+
+def _require(problem: str | None) -> None:
+    if problem:
+        raise ValueError(f"not a network of the published form: {problem}")
+
+
+def difference(fused: nn.Module, eager: nn.Module, channels: int) -> float:
+    """Largest difference of the two, relative to the largest output, on random frames in eval mode.
+
+    The check behind structural recognition: a module may have the names of a published one and compute something else.
+    """
+    parameter = next(eager.parameters())
+    x = torch.rand(1, channels, 8, 8, generator=torch.Generator().manual_seed(0)).to(parameter.device, parameter.dtype)
+    with contextlib.ExitStack() as stack:
+        for module in (fused, eager):
+            stack.enter_context(_eval(module))
+        stack.enter_context(torch.no_grad())
+        a, b = _frames_of(fused)(x), _frames_of(eager)(x)
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
+
+
+@contextlib.contextmanager
+def _eval(module: nn.Module) -> Any:
+    modes = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, mode in modes.items():
+            child.training = mode
+
+
+def _frames_of(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda frames: network(frames.unsqueeze(2)).squeeze(
+        2
+    )  # the form that every variant accepts: (B, C, 1, H, W)

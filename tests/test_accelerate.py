@@ -1,0 +1,201 @@
+"""`accelerate`: fastjepa's own JEPA and one of the original's structure, trained, compared and restored."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fastjepa
+from fastjepa.fused import FusedResidualBlock, FusedResNet5
+from fastjepa.fused_losses import ClosedFormVCLoss
+from fastjepa.networks import ResidualBlock
+from fastjepa.step import TrainStep
+from original import OriginalJEPA
+from tiny import tiny_batch, tiny_jepa, tiny_model
+
+# The contract for whole models in fp32: tensors to 1e-4 of their norm, losses to 1e-5.
+GRADIENT, LOSS = 1e-4, 1e-5
+
+
+def original(seed: int = 0) -> OriginalJEPA:
+    torch.manual_seed(seed)
+    return OriginalJEPA()
+
+
+def gradients(jepa: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in jepa.named_parameters() if p.grad is not None}
+
+
+def assert_near(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], relative: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        # The bias in front of a BatchNorm has gradient 0: what is left is rounding of the terms of the bias behind it.
+        like = name.replace("net.0.bias", "net.1.bias")
+        scale = expected[like].double().norm().item()
+        assert (actual[name].double() - value.double()).norm() <= relative * scale, name
+
+
+@pytest.mark.parametrize("size", [(16, 16), (11, 9)])
+def test_an_original_jepa_accelerated_trained_and_restored(device: str, size: tuple[int, int]) -> None:
+    eager, fast = original().to(device), original().to(device)
+    keys, ids = list(fast.state_dict()), {name: id(p) for name, p in fast.named_parameters()}
+    assert fastjepa.accelerate(fast, backend="fused", verbose=False) is fast
+    assert fast.acceleration.swapped == ("encoder", "predictor.predictor", "regularizer", "predcost")
+    assert isinstance(fast.encoder, FusedResNet5)
+    assert fast.action_encoder is fast.encoder
+    assert sorted(fast.state_dict()) == sorted(keys)
+    assert {name: id(p) for name, p in fast.named_parameters()} == ids
+
+    video = tiny_batch(2, 4, size)[0].to(device)
+    for jepa in (eager, fast):
+        loss = jepa.loss(video, steps=2)
+        loss.backward()
+    assert loss.item() == pytest.approx(eager.loss(video, steps=2).item(), rel=1e-2)
+    assert_near(gradients(fast), gradients(eager), GRADIENT)
+
+    fast.eval()
+    fastjepa.restore(fast)
+    assert type(fast.encoder).__name__ == "Encoder"
+    assert not any(module.training for module in fast.modules())
+    assert list(fast.state_dict()) == keys
+    assert {name: id(p) for name, p in fast.named_parameters()} == ids
+
+
+def test_losses_and_buffers(device: str) -> None:
+    eager, fast = original().to(device), original().to(device)
+    fastjepa.accelerate(fast, backend="fused", verbose=False)
+    video = tiny_batch(2, 4)[0].to(device)
+    with torch.no_grad():
+        expected, found = eager.loss(video, steps=2), fast.loss(video, steps=2)
+    assert found.item() == pytest.approx(expected.item(), rel=LOSS)
+    assert_near(dict(fast.named_buffers()), dict(eager.named_buffers()), LOSS)
+    for jepa in (eager, fast):
+        jepa.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(fast.encoder(video), eager.encoder(video), rtol=1e-4, atol=1e-5)
+        assert fast.loss(video, steps=1).item() == pytest.approx(eager.loss(video, steps=1).item(), rel=LOSS)
+
+
+def test_the_deduplicated_step_takes_the_fused_path(device: str) -> None:
+    (jepa, *heads), (fast, *fast_heads) = ([m.to(device) for m in tiny_model()] for _ in range(2))
+    fastjepa.accelerate(fast, backend="fused", verbose=False)
+    video, digit_location = (t.to(device) for t in tiny_batch(2, 4))
+    step = TrainStep(fast, *fast_heads, steps=2)
+    assert step._projection_path() == "fused"
+    expected = TrainStep(jepa, *heads, steps=2, literal=True)(video, digit_location)
+    found = step(video, digit_location)
+    for name, value in expected._asdict().items():
+        assert getattr(found, name).item() == pytest.approx(value.item(), rel=LOSS), name
+    assert_near(gradients(fast), gradients(jepa), GRADIENT)
+    assert_near(dict(fast.named_buffers()), dict(jepa.named_buffers()), LOSS)
+
+
+def test_freezing_copying_and_double_backward(device: str) -> None:
+    fast = original().to(device)
+    fastjepa.accelerate(fast, backend="fused", verbose=False)
+    fast.encoder.requires_grad_(False)
+    video = tiny_batch(1, 3, (8, 8))[0].to(device)
+    loss = fast.loss(video, steps=1)
+    loss.backward()
+    assert all(p.grad is None for p in fast.encoder.parameters())
+    assert all(p.grad is not None for p in fast.predictor.parameters())
+
+    twin = copy.deepcopy(fast)
+    fastjepa.restore(twin)
+    assert isinstance(fast.regularizer, ClosedFormVCLoss)
+    assert twin.encoder.conv1.weight is not fast.encoder.conv1.weight
+    assert twin.regularizer.proj is twin.predcost.proj
+    with torch.no_grad():
+        twin.predictor.predictor.head.weight.zero_()
+    assert fast.predictor.predictor.head.weight.any()
+
+    fast.requires_grad_(True)
+    x = torch.rand(1, 2, 8, 8, device=device, requires_grad=True)
+    block = FusedResidualBlock.from_eager(ResidualBlock(2, 2).to(device))
+    (gradient,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated again|double backward"):
+        gradient.sum().backward()
+
+
+def test_autocast_of_its_own(device: str) -> None:
+    fast = original().to(device)
+    fastjepa.accelerate(fast, backend="fused", precision="bf16", verbose=False)
+    seen = []
+    fast.encoder.layer1.conv1.register_forward_hook(lambda _m, _i, output: seen.append(output.dtype))
+    video = tiny_batch(1, 3, (8, 8))[0].to(device)
+    state = fast.encoder(video)
+    assert state.dtype == torch.float32
+    assert seen == [torch.bfloat16]
+    torch.testing.assert_close(state, original().to(device).encoder(video), rtol=0.1, atol=0.1)
+
+
+def test_auto_on_a_cpu_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    jepa, fast = tiny_jepa(), tiny_jepa()
+    fastjepa.accelerate(fast)
+    printed = capsys.readouterr().out
+    assert "on a CPU, eager is fastest; fused kernels need a GPU" in printed
+    assert "closed form in plain torch: faster on a CPU" in printed
+    video = tiny_batch()[0]
+    expected, found = jepa.unroll(video, nsteps=2)[1], fast.unroll(video, nsteps=2)[1]
+    assert expected is not None
+    assert found is not None
+    torch.testing.assert_close(found[0], expected[0], rtol=LOSS, atol=0)
+    assert_near(dict(fast.named_buffers()), dict(jepa.named_buffers()), LOSS)
+    fastjepa.restore(fast)
+    assert "ClosedForm" not in str(fast)
+
+
+def test_the_same_names_with_another_computation(device: str) -> None:
+    class Leaky(type(original().encoder)):  # type: ignore[misc]
+        def forward_frames(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward_frames(x) - 0.1
+
+    jepa = original()
+    jepa.encoder.__class__ = Leaky
+    jepa.to(device)
+    with pytest.raises(ValueError, match=r"encoder: it has the published names but computes something else"):
+        fastjepa.accelerate(jepa, backend="fused")
+    fastjepa.accelerate(jepa, backend="fused", strict=False, verbose=False)
+    assert jepa.acceleration.swapped == ("predictor.predictor", "regularizer", "predcost")
+
+
+def test_what_cannot_be_swapped_is_named(device: str) -> None:
+    jepa = original().to(device)
+    jepa.encoder.layer2.conv1.register_forward_hook(lambda *_: None)
+    jepa.predcost.proj = nn.Identity()
+    with pytest.raises(ValueError, match=r"encoder: Conv2d has hooks.*predcost: Identity has no Sequential"):
+        fastjepa.accelerate(jepa, backend="fused")
+    assert type(jepa.predictor.predictor).__name__ == "UNet"  # all or nothing
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"backend": "fast"}, ValueError, "backend must be one of auto, eager, fused; got 'fast'"),
+        ({"precision": "fp8"}, ValueError, "precision must be one of keep, bf16; got 'fp8'"),
+        ({"precision": "bf16"}, ValueError, "ask for backend='fused' too"),
+    ],
+)
+def test_bad_options(options: dict[str, str], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fastjepa.accelerate(original(), **options)  # type: ignore[arg-type]
+
+
+def test_bad_objects() -> None:
+    with pytest.raises(ValueError, match="jepa has no module 'encoder'"):
+        fastjepa.accelerate(nn.Linear(1, 1))
+    jepa = original()
+    with pytest.raises(RuntimeError, match="not accelerated"):
+        fastjepa.restore(jepa)
+    fastjepa.accelerate(jepa, verbose=False)
+    with pytest.raises(RuntimeError, match="accelerated already"):
+        fastjepa.accelerate(jepa)
+
+
+def test_fused_where_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastjepa.kernels.launch.INTERPRET", False)
+    with pytest.raises(RuntimeError, match="backend 'fused' cannot be served: Triton kernels need a CUDA device"):
+        fastjepa.accelerate(original(), backend="fused")
