@@ -82,8 +82,8 @@ def _activation_moments_kernel(  # type: ignore[no-untyped-def]
 _CONFIGS = {
     (64, False): LaunchConfig(num_warps=4, blocks={"BLOCK_N": 128, "BLOCK_H": 64}),
     (64, True): LaunchConfig(num_warps=4, blocks={"BLOCK_N": 64, "BLOCK_H": 64}),
-    (128, False): LaunchConfig(num_warps=8, blocks={"BLOCK_N": 64, "BLOCK_H": 128}),
-    (128, True): LaunchConfig(num_warps=8, blocks={"BLOCK_N": 64, "BLOCK_H": 128}),
+    (128, False): LaunchConfig(num_warps=8, blocks={"BLOCK_N": 32, "BLOCK_H": 128}),
+    (128, True): LaunchConfig(num_warps=8, blocks={"BLOCK_N": 16, "BLOCK_H": 128}),
 }
 
 
@@ -132,6 +132,10 @@ def activation_moments(tensors: Sequence[Tensor], ops: Operands, shift: Tensor) 
     return rounded_shift[:n_hidden].double() + residual, scatter, deltas
 
 
+# Bytes per thread, by (BLOCK_H, bf16?).
+_ALLOWED_SPILL = {(64, True): 40, (64, False): 120, (128, True): 188, (128, False): 4772}
+
+
 def audit_cases() -> list[AuditCase]:
     """z alone and z with a prediction, at the default recipe and at the largest sizes, fp32 and bf16."""
     n_rows, cases = 64 * 10 * 64 * 64, []
@@ -167,6 +171,8 @@ def audit_cases() -> list[AuditCase]:
                         flops=2 * n_rows * (n_inputs * d * h * (2 if half else 1) + h * h),
                         divisible_by_16=("n_rows",),
                         expects_tensor_cores=True,
+                        allowed_spill_bytes=_ALLOWED_SPILL[block_h, half],
+                        allowed_spill_reason="sm_80 and sm_100 only: tiles are sized for sm_90, where nothing spills",
                     )
                 )
     return cases
