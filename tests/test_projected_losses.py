@@ -212,7 +212,7 @@ def test_bad_arguments_are_named(device: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("channels", "features"), [(16, 64), (64, 128)])
-@pytest.mark.parametrize("n_predictions", [0, 4, 5])
+@pytest.mark.parametrize("n_predictions", [0, 3, 4, 5])
 def test_every_audited_configuration_on_hardware(
     channels: int, features: int, n_predictions: int, dtype: torch.dtype, device: str
 ) -> None:
