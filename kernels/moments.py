@@ -10,7 +10,8 @@ float64, in one order, by the exact formula for moments about different centres.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -146,67 +147,85 @@ def padded_size(n_channels: int) -> int:
 
 def padded(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """`x` as `dtype`, zero-padded at the end of its last dimensions up to `shape`, contiguous."""
+    if shape == x.shape:
+        return x.to(dtype).contiguous()
     pad = [p for want, have in zip(reversed(shape), reversed(x.shape), strict=True) for p in (0, want - have)]
     return torch.nn.functional.pad(x.to(dtype), pad).contiguous()
 
 
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and scatter (D, D) of contiguous rows x (N, D) in float64; launches kernels."""
-    n_rows, n_channels = x.shape
+def moments(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean (T, D) and scatter (T, D, D) of T tensors of contiguous rows (N, D), in float64; launches T kernels."""
+    (n_rows, n_channels), device = tensors[0].shape, tensors[0].device
     config, size = _MOMENTS_CONFIGS[block_d_for(n_channels)], padded_size(n_channels)
     block_n, block_d = config.blocks["BLOCK_N"], config.blocks["BLOCK_D"]
     n_blocks = size // block_d
     split = RowSplit.of(n_rows, block_n, max(1, _MAX_PROGRAMS // n_blocks**2))
-    centre = torch.empty(split.programs, size, device=x.device, dtype=torch.float32)
+    centre = torch.empty(len(tensors), split.programs, size, device=device, dtype=torch.float32)
     residual = torch.empty_like(centre)
-    scatter = torch.empty(split.programs, size, size, device=x.device, dtype=torch.float32)
-    wrap(_moments_kernel)[(split.programs, n_blocks, n_blocks)](
-        x,
-        centre,
-        residual,
-        scatter,
-        n_rows,
-        D=n_channels,
-        N_BLOCKS=n_blocks,
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-        TILES=split.tiles,
-        EVEN_N=split.even,
-        PRECISION="tf32x3",
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    scatter = torch.empty(len(tensors), split.programs, size, size, device=device, dtype=torch.float32)
+    for t, x in enumerate(tensors):
+        wrap(_moments_kernel)[(split.programs, n_blocks, n_blocks)](
+            x,
+            centre[t],
+            residual[t],
+            scatter[t],
+            n_rows,
+            D=n_channels,
+            N_BLOCKS=n_blocks,
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+            TILES=split.tiles,
+            EVEN_N=split.even,
+            PRECISION="tf32x3",
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
     rows = split.tiles * block_n
-    counts = torch.full((split.programs, 1), rows, device=x.device, dtype=torch.float64)
+    counts = torch.full((split.programs, 1), rows, device=device, dtype=torch.float64)
     counts[-1] = n_rows - (split.programs - 1) * rows
     offset = residual.double() / counts
     program_mean = centre.double() + offset
-    mean = (counts * program_mean).sum(0) / n_rows
-    apart = program_mean - mean
-    total = scatter.sum(0, dtype=torch.float64) + (counts * apart).T @ apart - (counts * offset).T @ offset
-    return mean[:n_channels], total[:n_channels, :n_channels]
+    mean = (counts * program_mean).sum(1) / n_rows
+    apart = program_mean - mean.unsqueeze(1)
+    total = scatter.sum(1, dtype=torch.float64)
+    total += (counts * apart).transpose(1, 2) @ apart - (counts * offset).transpose(1, 2) @ offset
+    return mean[:, :n_channels], total[:, :n_channels, :n_channels]
 
 
-def subtract_centred_linear(
-    x: Tensor, mean: Tensor, constant: Tensor | None, linear: Tensor, base: Tensor | None, out: Tensor
-) -> Tensor:
-    """out ← base − constant − (x − mean)·linearᵀ for contiguous rows; `out` may be `base`; launches a kernel.
+class LinearOperands(NamedTuple):
+    """(x − mean) → constant + linear·(x − mean) for T tensors, as the kernel reads it: padded, rounded."""
 
-    mean (D,), constant (D,) and linear (D, D) are float64; None stands for zeros.
-    """
+    centre: Tensor  # (T, size) fp32
+    constant: Tensor  # (T, size) fp32
+    linear: Tensor  # (T, size, size) in the rows' dtype, transposed
+
+
+def linear_operands(mean: Tensor, constant: Tensor | None, linear: Tensor, dtype: torch.dtype) -> LinearOperands:
+    """Round mean (T, D), constant (T, D; None: zeros) and linear (T, D, D), all float64, for rows of `dtype`."""
+    n_tensors, n_channels = mean.shape
+    size, centre = padded_size(n_channels), mean.float()
+    # The kernel centres at the rounded mean; the constant takes what rounding left.
+    rest = (linear @ (mean - centre.double()).unsqueeze(-1)).squeeze(-1)
+    constant = -rest if constant is None else constant - rest
+    return LinearOperands(
+        padded(centre, (n_tensors, size), torch.float32),
+        padded(constant, (n_tensors, size), torch.float32),
+        padded(linear.transpose(1, 2), (n_tensors, size, size), dtype),
+    )
+
+
+def subtract_centred_linear(x: Tensor, operands: LinearOperands, t: int, base: Tensor | None, out: Tensor) -> Tensor:
+    """out ← base − constant − linear·(x − mean) for contiguous rows x of tensor t; `out` may be `base`; a kernel."""
     n_rows, n_channels = x.shape
     config, size = _LINEAR_CONFIGS[block_d_for(n_channels)], padded_size(n_channels)
     block_n, block_d = config.blocks["BLOCK_N"], config.blocks["BLOCK_D"]
-    centre = mean.float()
-    # The kernel centres at the rounded mean; the constant takes what rounding left.
-    constant = (0.0 if constant is None else constant) - linear @ (mean - centre.double())
     wrap(_centred_linear_kernel)[(triton.cdiv(n_rows, block_n), size // block_d)](
         x,
         out if base is None else base,
         out,
-        padded(centre, (size,), torch.float32),
-        padded(constant, (size,), torch.float32),
-        padded(linear.T, (size, size), x.dtype),
+        operands.centre[t],
+        operands.constant[t],
+        operands.linear[t],
         n_rows,
         D=n_channels,
         N_BLOCKS=size // block_d,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import projector_algebra as algebra
 from .launch import check_tensor, kernel_op, require_available
-from .moments import moments, subtract_centred_linear
+from .moments import linear_operands, moments, subtract_centred_linear
 from .projected_losses_backward import slope_gradients
 from .projected_losses_forward import activation_moments
 from .projector_activations import MAX_D, MAX_HIDDEN, operands
@@ -73,8 +73,7 @@ def _forward(
     """
     params = algebra.Projector(weight1, bias1, bn_weight, bn_bias, weight2)
     tensors, n_rows = [z, *predictions], z.shape[0]
-    means, scatters = zip(*(moments(x) for x in tensors), strict=True)
-    mean, scatter = torch.stack(means), torch.stack(scatters)
+    mean, scatter = moments(tensors)
     folded = algebra.fold(params, mean, scatter, n_rows, eps)
     mean_r, scatter_r, delta_moments = activation_moments(
         tensors, operands(folded, mean, bn_bias, z.dtype), folded.shift
@@ -131,10 +130,9 @@ def _backward(
     slopes, sum_dy, dy_x, slope_sum = slope_gradients(tensors, operands(folded, mean, bn_bias, z.dtype), mean_r, out)
     grad = algebra.input_gradients(params, folded, scatter, sum_dy, dy_x, slope_sum, n_rows)
     grad_params = (grad.weight1, grad.bias1, grad.bn_weight, grad.bn_bias, out.weight2)
+    correction = linear_operands(mean, grad.constant, grad.linear, z.dtype)
     grad_tensors = [
-        subtract_centred_linear(
-            x, mean[t], grad.constant[t], grad.linear[t], v, v if v.dtype == x.dtype else torch.empty_like(x)
-        )
+        subtract_centred_linear(x, correction, t, v, v if v.dtype == x.dtype else torch.empty_like(x))
         for t, (x, v) in enumerate(zip(tensors, slopes, strict=True))
     ]
     return [*(g.to(p.dtype) for g, p in zip(grad_params, params, strict=True)), *grad_tensors]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import projector_algebra as algebra
 from .launch import check_tensor, kernel_op, require_available
-from .moments import MAX_D, moments, subtract_centred_linear
+from .moments import MAX_D, linear_operands, moments, subtract_centred_linear
 
 _OP = "vc_loss"
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -33,10 +33,10 @@ def _forward_fake(f: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @kernel_op("fastjepa::vc_loss", _forward_fake)
 def _forward(f: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """std_loss and cov_loss, and what backward needs: mean (D,) and covariance (D, D) of f in float64."""
-    mean, scatter = moments(f)
-    cov = scatter / (f.shape[0] - 1)
+    mean, scatter = moments([f])
+    cov = scatter[0] / (f.shape[0] - 1)
     std_loss, cov_loss = algebra.vc_from_covariance(cov)
-    return std_loss.float(), cov_loss.float(), mean.clone(), cov.contiguous()
+    return std_loss.float(), cov_loss.float(), mean[0].clone(), cov.contiguous()
 
 
 def _backward_fake(grad_std: Tensor, grad_cov: Tensor, f: Tensor, mean: Tensor, cov: Tensor) -> Tensor:
@@ -46,7 +46,9 @@ def _backward_fake(grad_std: Tensor, grad_cov: Tensor, f: Tensor, mean: Tensor, 
 @kernel_op("fastjepa::vc_loss_backward", _backward_fake)
 def _backward(grad_std: Tensor, grad_cov: Tensor, f: Tensor, mean: Tensor, cov: Tensor) -> Tensor:
     gradient = algebra.vc_covariance_gradient(cov, grad_std.double(), grad_cov.double())
-    return subtract_centred_linear(f, mean, None, gradient * (-2.0 / (f.shape[0] - 1)), None, torch.empty_like(f))
+    linear = (gradient * (-2.0 / (f.shape[0] - 1))).unsqueeze(0)
+    operands = linear_operands(mean.unsqueeze(0), None, linear, f.dtype)
+    return subtract_centred_linear(f, operands, 0, None, torch.empty_like(f))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

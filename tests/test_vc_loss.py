@@ -49,7 +49,7 @@ def test_first_tile_far_from_the_rest(device: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(moments, "_MAX_PROGRAMS", 1)
     f = _rows(330, 16, torch.float32, device)
     f[:32] += 100.0
-    mean, scatter = moments.moments(f)
+    mean, scatter = (m[0] for m in moments.moments([f]))
     double = f.double()
     centred = double - double.mean(0)
     # The sum of x − centre is as large as the data's spread, and the mean is as exact as that.
