@@ -18,6 +18,7 @@ from fastjepa.folding import folded_batch_norm
 from fastjepa.jepa import JEPA, detection_loss
 from fastjepa.moving_mnist import ClipSet, sequential_batches
 from fastjepa.networks import DetHead, ImageDecoder
+from fastjepa.profiling import span
 
 MAX_HORIZONS = 7  # AP_0 … AP_6, as published
 
@@ -97,7 +98,8 @@ def rollout_tails(predictor: nn.Module, state: Tensor, steps: int) -> Iterator[T
     current = state
     for s in range(steps):
         # Predictions of frames s + 2 … T - 1 read the frames s … T - 2; what lies before them is final.
-        tail = predictor(current[:, :, s:-1], None)
+        with span(f"rollout step {s + 1}"):
+            tail = predictor(current[:, :, s:-1], None)
         yield tail
         current = torch.cat((current[:, :, : s + 2], tail), dim=2)
 
@@ -139,15 +141,17 @@ def evaluate(
     probabilities: list[list[Tensor]] = [[] for _ in range(horizons)]
     targets: list[list[Tensor]] = [[] for _ in range(horizons)]
     weights = []
-    with eval_mode(jepa, image_decoder, detection_head):
+    with span("evaluation"), eval_mode(jepa, image_decoder, detection_head):
         encoder, predictor = jepa.encoder, jepa.predictor
         if not literal:
             encoder, predictor = folded_batch_norm(encoder), folded_batch_norm(predictor)
         for indices in sequential_batches(len(clips), batch_size, clips.video.device):
-            video, digit_location = clips.batch(indices)
+            with span("data"):
+                video, digit_location = clips.batch(indices)
             weights.append(len(indices) / len(clips))
             with torch.autocast(video.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-                state = encoder(video)
+                with span("encode"):
+                    state = encoder(video)
                 image = image_decoder(encoder(video) if literal else state)
                 detected = detection_head(encoder(video) if literal else state)
                 if literal:

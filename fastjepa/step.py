@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastjepa.fused_losses import ClosedFormVCLoss
 from fastjepa.jepa import JEPA, detection_loss
 from fastjepa.networks import DetHead, ImageDecoder
+from fastjepa.profiling import span
 from fastjepa.projected_losses import ProjectionPath, projected_losses
 from fastjepa.running_stats import repeated_updates
 
@@ -90,9 +91,11 @@ class TrainStep:
         """Zero the gradients, compute losses and gradients, step the optimizer; returns the losses, detached."""
         self.zero_grad()
         losses = self.losses(video, digit_location)
-        losses.total.backward()
+        with span("backward"):
+            losses.total.backward()
         if self.optimizer is not None:
-            self.optimizer.step()
+            with span("optimizer"):
+                self.optimizer.step()
         return losses.detach()
 
     def zero_grad(self) -> None:
@@ -111,19 +114,20 @@ class TrainStep:
         if self.literal:
             return self._literal(video, digit_location)
         with self._autocast(video.device):
-            with repeated_updates(self.jepa.encoder, ENCODER_CALLS):
+            with span("encode"), repeated_updates(self.jepa.encoder, ENCODER_CALLS):
                 state = self.jepa.encoder(video)
             predictions = self._predict(state)
         regularizer: Any = self.jepa.regularizer
         predcost: Any = self.jepa.predcost
-        std, cov, preds = projected_losses(
-            regularizer.proj, predcost.proj, state, predictions, path=self._projection_path()
-        )
-        vc = regularizer.std_coeff * std + regularizer.cov_coeff * cov
-        pred = preds.sum() / self.steps
-        jepa = vc + pred
-        recon = self._reconstruct(state.detach(), video)
-        det = self._detect(state.detach(), digit_location)
+        with span("losses"):
+            std, cov, preds = projected_losses(
+                regularizer.proj, predcost.proj, state, predictions, path=self._projection_path()
+            )
+            vc = regularizer.std_coeff * std + regularizer.cov_coeff * cov
+            pred = preds.sum() / self.steps
+            jepa = vc + pred
+            recon = self._reconstruct(state.detach(), video)
+            det = self._detect(state.detach(), digit_location)
         return StepLosses(jepa + recon + det, jepa, vc, std + cov, std, cov, pred, recon, det)
 
     def _projection_path(self) -> ProjectionPath:
@@ -136,8 +140,9 @@ class TrainStep:
         """The predicted sequences p¹..pᴷ, each (B, D, T, H, W), of the parallel unroll."""
         context = self.jepa.predictor.context_length
         predictions, current = [], state
-        for _ in range(self.steps):
-            prediction = self.jepa.predictor(current, None)[:, :, :-1]  # see JEPA.unroll
+        for step in range(1, self.steps + 1):
+            with span(f"prediction step {step}"):
+                prediction = self.jepa.predictor(current, None)[:, :, :-1]  # see JEPA.unroll
             current = torch.cat((state[:, :, :context], prediction), dim=2)
             predictions.append(current)
         return predictions
