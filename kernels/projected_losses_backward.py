@@ -208,7 +208,7 @@ _CONFIGS = {
     (128, True): (LaunchConfig(num_warps=16, blocks={"BLOCK_N": 16, "BLOCK_H": 128}), 1),
 }
 # Bytes per thread, over sm_80, sm_90 and sm_100, by (BLOCK_H, bf16?).
-_ALLOWED_SPILL = {(64, True): 304, (64, False): 136, (128, True): 576, (128, False): 1548}
+_ALLOWED_SPILL = {(64, True): 304, (64, False): 136, (128, True): 576, (128, False): 1632}
 _SPILL_REASON = (
     "one sum Σdy(x−μ)ᵀ per tensor stays in registers. At 64 features without predictions, or with one in bf16, nothing "
     "spills; but one launch for each prediction would move 2.4 GB instead of 1.4 at the default recipe"
