@@ -1,5 +1,7 @@
 """Fused networks: the published ones with everything between the convolutions done in one pass each way.
 
+For the backward pass only raw outputs of convolutions are kept; what lies between is computed again (recompute.py).
+
 `from_eager` shares every parameter, buffer and submodule name with the module it replaces, so state_dicts, optimizers
 and freezing go on as before. Frames are kept channels-last (N, H, W, C in memory) throughout; results have the shapes
 of the replaced module, and equal its results to rounding.
@@ -14,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastjepa.kernels.batch_norm import batch_norm_act
+from fastjepa.kernels.batch_norm import batch_norm_act_repeatable
 from fastjepa.networks import join_skip, per_frame
+from fastjepa.recompute import Recomputation, recompute_activations
 
 BLOCKS_OF_ENCODER = ("layer1", "layer2", "layer3")
 BLOCKS_OF_UNET = ("enc1", "enc2", "enc3", "bott", "dec3", "dec2", "dec1")
@@ -25,6 +28,24 @@ _CONVS_OF_UNET = ("up3", "up2", "up1", "head")
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
     """conv(x), channels-last. A copy only where cuDNN chose another layout, as it may for a single input channel."""
     return conv(x).contiguous(memory_format=torch.channels_last)
+
+
+def activate(
+    memory: Recomputation, x: Tensor, bn: nn.BatchNorm2d, residual: Tensor | None = None, residual_bn: Any = None
+) -> Tensor:
+    """relu(bn(x) [+ residual] [+ residual_bn(residual)]) in one pass, to be computed again in the backward pass."""
+    out, again = batch_norm_act_repeatable(x, bn, residual, residual_bn)
+    if residual is None:
+        return memory.announce(out, lambda: again(None))
+    remake_residual = memory.remake(residual)
+    return memory.announce(out, lambda: again(remake_residual()))
+
+
+def join(memory: Recomputation, x: Tensor, skip: Tensor) -> Tensor:
+    """`join_skip`, keeping the upsampled half and a recipe for the other."""
+    out = join_skip(x, skip)
+    remake_x, remake_skip = memory.remake(x), memory.remake(skip)
+    return memory.announce(out, lambda: join_skip(remake_x(), remake_skip()))
 
 
 class FusedResidualBlock(nn.Module):
@@ -46,12 +67,16 @@ class FusedResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, in, H, W) → (N, out, H/stride, W/stride), channels-last."""
-        x = x.contiguous(memory_format=torch.channels_last)
-        out = batch_norm_act(convolve(self.conv1, x), self.bn1)
+        with recompute_activations() as memory:
+            return self.frames(memory, x.contiguous(memory_format=torch.channels_last))
+
+    def frames(self, memory: Recomputation, x: Tensor) -> Tensor:
+        """`forward` as a part of a network: x is channels-last, and its recipe may be in `memory`."""
+        out = activate(memory, convolve(self.conv1, x), self.bn1)
         out = convolve(self.conv2, out)
         if _is_identity(self.shortcut):
-            return batch_norm_act(out, self.bn2, residual=x.to(out.dtype))
-        return batch_norm_act(out, self.bn2, residual=convolve(self.shortcut[0], x), residual_bn=self.shortcut[1])
+            return activate(memory, out, self.bn2, x.to(out.dtype))
+        return activate(memory, out, self.bn2, convolve(self.shortcut[0], x), self.shortcut[1])
 
 
 class FusedNetwork(nn.Module):
@@ -77,10 +102,12 @@ class FusedNetwork(nn.Module):
         with torch.autocast(x.device.type, dtype=self.autocast_dtype):
             return per_frame(self._frames, x).to(x.dtype)
 
-    def _stem(self, x: Tensor) -> Tensor:
-        return batch_norm_act(convolve(self.conv1, x.contiguous(memory_format=torch.channels_last)), self.bn1)
-
     def _frames(self, x: Tensor) -> Tensor:
+        with recompute_activations() as memory:
+            stem = convolve(self.conv1, x.contiguous(memory_format=torch.channels_last))
+            return self._body(memory, activate(memory, stem, self.bn1))
+
+    def _body(self, memory: Recomputation, x: Tensor) -> Tensor:
         raise NotImplementedError
 
 
@@ -98,9 +125,10 @@ class FusedResNet5(FusedNetwork):
         _require(encoder_problem(network))
         return cls(network, autocast_dtype)
 
-    def _frames(self, x: Tensor) -> Tensor:
-        x = self._stem(x)
-        return self.layer3(self.layer2(self.layer1(x)))
+    def _body(self, memory: Recomputation, x: Tensor) -> Tensor:
+        for block in (self.layer1, self.layer2, self.layer3):
+            x = block.frames(memory, x)
+        return x
 
 
 class FusedResUNet(FusedNetwork):
@@ -130,14 +158,14 @@ class FusedResUNet(FusedNetwork):
         _require(unet_problem(network))
         return cls(network, autocast_dtype)
 
-    def _frames(self, x: Tensor) -> Tensor:
-        s1 = self.enc1(self._stem(x))
-        s2 = self.enc2(s1)
-        s3 = self.enc3(s2)
-        x = self.bott(s3)
-        x = self.dec3(join_skip(convolve(self.up3, x), s3))
-        x = self.dec2(join_skip(convolve(self.up2, x), s2))
-        x = self.dec1(join_skip(convolve(self.up1, x), s1))
+    def _body(self, memory: Recomputation, x: Tensor) -> Tensor:
+        s1 = self.enc1.frames(memory, x)
+        s2 = self.enc2.frames(memory, s1)
+        s3 = self.enc3.frames(memory, s2)
+        x = self.bott.frames(memory, s3)
+        x = self.dec3.frames(memory, join(memory, convolve(self.up3, x), s3))
+        x = self.dec2.frames(memory, join(memory, convolve(self.up2, x), s2))
+        x = self.dec1.frames(memory, join(memory, convolve(self.up1, x), s1))
         return self.head(x)
 
 

@@ -13,6 +13,7 @@ store.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,21 @@ def batch_norm_act(
             device does not fit.
         TypeError: an argument's type or dtype is not accepted.
     """
+    return batch_norm_act_repeatable(x, bn, residual, residual_bn, relu)[0]
+
+
+def batch_norm_act_repeatable(
+    x: Tensor,
+    bn: nn.BatchNorm1d | nn.BatchNorm2d,
+    residual: Tensor | None = None,
+    residual_bn: nn.BatchNorm1d | nn.BatchNorm2d | None = None,
+    relu: bool = True,
+) -> tuple[Tensor, Callable[[Tensor | None], Tensor]]:
+    """`batch_norm_act`, and a function that computes its result again, bit for bit, in one pass and without gradient.
+
+    The function takes the residual (None if there is none) and keeps only x and the statistics alive, so that the
+    result itself need not be kept for a backward pass. It moves no buffers. It is valid until a parameter changes.
+    """
     op = "batch_norm_act"
     require_available(op, x.device)
     _check_module_inputs(op, x, bn, residual, residual_bn)
@@ -66,27 +82,24 @@ def batch_norm_act(
     if residual_bn is not None and residual_rows is not None:
         residual_mean, residual_var, residual_batch_statistics = _statistics_of(residual_bn, residual_rows)
         residual_weight, residual_bias, residual_eps = residual_bn.weight, residual_bn.bias, residual_bn.eps
-    out: Tensor = batch_norm_forward(
-        x_rows,
-        residual_rows,
-        mean,
-        var,
-        bn.weight,
-        bn.bias,
-        residual_mean,
-        residual_var,
-        residual_weight,
-        residual_bias,
-        bn.eps,
-        residual_eps,
-        batch_statistics,
-        residual_batch_statistics,
-        relu,
-    )
-    if x.dim() == 2:
-        return out
-    N, C, H, W = x.shape
-    return out.view(N, H, W, C).permute(0, 3, 1, 2)
+    vectors = (mean, var, bn.weight, bn.bias, residual_mean, residual_var, residual_weight, residual_bias)
+    options = (bn.eps, residual_eps, batch_statistics, residual_batch_statistics, relu)
+    shape = x.shape
+
+    def as_input(rows: Tensor) -> Tensor:
+        if len(shape) == 2:
+            return rows
+        N, C, H, W = shape
+        return rows.view(N, H, W, C).permute(0, 3, 1, 2)
+
+    kept_rows = x_rows.detach()
+
+    @torch.no_grad()
+    def again(residual: Tensor | None) -> Tensor:
+        rows = None if residual is None else _as_rows(op, "residual", residual)
+        return as_input(batch_norm_forward(kept_rows, rows, *vectors, *options))
+
+    return as_input(batch_norm_forward(x_rows, residual_rows, *vectors, *options)), again
 
 
 def _uses_batch_statistics(bn: nn.BatchNorm1d | nn.BatchNorm2d) -> bool:

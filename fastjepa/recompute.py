@@ -1,0 +1,106 @@
+"""Activations that are computed again in the backward pass instead of being kept for it.
+
+What lies between two convolutions follows, in one cheap pass, from the raw output of the first: relu(BN(y) + r). The
+second convolution's gradient needs it, and plain autograd keeps it. Inside `recompute_activations`, autograd keeps a
+recipe instead, for every tensor announced with `announce`: convolution outputs stay, everything else is made anew.
+The recipe runs the same kernel on the same numbers, so gradients are the same bit for bit.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Recipe:
+    """How to make a tensor again. While several users in a backward pass wait for it, it is made once and shared."""
+
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        self._make = make
+        self._users = 0  # saved places that will ask for the tensor
+        self._waiting = 0  # of these, how many have not yet asked since it was made
+        self._tensor: Tensor | None = None
+
+    def add_user(self) -> None:
+        """Count one more place that will ask in each backward pass."""
+        self._users += 1
+
+    def take(self) -> Tensor:
+        """The tensor, for one of the users; freed with the last of them."""
+        if self._tensor is None:
+            self._tensor, self._waiting = self._make(), self._users
+        tensor = self._tensor
+        self._waiting -= 1
+        if self._waiting <= 0:
+            self._tensor = None
+        return tensor
+
+    def once(self) -> Tensor:
+        """The tensor as an ingredient of another: shared if it is there, otherwise made and not held on to."""
+        return self._make() if self._tensor is None else self._tensor
+
+
+class Recomputation:
+    """The recipes of one forward pass. A tensor without a recipe is kept as autograd always does."""
+
+    def __init__(self) -> None:
+        # By storage; the weak reference tells whether the storage is still the announced tensor's.
+        self._recipes: dict[int, tuple[weakref.ref[Tensor], Recipe]] = {}
+
+    def announce(self, tensor: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """Say how `tensor` can be made again, with the same layout; returns it."""
+        self._recipes[tensor.untyped_storage()._cdata] = (weakref.ref(tensor), Recipe(make))
+        return tensor
+
+    def remake(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """A function that gives `tensor` again: by its recipe if it has one, else by keeping it."""
+        recipe = self.recipe_of(tensor)
+        if recipe is None:
+            kept = keep(tensor.detach())
+            return lambda: kept
+        return recipe.once
+
+    def recipe_of(self, tensor: Tensor) -> Recipe | None:
+        """The recipe of the announced tensor that shares the storage of `tensor`, or None."""
+        announced, recipe = self._recipes.get(tensor.untyped_storage()._cdata, (None, None))
+        return recipe if announced is not None and announced() is not None else None
+
+    def pack(self, tensor: Tensor) -> Any:
+        """What autograd keeps for `tensor`, which may be a view."""
+        recipe = self.recipe_of(tensor)
+        if recipe is None:
+            return keep(tensor)
+        recipe.add_user()
+        return recipe, tensor.size(), tensor.stride(), tensor.storage_offset()
+
+    @staticmethod
+    def unpack(packed: Any) -> Tensor:
+        """The tensor again."""
+        if isinstance(packed, Tensor):
+            return packed
+        recipe, size, stride, offset = packed
+        return recipe.take().as_strided(size, stride, offset)
+
+
+def keep(tensor: Tensor) -> Tensor:
+    """What is kept of a tensor without a recipe: itself. A function of its own so that tests can count."""
+    return tensor
+
+
+@contextmanager
+def recompute_activations() -> Iterator[Recomputation]:
+    """Inside, autograd keeps recipes for the tensors announced to the yielded object.
+
+    Does nothing where nothing is kept (no gradients), nor under torch.compile, which plans its own memory.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        yield Recomputation()
+        return
+    recomputation = Recomputation()
+    with torch.autograd.graph.saved_tensors_hooks(recomputation.pack, recomputation.unpack):
+        yield recomputation

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastjepa import fused as fused_module
+from fastjepa.fused import FusedResUNet
+from fastjepa.networks import ResUNet
+from fastjepa.recompute import Recipe, Recomputation, recompute_activations
+
+
+def test_a_recipe_is_made_once_for_its_users_and_then_freed() -> None:
+    made = []
+
+    def make() -> Tensor:
+        made.append(1)
+        return torch.rand(3)
+
+    recipe = Recipe(make)
+    recipe.add_user()
+    recipe.add_user()
+    for _ in range(2):  # two backward passes
+        first = recipe.take()
+        assert recipe.once() is first
+        assert recipe.take() is first
+        assert recipe._tensor is None
+    assert len(made) == 2
+    recipe.once()
+    assert recipe._tensor is None
+
+
+def test_views_come_back_as_they_were() -> None:
+    memory = Recomputation()
+    base = memory.announce(torch.arange(24.0).view(2, 3, 4), lambda: torch.arange(24.0).view(2, 3, 4))
+    view = base[1:, :, ::2].transpose(1, 2)
+    packed = memory.pack(view)
+    assert not isinstance(packed, Tensor)
+    assert torch.equal(memory.unpack(packed), view)
+    assert memory.unpack(packed).stride() == view.stride()
+
+
+def test_a_reused_address_is_not_mistaken_for_the_announced_tensor() -> None:
+    memory = Recomputation()
+    tensor = memory.announce(torch.zeros(1000), lambda: torch.zeros(1000))
+    key = tensor.untyped_storage()._cdata
+    other = torch.ones(1000)
+    memory._recipes[other.untyped_storage()._cdata] = memory._recipes.pop(key)
+    assert memory.recipe_of(other) is not None
+    del tensor
+    gc.collect()
+    assert memory.recipe_of(other) is None
+
+
+def test_nothing_is_recorded_without_gradients() -> None:
+    with torch.no_grad(), recompute_activations() as memory:
+        x = memory.announce(torch.rand(3), lambda: pytest.fail("never asked for"))
+        (x * 2).sum()
+
+
+def test_gradients_are_bitwise_those_of_kept_activations(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the second time, with retain_graph, and for odd sizes, where skips are resized."""
+    torch.manual_seed(0)
+    network = FusedResUNet.from_eager(ResUNet(4, 2, 3).to(device))
+    x = torch.rand(2, 4, 11, 9, device=device)
+    weight = torch.rand(2, 3, 11, 9, device=device)
+    parameters = list(network.parameters())
+    loss = (network(x) * weight).sum()
+    found = [torch.autograd.grad(loss, parameters, retain_graph=True) for _ in range(2)]
+    monkeypatch.setattr(fused_module, "recompute_activations", lambda: _keep_all())
+    kept = torch.autograd.grad((network(x) * weight).sum(), parameters)
+    for again in found:
+        assert all(torch.equal(a, b) for a, b in zip(again, kept, strict=True))
+
+
+class _keep_all:  # noqa: N801 - used like the function it replaces
+    def __enter__(self) -> Recomputation:
+        return Recomputation()
+
+    def __exit__(self, *_: object) -> None:
+        pass
