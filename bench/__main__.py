@@ -9,6 +9,8 @@ import sys
 COMMANDS: dict[str, tuple[str, str]] = {
     "audit": ("bench.audit", "compile every kernel without a GPU and judge what the assembler made of it"),
     "losses": ("bench.losses", "time the projected losses, forward and backward"),
+    "step": ("bench.step", "time one training step, from the original's to everything at once"),
+    "eval": ("bench.evaluation", "time one evaluation, literally and with each thing done once"),
 }
 
 

@@ -1,0 +1,160 @@
+"""`python -m bench eval`: one evaluation, literally as the original computes it and with each thing done once.
+
+Both give the same metrics; the de-duplicated one rolls out 35 predictor frames per clip of ten, not 72, encodes once,
+not four times, and folds BatchNorm into the convolutions.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from bench import suite
+from bench.case import Case, Work
+from bench.recipe import Recipe, arithmetic, build_model
+from bench.variants import Computation, Tensors, Variant, always, needs_cuda, needs_kernels
+from fastjepa.accelerate import accelerate
+from fastjepa.evaluation import evaluate
+from fastjepa.moving_mnist import ClipSet
+
+LITERAL = "original"
+BATCHES = 2
+
+
+@dataclass(frozen=True)
+class Way:
+    """How one variant evaluates."""
+
+    literal: bool = False
+    precision: str = "fp32"
+    fused: bool = False
+
+
+def make_clips(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Tensors:
+    """Random bytes as video (N, T, H, W), N = 2 batches, and digit maps (N, T, 8, 8) with 3 % of the cells set."""
+    generator = torch.Generator().manual_seed(2025)
+    shape = (BATCHES * recipe.batch, recipe.frames)
+    video = torch.randint(0, 256, (*shape, recipe.pixels, recipe.pixels), generator=generator, dtype=torch.uint8)
+    maps = (torch.rand(*shape, 8, 8, generator=generator) < 0.03).to(torch.uint8)
+    return {"video": video.to(device), "digit_maps": maps.to(device)}
+
+
+class WideClips(ClipSet):
+    """Clips whose batches are float64, for the reference."""
+
+    def batch(self, indices: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        """See ClipSet."""
+        return super().batch(indices, torch.float64)
+
+
+class Evaluate:
+    """An evaluation as a benchmark's computation.
+
+    Compared are the losses and every detection of the rollout. Not AP: a function of ranks, it jumps when two scores
+    trade places.
+    """
+
+    def __init__(self, recipe: Recipe, way: Way, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.recipe, self.way = recipe, way
+        self.clips = WideClips if dtype == torch.float64 else ClipSet
+        self.model = build_model(recipe, device, dtype)
+        settle(self.model[0], recipe)
+        if way.fused:
+            accelerate(self.model[0], backend="fused", verbose=False)
+        self.detections: list[Tensor] = []
+        self.model[2].register_forward_hook(lambda module, inputs, out: self.detections.append(out.flatten()))
+
+    def __call__(self, inputs: Tensors) -> Tensors:
+        """The losses and all detections, batch by batch and horizon by horizon."""
+        self.detections.clear()
+        with arithmetic(self.way.precision):
+            found = evaluate(
+                *self.model,
+                self.clips(inputs["video"], inputs["digit_maps"]),
+                self.recipe.batch,
+                autocast_dtype=torch.bfloat16 if self.way.precision == "bf16" else None,
+                literal=self.way.literal,
+            )
+        losses = {"recon_loss": found.recon_loss, "det_loss": found.det_loss}
+        scalars = {name: torch.tensor(value, dtype=torch.float32) for name, value in losses.items()}
+        return {**scalars, "detections": torch.cat(self.detections)}
+
+
+def settle(jepa: nn.Module, recipe: Recipe) -> None:
+    """Give BatchNorm's running buffers the statistics of one small random clip, as training would: the same on every
+    device, because they are computed on the CPU.
+    """
+    small = replace(recipe, batch=1)
+    model = build_model(small, torch.device("cpu"))[0]
+    norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    for layer in norms:
+        layer.momentum = 1.0
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        model.predictor(model.encoder(torch.rand(1, 1, 3, recipe.pixels, recipe.pixels, generator=generator)))
+    statistics = {name: value for name, value in model.named_buffers() if name in dict(jepa.named_buffers())}
+    jepa.load_state_dict(statistics, strict=False)
+
+
+def truth(recipe: Recipe, inputs: Tensors) -> Tensors:
+    """The literal evaluation in float64."""
+    found = Evaluate(recipe, Way(literal=True), inputs["video"].device, torch.float64)(inputs)
+    return {name: x.double() for name, x in found.items()}
+
+
+def build(recipe: Recipe, way: Way, device: torch.device) -> Computation:
+    """The computation of one variant (a module-level function, so that it can be sent to another process)."""
+    return Evaluate(recipe, way, device)
+
+
+def _unknown_work(phase: str, dtype: torch.dtype) -> Work | None:
+    return None
+
+
+def make_case(recipe: Recipe, note: str = "") -> Case:
+    """The evaluation of two batches of one recipe."""
+    return Case(
+        suite="eval",
+        name=f"{recipe}, {BATCHES} batches{note}",
+        make_inputs=partial(make_clips, recipe),
+        truth=partial(truth, recipe),
+        work=_unknown_work,
+        baseline=LITERAL,
+        eager={"fp32": LITERAL, "tf32": "TF32", "bf16": "bf16"},
+        phase="evaluation",
+        rates={"clips_per_second": float(BATCHES * recipe.batch)},
+    )
+
+
+def make_variants(recipe: Recipe) -> list[Variant]:
+    """The original's evaluation, the de-duplicated one, and that one with less precision and fused kernels."""
+    ways: list[tuple[str, Way, Callable[[torch.device], str | None]]] = [
+        (LITERAL, Way(literal=True), always),
+        ("each thing once", Way(), always),
+        ("TF32", Way(precision="tf32"), needs_cuda),
+        ("bf16", Way(precision="bf16"), needs_cuda),
+        ("fused bf16", Way(precision="bf16", fused=True), needs_kernels),
+    ]
+    return [Variant(name, partial(build, recipe, way), way.precision, available=found) for name, way, found in ways]
+
+
+def run(options: suite.Options, parser: argparse.ArgumentParser, recipe: Recipe, note: str) -> int:
+    """Measure the evaluation of `recipe`; returns 1 if a variant failed."""
+    options = replace(options, suite="eval", only=(), variants=())
+    return suite.run(options, parser, [(make_case(recipe, note), make_variants(recipe))])
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line; returns 1 if a variant failed."""
+    parser = suite.make_parser("eval", __doc__ or "")
+    suite.add_recipe_options(parser)
+    args = parser.parse_args(argv)
+    options = suite.resolve("eval", parser, args, argv)
+    recipe = suite.chosen_recipe(parser, args, options.device)
+    plans = [(make_case(recipe, " (quick)" if options.quick else ""), make_variants(recipe))]
+    return suite.run(options, parser, plans)

@@ -1,0 +1,175 @@
+"""`python -m bench step`: one training step, from the original's to everything at once, each improvement a bar.
+
+Every variant includes the ones above it, but for the blocks that replace each other (compiled networks, then fused
+ones). All start from the same weights and take real optimiser steps, so errors are those of the first step: its losses
+(relative to their total), and its gradients of encoder, predictor and projector, against float64. (Handing those
+gradients out costs each variant one copy of 9 MB a call.) The work of a row is what any implementation must do, each
+thing once; the original's own is 12.6 TFLOP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench import evaluation, suite
+from bench.case import Case, Work
+from bench.recipe import Model, Recipe, arithmetic, build_model, make_batch, step_work
+from bench.variants import COMPILE_MAX, Computation, Tensors, Variant, always, needs_cuda, needs_kernels
+from fastjepa.accelerate import accelerate
+from fastjepa.projected_losses import ProjectionPath
+from fastjepa.step import StepLosses, TrainStep, build_optimizer
+
+LEARNING_RATE = 1e-3
+ORIGINAL, EAGER_BF16 = "original", "bf16, channels-last"
+
+
+@dataclass(frozen=True)
+class Way:
+    """How one variant runs the step."""
+
+    literal: bool = False
+    projection: ProjectionPath = "auto"
+    precision: str = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    fused_blocks: bool = False
+
+
+class Step:
+    """A training step as a benchmark's computation: it moves its own model, built from the seed."""
+
+    def __init__(self, recipe: Recipe, way: Way, device: torch.device) -> None:
+        self.way = way
+        model = build_model(recipe, device)
+        jepa = model[0]
+        if way.channels_last:
+            networks: tuple[Any, ...] = (jepa.encoder, jepa.predictor, model[1])
+            for network in networks:
+                network.to(memory_format=torch.channels_last)
+        if way.fused_blocks:
+            accelerate(jepa, backend="fused", verbose=False)
+        half = way.precision == "bf16"
+        self.step = TrainStep(
+            *model,
+            build_optimizer(*model, LEARNING_RATE, fused=device.type == "cuda"),
+            steps=recipe.steps,
+            literal=way.literal,
+            projection=way.projection,
+            autocast_dtype=torch.bfloat16 if half else None,
+        )
+        if way.compile:
+            # The whole forward as one graph: the networks, the unroll, the losses and the folding of the buffers.
+            torch._dynamo.reset()
+            compiled = torch.compile(self.step.losses, mode=COMPILE_MAX, fullgraph=True, dynamic=False)
+            self.step.losses = compiled  # type: ignore[method-assign]
+
+    def __call__(self, inputs: Tensors) -> Tensors:
+        """One optimisation step; its losses and its gradients, each group of parameters as one tensor."""
+        with arithmetic(self.way.precision):
+            losses = self.step(inputs["video"], inputs["digit_location"])
+        return results(self.step, losses)
+
+
+def results(step: TrainStep, losses: StepLosses) -> Tensors:
+    """What is compared between variants: the total and its terms, and gradients by group, by the parameters' names.
+
+    The terms are one tensor, so their errors are relative to the largest: of a single number, eager's error is one draw
+    that may be 0 by luck, and no measure for others.
+    """
+    jepa: Any = step.jepa
+    vc = jepa.regularizer
+    terms = torch.stack(
+        (losses.total, vc.std_coeff * losses.std, vc.cov_coeff * losses.cov, losses.pred, losses.recon, losses.det)
+    )
+    groups = {"encoder": jepa.encoder, "predictor": jepa.predictor, "projector": jepa.predcost.proj}
+    return {"losses": terms} | {f"gradient of {name}": _gradients(module) for name, module in groups.items()}
+
+
+def _gradients(module: nn.Module) -> Tensor:
+    parameters = dict(module.named_parameters())
+    return torch.cat([_gradient(parameters[name]).flatten() for name in sorted(parameters)])
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def truth(recipe: Recipe, inputs: Tensors) -> Tensors:
+    """The first step in float64. On a CPU, where sizes are small, literally; on a GPU with the losses in closed form,
+    which the tests show equal to 1e-9, because the literal step in float64 needs more memory than there is.
+    """
+    video = inputs["video"]
+    on_cpu = video.device.type == "cpu"
+    model: Model = build_model(recipe, video.device, torch.float64)
+    step = TrainStep(*model, steps=recipe.steps, literal=on_cpu, projection="auto" if on_cpu else "closed_form")
+    return results(step, step(video, inputs["digit_location"]))
+
+
+def make_case(recipe: Recipe, note: str = "") -> Case:
+    """The training step of one recipe."""
+    work = step_work(recipe)
+
+    return Case(
+        suite="step",
+        name=f"{recipe}{note}",
+        make_inputs=partial(make_batch, recipe),
+        truth=partial(truth, recipe),
+        work=partial(_work, recipe),
+        baseline=ORIGINAL,
+        eager={"fp32": ORIGINAL, "tf32": "TF32", "bf16": EAGER_BF16},
+        phase="step",
+        repeatable=False,
+        rates={
+            "samples_per_second": float(recipe.batch),
+            "teraflops_per_second_of_the_original": work.literal_flops / 1e12,
+        },
+    )
+
+
+def _work(recipe: Recipe, phase: str, dtype: torch.dtype) -> Work:
+    return step_work(recipe).once(dtype)
+
+
+def make_variants(recipe: Recipe, device: torch.device) -> list[Variant]:
+    """The waterfall. On a CPU tf32 and bf16 gain nothing, so "each thing once" and the closed form are in fp32."""
+    base = "tf32" if device.type == "cuda" else "fp32"
+    half = {"precision": "bf16", "channels_last": True}
+    ways: list[tuple[str, Way, Callable[[torch.device], str | None]]] = [
+        (ORIGINAL, Way(literal=True), always),
+        ("TF32", Way(literal=True, precision="tf32"), needs_cuda),
+        ("each thing once", Way(projection="eager", precision=base), always),
+        ("closed-form losses", Way(projection="closed_form", precision=base), always),
+        (EAGER_BF16, Way(projection="closed_form", **half), needs_cuda),  # type: ignore[arg-type]
+        ("torch.compile(max-autotune)", Way(projection="closed_form", compile=True, **half), needs_cuda),  # type: ignore[arg-type]
+        ("fused losses", Way(projection="fused", compile=True, **half), needs_kernels),  # type: ignore[arg-type]
+        ("fused blocks", Way(projection="fused", fused_blocks=True, **half), needs_kernels),  # type: ignore[arg-type]
+    ]
+    return [
+        Variant(name, partial(build, recipe, way), way.precision, available=available) for name, way, available in ways
+    ]
+
+
+def build(recipe: Recipe, way: Way, device: torch.device) -> Computation:
+    """The computation of one variant (a module-level function, so that it can be sent to another process)."""
+    return Step(recipe, way, device)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line; returns 1 if a variant failed."""
+    parser = suite.make_parser("step", __doc__ or "")
+    suite.add_recipe_options(parser)
+    parser.add_argument("--eval", action="store_true", help="afterwards the evaluation too (python -m bench eval)")
+    args = parser.parse_args(argv)
+    options = suite.resolve("step", parser, args, argv)
+    recipe = suite.chosen_recipe(parser, args, options.device)
+    note = " (quick)" if options.quick else ""
+    status = suite.run(options, parser, [(make_case(recipe, note), make_variants(recipe, options.device))])
+    if args.eval:
+        status = max(status, evaluation.run(options, parser, recipe, note))
+    return status

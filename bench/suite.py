@@ -1,0 +1,125 @@
+"""What every suite's command line shares: options, the loop over cases, the table, and the files of rows."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from bench.case import Case
+from bench.environment import collect
+from bench.harness import QUICK, Settings, render, run_case
+from bench.recipe import TINY, Recipe
+from bench.results import Row, write_rows
+from bench.variants import Variant
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options that all suites have, resolved."""
+
+    suite: str
+    argv: tuple[str, ...]
+    device: torch.device
+    quick: bool
+    settings: Settings
+    only: tuple[str, ...]
+    variants: tuple[str, ...]
+    out: Path | None
+
+
+def make_parser(suite: str, doc: str) -> argparse.ArgumentParser:
+    """A parser with the common options; `doc` is the suite's module docstring, whose first paragraph is shown."""
+    parser = argparse.ArgumentParser(prog=f"python -m bench {suite}", description=doc.split("\n\n")[0])
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", default=(), help="only cases whose name has one of these")
+    parser.add_argument("--variant", nargs="+", metavar="NAME", default=(), help="only these (default: all)")
+    parser.add_argument("--rounds", type=int, help="timed rounds of each case, at most")
+    parser.add_argument("--seconds", type=float, help="seconds for the timed rounds of each case")
+    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out (on a CPU it takes a process)")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: small and short")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"write {suite}.jsonl and {suite}.csv there")
+    return parser
+
+
+def resolve_device(name: str, parser: argparse.ArgumentParser) -> torch.device:
+    """ "auto" → CUDA if there is one, else CPU; "cuda" without CUDA ends the program."""
+    if name == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda, but torch sees no CUDA device")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def resolve(suite: str, parser: argparse.ArgumentParser, args: argparse.Namespace, argv: Sequence[str]) -> Options:
+    """Check and collect the common options."""
+    for name, least in (("rounds", 1), ("seconds", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            parser.error(f"--{name} must be at least {least}, got {value}")
+    settings = QUICK if args.quick else Settings()
+    if args.rounds is not None:
+        settings = replace(settings, rounds=args.rounds, least=min(settings.least, args.rounds))
+    if args.seconds is not None:
+        settings = replace(settings, seconds=args.seconds)
+    if args.no_memory:
+        settings = replace(settings, memory=False)
+    device = resolve_device(args.device, parser)
+    return Options(
+        suite, tuple(argv), device, args.quick, settings, tuple(args.only), tuple(args.variant), args.out
+    )  # fmt: skip
+
+
+def run(
+    options: Options,
+    parser: argparse.ArgumentParser,
+    plans: Iterable[tuple[Case, Sequence[Variant]]],
+    after: Callable[[list[Row]], None] = lambda rows: None,
+) -> int:
+    """Measure every case, print a table for each, write the rows after each; 1 if a variant failed.
+
+    `after` is given all rows at the end. `plans` may build its cases lazily.
+    """
+    environment = collect(["python", "-m", "bench", options.suite, *options.argv], options.device)
+    rows: list[Row] = []
+    names: list[str] = []
+    for case, variants in plans:
+        names.append(case.name)
+        if options.only and not any(text in case.name for text in options.only):
+            continue
+        known = [variant.name for variant in variants]
+        unknown = [name for name in options.variants if name not in known]
+        if unknown:
+            parser.error(f"--variant {unknown[0]!r} is not one of: {', '.join(known)}")
+        chosen = [v for v in variants if not options.variants or v.name in options.variants]
+        found = run_case(case, chosen, options.device, environment, options.settings, progress=_progress)
+        print(f"\n{options.suite} {case.name}, on {environment.device}\n{render(found)}", flush=True)
+        rows += found
+        if options.out is not None:  # after every case: a run that is cut short keeps what it has measured
+            write_rows(rows, options.out / options.suite)
+    if not rows:
+        parser.error(f"--only {' '.join(options.only)}: no case has that in its name; cases: {'; '.join(names)}")
+    after(rows)
+    if options.out is None:
+        print("\nno rows were written; --out DIR writes them")
+    return 1 if any(row.status == "failed" for row in rows) else 0
+
+
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    """--batch, for suites at the default recipe's sizes."""
+    parser.add_argument("--batch", type=int, help="clips (default: 64 on a GPU, 2 on a CPU; --quick: a tiny recipe)")
+
+
+def chosen_recipe(parser: argparse.ArgumentParser, args: argparse.Namespace, device: torch.device) -> Recipe:
+    """The recipe that the options ask for."""
+    if args.batch is not None and args.batch < 1:
+        parser.error(f"--batch must be at least 1, got {args.batch}")
+    if args.quick:
+        return TINY if args.batch is None else replace(TINY, batch=args.batch)
+    return Recipe(batch=args.batch or (64 if device.type == "cuda" else 2))
