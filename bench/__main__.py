@@ -10,6 +10,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "audit": ("bench.audit", "compile every kernel without a GPU and judge what the assembler made of it"),
     "losses": ("bench.losses", "time the projected losses, forward and backward"),
     "step": ("bench.step", "time one training step, from the original's to everything at once"),
+    "layers": ("bench.layers", "time BatchNorm blocks and whole networks, forward and backward"),
+    "rollout": ("bench.rollout", "time predicting k frames: latency and frames per second"),
     "eval": ("bench.evaluation", "time one evaluation, literally and with each thing done once"),
 }
 

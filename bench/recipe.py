@@ -52,7 +52,11 @@ def build_model(recipe: Recipe, device: torch.device, dtype: torch.dtype = torch
 
 
 def make_batch(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Tensors:
-    """Random video (B, 1, T, H, W) in [0, 1) and digit maps (B, T, 8, 8) with 3 % of the cells set."""
+    """Random video (B, 1, T, H, W) in [0, 1) and digit maps (B, T, 8, 8) with 3 % of the cells set.
+
+    In fp32 also where `dtype` is narrower: in mixed precision a batch is fp32, and activations are not.
+    """
+    dtype = torch.promote_types(dtype, torch.float32)
     generator = torch.Generator().manual_seed(2025)
     batch, frames, pixels = recipe.batch, recipe.frames, recipe.pixels
     video = torch.rand(batch, 1, frames, pixels, pixels, generator=generator)

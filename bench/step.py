@@ -150,8 +150,10 @@ def make_variants(recipe: Recipe, device: torch.device) -> list[Variant]:
         ("fused losses", Way(projection="fused", compile=True, **half), needs_kernels),  # type: ignore[arg-type]
         ("fused blocks", Way(projection="fused", fused_blocks=True, **half), needs_kernels),  # type: ignore[arg-type]
     ]
+    dtypes = {"bf16": torch.bfloat16}  # of the activations; batches are fp32
     return [
-        Variant(name, partial(build, recipe, way), way.precision, available=available) for name, way, available in ways
+        Variant(name, partial(build, recipe, way), way.precision, dtypes.get(way.precision, torch.float32), available)
+        for name, way, available in ways
     ]
 
 

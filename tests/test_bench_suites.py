@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import evaluation, losses, step
+from bench import evaluation, layers, losses, rollout, step
+from bench.case import BACKWARD, BOTH, FORWARD
 from bench.recipe import TINY, Recipe, build_model, count, make_batch, step_work
 from bench.results import Row, read_rows
 from bench.roofline import H200
+from bench.variants import channels_last
 from fastjepa.networks import ResNet5
 from fastjepa.step import TrainStep
 
@@ -106,3 +108,84 @@ def test_suites_refuse_what_they_cannot_serve(arguments: list[str], capsys: pyte
 def test_loss_weights_are_the_recipes() -> None:
     jepa = build_model(TINY, CPU)[0]
     assert (jepa.regularizer.std_coeff, jepa.regularizer.cov_coeff) == (losses.STD_COEFF, losses.COV_COEFF)
+
+
+# -- layers
+
+
+def test_blocks_are_those_of_the_networks() -> None:
+    jepa = build_model(TINY, torch.device("meta"))[0]
+    seen: set[tuple[int, ...]] = set()
+
+    def note(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        seen.add(tuple(out.shape))
+
+    for module in jepa.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.register_forward_hook(note)
+    video = torch.empty(TINY.batch, 1, TINY.frames, TINY.pixels, TINY.pixels, device="meta")
+    jepa.predictor(jepa.encoder(video))
+    blocks = layers.blocks_of(TINY)
+    assert {(b.frames, b.channels, b.pixels, b.pixels) for b in blocks} == seen
+    assert len(layers.blocks_of(Recipe())) == 15
+
+
+@pytest.mark.parametrize("form", [layers.PLAIN, layers.RESIDUAL, layers.NORMALIZED])
+def test_fused_block_computes_what_it_is_compared_with(form: str) -> None:
+    block = layers.Block(3, 4, 5, form)
+    inputs = layers.make_block_inputs(block, CPU, torch.float32)
+    eager, fused = layers.block_eager(inputs)["out"], layers.build_fused_block(CPU)(channels_last(inputs))["out"]
+    torch.testing.assert_close(fused, eager, rtol=1e-5, atol=1e-5)
+    weight = "residual_weight" if form == layers.NORMALIZED else "weight"
+    (expected,) = torch.autograd.grad(eager.square().sum(), inputs[weight])
+    laid_out = channels_last(inputs)
+    (found,) = torch.autograd.grad(layers.build_fused_block(CPU)(laid_out)["out"].square().sum(), laid_out[weight])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_work_of_a_block_is_its_passes_over_the_tensors() -> None:
+    block = layers.Block(576, 32, 64, layers.RESIDUAL)
+    one = 576 * 32 * 64 * 64 * 2
+    works = [layers.block_work(block, phase, torch.bfloat16).bytes_moved for phase in (FORWARD, BACKWARD, BOTH)]
+    assert works == [4 * one, 8 * one, 12 * one]
+
+
+def test_layers_measure_networks_and_blocks(tmp_path: Path) -> None:
+    arguments = ["--quick", "--device", "cpu", "--no-memory", "--only", "predictor", "10x4x16x16 residual"]
+    assert layers.main([*arguments, "--out", str(tmp_path)]) == 0
+    rows = read_rows(tmp_path / "layers.jsonl")
+    assert len({row.case for row in rows}) == 2
+    assert {row.status for row in rows if row.variant == layers.EAGER} == {"exact"}
+    predictor = next(row for row in rows if row.case.startswith("predictor") and row.phase == BACKWARD)
+    forward = next(row for row in rows if row.case == predictor.case and row.phase == FORWARD)
+    assert predictor.flops == 2 * (forward.flops or 0)  # its input wants a gradient too
+
+
+# -- rollout
+
+
+def test_rollout_is_the_autoregressive_unroll() -> None:
+    states = rollout.make_states(TINY, CPU, torch.float32)
+    found = rollout.build(TINY, 4, rollout.Way(), CPU)(states)["frames"]
+    jepa = build_model(TINY, CPU)[0]
+    evaluation.settle(jepa, TINY)
+    jepa.encoder = torch.nn.Identity()  # the states are given
+    unrolled, _ = jepa.eval().unroll(
+        states["states"], nsteps=4, unroll_mode="autoregressive", ctxt_window_time=2, compute_loss=False
+    )
+    assert isinstance(unrolled, torch.Tensor)
+    torch.testing.assert_close(found, unrolled[:, :, 2:], rtol=1e-5, atol=1e-5)
+
+
+def test_rollout_neither_grows_nor_dies() -> None:
+    frames = rollout.build(TINY, 100, rollout.Way(), CPU)(rollout.make_states(TINY, CPU, torch.float32))["frames"]
+    assert 0.05 < frames[:, :, -1].std() < 5.0
+
+
+def test_rollout_states_latency_and_frames_per_second(tmp_path: Path) -> None:
+    assert rollout.main(["--quick", "--device", "cpu", "--no-memory", "--horizon", "3", "--out", str(tmp_path)]) == 0
+    rows = read_rows(tmp_path / "rollout.jsonl")
+    assert rows[0].quantiles == (0.5, 0.99)
+    assert rows[0].median_ms is not None
+    assert rows[0].quality["frames_per_second"] == pytest.approx(3e3 / rows[0].median_ms)
+    assert status_of(rows)["eager, BatchNorm folded"] == "exact"

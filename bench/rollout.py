@@ -1,0 +1,177 @@
+"""`python -m bench rollout`: predicting k frames from two, one after another, as a user who waits for them sees it.
+
+z_{t+1} = f(z_{t-1}, z_t), from two encoded frames (B, D, 2, H, W) to k predicted ones (B, D, k, H, W), with the
+predictor in eval mode. Times are latencies of single calls; p50 and p99. BatchNorm's running buffers are settled as in a trained
+network, so that states neither grow nor die over a hundred steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from bench import suite
+from bench.case import Case, Work
+from bench.evaluation import settle
+from bench.recipe import TINY, Recipe, arithmetic, build_model, count
+from bench.variants import Computation, Tensors, Variant, always, needs_cuda, needs_kernels
+from fastjepa.folding import folded_batch_norm
+from fastjepa.fused import FusedResUNet
+from fastjepa.networks import StateOnlyPredictor
+
+EAGER, EAGER_BF16 = "eager", "eager bf16"
+CONTEXT = 2
+Available = Callable[[torch.device], str | None]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How one variant predicts a step. `folded`: BatchNorm in the convolutions' weights."""
+
+    bf16: bool = False
+    folded: bool = False
+    compile: bool = False
+    fused: bool = False
+
+
+def make_states(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Tensors:
+    """Two states, ≥ 0 and sparse as the encoder makes them."""
+    generator = torch.Generator().manual_seed(2025)
+    shape = (recipe.batch, recipe.dstc, CONTEXT, recipe.pixels, recipe.pixels)
+    return {"states": torch.randn(shape, generator=generator).relu_().to(device, dtype)}
+
+
+def make_predictor(recipe: Recipe, way: Way, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The predictor in eval mode, on channels-last convolutions."""
+    jepa = build_model(recipe, device, torch.promote_types(dtype, torch.float32))[0]
+    settle(jepa, recipe)
+    predictor = jepa.predictor.eval()
+    if way.folded:
+        predictor = folded_batch_norm(predictor)
+    for layer in predictor.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):  # not BatchNorm: its statistics stay fp32
+            layer.to(dtype)
+            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+    if way.fused:
+        predictor = StateOnlyPredictor(FusedResUNet.from_eager(predictor.predictor), CONTEXT).eval()  # type: ignore[arg-type]
+    return predictor
+
+
+class Rollout:
+    """A rollout as a benchmark's computation: one call of the predictor for each step."""
+
+    def __init__(self, recipe: Recipe, steps: int, way: Way, device: torch.device, dtype: torch.dtype) -> None:
+        self.steps, self.way = steps, way
+        self.predictor = make_predictor(recipe, way, device, dtype)
+        self.predict = self._compiled() if way.compile else self._predict
+
+    @torch.inference_mode()
+    def __call__(self, inputs: Tensors) -> Tensors:
+        """{"frames": (B, D, k, H, W)}"""
+        states = inputs["states"]
+        with arithmetic("fp32"):
+            for _ in range(self.steps):
+                states = torch.cat((states, self.predict(states[:, :, -CONTEXT:])), dim=2)
+        return {"frames": states[:, :, CONTEXT:]}
+
+    def _predict(self, pair: Tensor) -> Tensor:
+        return self.predictor(pair)
+
+    def _compiled(self) -> Callable[[Tensor], Tensor]:
+        """Each step one launch of a CUDA graph, whose output the next step must copy: its memory is reused."""
+        torch._dynamo.reset()
+        compiled = torch.compile(self._predict, mode="reduce-overhead", fullgraph=True, dynamic=False)
+
+        def predict(pair: Tensor) -> Tensor:
+            torch.compiler.cudagraph_mark_step_begin()
+            return compiled(pair).clone()
+
+        return predict
+
+
+def build(recipe: Recipe, steps: int, way: Way, device: torch.device) -> Computation:
+    """The computation of one variant (a module-level function, so that it can be sent to another process)."""
+    return Rollout(recipe, steps, way, device, torch.bfloat16 if way.bf16 else torch.float32)
+
+
+def truth(recipe: Recipe, steps: int, inputs: Tensors) -> Tensors:
+    """The plain rollout in float64."""
+    return Rollout(recipe, steps, Way(), inputs["states"].device, torch.float64)(inputs)
+
+
+def work(recipe: Recipe, steps: int, phase: str, dtype: torch.dtype) -> Work:
+    """Bytes: each layer's input and output, and the weights, once a step."""
+    predictor = build_model(recipe, torch.device("meta"))[0].predictor
+    pair = torch.empty(recipe.batch, recipe.dstc, CONTEXT, recipe.pixels, recipe.pixels, device="meta")
+    layers = count(predictor, pair)
+    weights = sum(parameter.numel() for parameter in predictor.parameters())
+    return Work(steps * (layers.elements + weights) * dtype.itemsize, steps * layers.forward)
+
+
+def make_case(recipe: Recipe, steps: int, note: str = "") -> Case:
+    """The rollout of `steps` frames."""
+    return Case(
+        suite="rollout",
+        name=f"B={recipe.batch} steps={steps}{note}",
+        make_inputs=partial(make_states, recipe),
+        truth=partial(truth, recipe, steps),
+        work=partial(work, recipe, steps),
+        baseline=EAGER,
+        eager={"fp32": EAGER, "bf16": EAGER_BF16},
+        phase="rollout",
+        latency=True,
+        rates={"frames_per_second": float(recipe.batch * steps)},
+    )
+
+
+def make_variants(recipe: Recipe, steps: int) -> list[Variant]:
+    """Eager, folded, compiled, fused; in fp32 and bf16. Peers get the folding of BatchNorm too."""
+    table: list[tuple[str, Way, Available]] = [
+        (EAGER, Way(), always),
+        ("eager, BatchNorm folded", Way(folded=True), always),
+        (EAGER_BF16, Way(bf16=True, folded=True), needs_cuda),
+        ("torch.compile(reduce-overhead) bf16", Way(bf16=True, folded=True, compile=True), needs_cuda),
+        ("fused", Way(fused=True), needs_kernels),
+        ("fused bf16", Way(bf16=True, fused=True), needs_kernels),
+    ]
+    return [
+        Variant(
+            name,
+            partial(build, recipe, steps, way),
+            "bf16" if way.bf16 else "fp32",
+            torch.bfloat16 if way.bf16 else torch.float32,
+            available,
+        )
+        for name, way, available in table
+    ]
+
+
+def plans(
+    recipe: Recipe, batches: Sequence[int], horizons: Sequence[int], note: str
+) -> Iterator[tuple[Case, list[Variant]]]:
+    """Every batch size at every horizon."""
+    for batch in batches:
+        for steps in horizons:
+            sized = replace(recipe, batch=batch)
+            yield make_case(sized, steps, note), make_variants(sized, steps)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line; returns 1 if a variant failed."""
+    parser = suite.make_parser("rollout", __doc__ or "")
+    parser.add_argument("--batch", type=int, nargs="+", help="default: 1 8 64 on a GPU, 1 on a CPU")
+    parser.add_argument("--horizon", type=int, nargs="+", help="frames; default: 1 8 50 100 on a GPU, 1 8 on a CPU")
+    args = parser.parse_args(argv)
+    options = suite.resolve("rollout", parser, args, argv)
+    on_gpu = options.device.type == "cuda"
+    batches = args.batch or ([1, 8, 64] if on_gpu and not options.quick else [1])
+    horizons = args.horizon or ([2] if options.quick else [1, 8, 50, 100] if on_gpu else [1, 8])
+    for name, values in (("batch", batches), ("horizon", horizons)):
+        if min(values) < 1:
+            parser.error(f"--{name} must be at least 1, got {min(values)}")
+    recipe, note = (TINY, " (quick)") if options.quick else (Recipe(), "")
+    return suite.run(options, parser, plans(recipe, batches, horizons, note))
