@@ -5,7 +5,6 @@ Shapes: video (B, C, T, H, W), state (B, D, T, H, W), digit maps and probabiliti
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from torchmetrics.functional.classification import binary_average_precision
 
 from fastjepa.folding import folded_batch_norm
 from fastjepa.jepa import JEPA, detection_loss
+from fastjepa.modes import eval_mode as eval_mode
 from fastjepa.moving_mnist import ClipSet, sequential_batches
 from fastjepa.networks import DetHead, ImageDecoder
 from fastjepa.profiling import span
@@ -102,21 +102,6 @@ def rollout_tails(predictor: nn.Module, state: Tensor, steps: int) -> Iterator[T
             tail = predictor(current[:, :, s:-1], None)
         yield tail
         current = torch.cat((current[:, :, : s + 2], tail), dim=2)
-
-
-@contextlib.contextmanager
-def eval_mode(*modules: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; each module's own mode afterwards."""
-    before = [{module: module.training for module in root.modules()} for root in modules]
-    try:
-        for root in modules:
-            root.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for modes in before:
-            for module, training in modes.items():
-                module.training = training
 
 
 def evaluate(

@@ -1,0 +1,293 @@
+"""Rollouts in one launch: every step writes its prediction into the inputs of the steps that read it.
+
+Shapes: states (B, D, T, H, W); context c, the number of states that predict the next one (2 as published). A *window*
+is c consecutive states side by side in the channels, (B, c·D, H, W): what the predictor's network reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastjepa.folding import folded_batch_norm
+from fastjepa.fused import FusedNetwork
+from fastjepa.graph_cache import MAX_RECORDINGS, RecordingCache, Watch
+from fastjepa.graph_capture import Recording
+from fastjepa.kernels.launch import FLOAT_DTYPES, check_tensor
+from fastjepa.modes import eval_mode
+from fastjepa.profiling import span
+
+
+class GraphedRollout:
+    """Rollouts of a predictor in eval mode, without gradients: a CUDA graph on a GPU, the same code plainly on a CPU.
+
+    The contract is that of `fastjepa.graph_capture`; there is one recording for each (batch, context, steps, size,
+    dtype). Weights changed in place count from the next call on. Results equal the eager unroll's: bit for bit where
+    the same kernels run, as they do unless BatchNorm is folded.
+
+    Args:
+        predictor_or_jepa: a `StateOnlyPredictor`, or anything with one as `predictor`.
+        steps: how many frames `__call__` predicts unless told otherwise.
+        autocast_dtype: torch.bfloat16 runs the network in bf16 autocast; states keep their dtype.
+        fold_batch_norm: run a copy of the network with BatchNorm folded into the convolutions. Faster; but the copy
+            sees weights changed in place only after `refresh()`.
+        warmup_runs, pool: see `fastjepa.graph_capture.Recording`.
+        max_recordings: how many signatures are kept; the least recently used goes first.
+
+    Raises:
+        ValueError: no predictor, or `steps` < 1.
+    """
+
+    def __init__(
+        self,
+        predictor_or_jepa: nn.Module,
+        steps: int = 8,
+        *,
+        autocast_dtype: torch.dtype | None = None,
+        fold_batch_norm: bool = False,
+        warmup_runs: int | None = None,
+        pool: Any = None,
+        max_recordings: int = MAX_RECORDINGS,
+    ) -> None:
+        predictor: Any = predictor_or_jepa
+        if not hasattr(predictor, "context_length"):
+            predictor = getattr(predictor, "predictor", None)
+        if not isinstance(predictor, nn.Module) or not hasattr(predictor, "context_length"):
+            raise ValueError(
+                "a rollout needs a predictor with a `context_length`, or a JEPA with one as `predictor`; got "
+                f"{type(predictor_or_jepa).__name__}"
+            )
+        _check_steps(steps)
+        self.steps = steps
+        self.autocast_dtype = autocast_dtype
+        self._predictor: Any = predictor
+        self._folded = folded_batch_norm(predictor) if fold_batch_norm else None
+        self._recording_options = {"warmup_runs": warmup_runs, "pool": pool}
+        self._cache: RecordingCache[_Plan] = RecordingCache(max_recordings)
+
+    @property
+    def recordings_made(self) -> int:
+        """How many recordings were ever made; constant in a loop that repeats its signatures."""
+        return self._cache.made
+
+    def __call__(self, states: Tensor, steps: int | None = None, *, copy: bool = True) -> Tensor:
+        """Predict `steps` frames beyond the given ones, each from the last c states (predicted ones included).
+
+        Args:
+            states: (B, D, T, H, W), T ≥ c, on the predictor's device; fp32, bf16, fp16 or fp64. Only the last c matter.
+            steps: default: those given on construction.
+            copy: return a tensor of the caller's own. False returns a view of static memory, which the next call with
+                the same signature overwrites, and saves the copy.
+
+        Returns:
+            The last c given states, then the predicted ones: (B, D, c + steps, H, W) in the dtype of `states`.
+
+        Raises:
+            ValueError: a wrong shape or device, too few frames, `steps` < 1.
+            TypeError: not a floating point tensor.
+            GraphCaptureError: the predictor does something that a graph cannot hold.
+        """
+        steps = self.steps if steps is None else steps
+        _check_steps(steps)
+        context = self._check_states(states, least=self._predictor.context_length)
+        given = states[:, :, -context:]
+        plan = self._plan(("rollout", tuple(given.shape), states.dtype, steps), given, _RolloutPlan, steps)
+        result = plan.run(given)[0]
+        return result.clone(memory_format=torch.contiguous_format) if copy else result
+
+    def tails(self, states: Tensor, steps: int, *, copy: bool = True) -> list[Tensor]:
+        """The de-duplicated parallel rollout of an evaluation: `fastjepa.evaluation.rollout_tails`, in one launch.
+
+        Args:
+            states: (B, D, T, H, W), T > c.
+            steps: 1 to T - c.
+            copy: as in `__call__`.
+
+        Returns:
+            For s = 0 … steps - 1 the predictions of frames s + c … T - 1 after s + 1 steps, (B, D, T - c - s, H, W).
+
+        Raises:
+            As `__call__`.
+        """
+        context = self._check_states(states, least=self._predictor.context_length + 1)
+        most = states.shape[2] - context
+        if not 1 <= steps <= most:
+            raise ValueError(f"steps must be between 1 and T - {context} = {most}, got {steps}")
+        plan = self._plan(("tails", tuple(states.shape), states.dtype, steps), states, _TailsPlan, steps)
+        results = plan.run(states)
+        return [tail.clone(memory_format=torch.contiguous_format) for tail in results] if copy else list(results)
+
+    def refresh(self) -> None:
+        """With `fold_batch_norm`: fold the weights of now, into the memory that the recordings read."""
+        if self._folded is None or self._folded is self._predictor:
+            return
+        fresh = folded_batch_norm(self._predictor)
+        pairs = list(zip(self._folded.state_dict().values(), fresh.state_dict().values(), strict=True))
+        if any((old.device, old.dtype) != (new.device, new.dtype) for old, new in pairs):
+            self._folded = fresh  # the predictor has moved
+            self._cache.clear()
+            return
+        with torch.no_grad():
+            for old, new in pairs:
+                old.copy_(new)
+
+    def _check_states(self, states: Tensor, least: int) -> int:
+        weight = next(self._predictor.parameters())
+        context = self._predictor.context_length
+        dtypes = (*FLOAT_DTYPES, torch.float64)
+        check_tensor("GraphedRollout", "states", states, shape=(None,) * 5, dtypes=dtypes)
+        if states.device != weight.device:
+            raise ValueError(f"GraphedRollout: states is on {states.device}, the predictor on {weight.device}")
+        if states.shape[2] < least:
+            raise ValueError(f"this rollout takes at least {least} frames, got {states.shape[2]}")
+        if states.numel() == 0:
+            raise ValueError(f"states is empty: {tuple(states.shape)}")
+        return int(context)
+
+    def _plan(self, signature: Hashable, states: Tensor, kind: type[_Plan], steps: int) -> _Plan:
+        predictor = self._predictor if self._folded is None else self._folded
+
+        def make() -> _Plan:
+            return kind(predictor, states, steps, self.autocast_dtype, self._recording_options)
+
+        return self._cache.get(signature, states.device, make)
+
+
+class _Plan:
+    """One recording: its windows, its results, and how they are filled."""
+
+    results: list[Tensor]
+
+    def __init__(
+        self,
+        predictor: Any,
+        states: Tensor,
+        steps: int,
+        autocast_dtype: torch.dtype | None,
+        options: dict[str, Any],
+    ) -> None:
+        self.network: nn.Module = predictor.predictor
+        self.context: int = predictor.context_length
+        self.steps = steps
+        self.autocast_dtype = autocast_dtype
+        self.allocate(states)
+        # Recorded on real states: on garbage, a warm-up could take other paths through library code, or trap on NaN.
+        self.fill(states)
+        self.recording = Recording(self._body, states.device, name="the rollout", **options)
+        self.watch = Watch([predictor], modes=False)  # the recording is in eval mode whatever the predictor is in
+
+    def outdated(self) -> bool:
+        return self.watch.changed()
+
+    @torch.no_grad()
+    def run(self, states: Tensor) -> list[Tensor]:
+        self.fill(states)
+        self.recording.replay()
+        return self.results
+
+    @torch.no_grad()
+    def _body(self) -> None:
+        device = self.results[0].device.type
+        with eval_mode(self.network):
+            if self.autocast_dtype is None:
+                self.predict()
+            else:
+                with torch.autocast(device, dtype=self.autocast_dtype):
+                    self.predict()
+
+    def frames(self, windows: Tensor) -> Tensor:
+        """Windows (N, c·D, H, W) → the predicted states (N, D, H, W)."""
+        # As a video of one frame: the form that the original's networks accept too.
+        return self.network(windows.unsqueeze(2)).squeeze(2)
+
+    def allocate_windows(self, count: int, states: Tensor) -> Tensor:
+        """(count, B, c·D, H, W), laid out as the network reads them, so that each is read where it lies."""
+        B, D, _, H, W = states.shape
+        if _is_channels_last(self.network):
+            return states.new_empty(count, B, H, W, self.context * D).permute(0, 1, 4, 2, 3)
+        return states.new_empty(count, B, self.context * D, H, W)
+
+    def allocate(self, states: Tensor) -> None:
+        raise NotImplementedError
+
+    def fill(self, states: Tensor) -> None:
+        raise NotImplementedError
+
+    def predict(self) -> None:
+        raise NotImplementedError
+
+
+class _RolloutPlan(_Plan):
+    """Autoregressive: window k holds frames k … k + c - 1 and predicts frame k + c. The last c windows are only partly
+    used, so that every frame f also stands first in window f, and the result is a view of the windows.
+    """
+
+    def allocate(self, states: Tensor) -> None:
+        self.D = states.shape[1]
+        self.windows = self.allocate_windows(self.context + self.steps, states)
+        self.results = [self.windows[:, :, : self.D].permute(1, 2, 0, 3, 4)]
+
+    def fill(self, states: Tensor) -> None:
+        for frame in range(self.context):
+            self._put(frame, states[:, :, frame])
+
+    def _put(self, frame: int, state: Tensor) -> None:
+        """Write one frame into every window that holds it."""
+        for place in range(min(self.context, frame + 1)):
+            self.windows[frame - place][:, place * self.D : (place + 1) * self.D].copy_(state)
+
+    def predict(self) -> None:
+        for step in range(self.steps):
+            with span(f"rollout step {step + 1}"):
+                self._put(step + self.context, self.frames(self.windows[step]))
+
+
+class _TailsPlan(_Plan):
+    """Parallel: window w holds frames w … w + c - 1 of the clip and predicts frame w + c. Step s runs the windows from
+    s on, all at once; what they predict replaces the frames that the next step reads.
+    """
+
+    def allocate(self, states: Tensor) -> None:
+        B, D, T, H, W = states.shape
+        self.D, self.T = D, T
+        self.windows = self.allocate_windows(T - self.context, states)
+        self.tails = [states.new_empty(T - self.context - s, B, D, H, W) for s in range(self.steps)]
+        self.results = [tail.permute(1, 2, 0, 3, 4) for tail in self.tails]
+
+    def fill(self, states: Tensor) -> None:
+        frames = states.permute(2, 0, 1, 3, 4)  # (T, B, D, H, W)
+        for place in range(self.context):
+            self._places(0, place).copy_(frames[place : place + len(self.windows)])
+
+    def _places(self, first: int, place: int) -> Tensor:
+        """The states that stand at one place of the windows from `first` on: (windows, B, D, H, W)."""
+        return self.windows[first:, :, place * self.D : (place + 1) * self.D]
+
+    def predict(self) -> None:
+        for s, tail in enumerate(self.tails):
+            with span(f"rollout step {s + 1}"):
+                # Frame by frame in one batch; n frames s + c … T - 1.
+                predicted = self.frames(self.windows[s:].flatten(0, 1)).unflatten(0, (len(self.windows) - s, -1))
+                tail.copy_(predicted)
+                for place in range(self.context):
+                    # Frame s + c + j stands at `place` of window s + c + j - place.
+                    target = self._places(s + self.context - place, place)
+                    target.copy_(predicted[: len(target)])
+
+
+def _is_channels_last(network: nn.Module) -> bool:
+    """Whether the network computes channels-last: it is fused, or its convolutions' weights lie so in memory."""
+    if isinstance(network, FusedNetwork):
+        return True
+    weights = [module.weight for module in network.modules() if isinstance(module, nn.Conv2d)]
+    return any(
+        weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous() for weight in weights
+    )
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")

@@ -1,0 +1,198 @@
+"""Whole training steps in one launch: batch gather, forward, losses, probes, backward, Adam, loss sums."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastjepa.graph_cache import MAX_RECORDINGS, RecordingCache, Watch
+from fastjepa.graph_capture import Recording
+from fastjepa.kernels.launch import check_tensor
+from fastjepa.moving_mnist import ClipSet
+from fastjepa.profiling import span
+from fastjepa.step import StepLosses, TrainStep
+
+
+class GraphedTrainStep:
+    """Training steps as CUDA graphs on a GPU, and the same code plainly on a CPU; the contract is that of
+    `fastjepa.graph_capture`. `losses = graphed(indices)` trains on those clips.
+
+    There is one recording for each shape of `indices`: one for full batches, one for a ragged last batch, and so on.
+    A replay equals the plain step with the same optimizer bit for bit. The learning rate is a tensor on the device
+    (see `make_capturable`): fill it, or let a scheduler of torch.optim do so, and the next call uses it. After a
+    call `.grad` of the parameters is undefined: it is scratch memory of the graph.
+
+    Args:
+        step: the step. Its optimizer must be `torch.optim.Adam`; it is made capturable, in place.
+        clips: where batches come from, on the device of the parameters.
+        accumulators: float64 tensors (9,) to which every step adds its losses, in the order of `StepLosses`.
+        dtype: of the video.
+        warmup_runs, pool: see `fastjepa.graph_capture.Recording`.
+        max_recordings: how many shapes are kept; the least recently used goes first.
+
+    Raises:
+        ValueError: the step has no optimizer; clips or accumulators that do not fit.
+        TypeError: the optimizer is not Adam.
+    """
+
+    def __init__(
+        self,
+        step: TrainStep,
+        clips: ClipSet,
+        *,
+        accumulators: Sequence[Tensor] = (),
+        dtype: torch.dtype = torch.float32,
+        warmup_runs: int | None = None,
+        pool: Any = None,
+        max_recordings: int = MAX_RECORDINGS,
+    ) -> None:
+        if step.optimizer is None:
+            raise ValueError("the step has no optimizer: a graphed step would compute gradients that nobody can read")
+        device = next(step.jepa.parameters()).device
+        if clips.device != device:
+            raise ValueError(f"clips are on {clips.device}, the parameters on {device}; move them with clips.to(...)")
+        for i, accumulator in enumerate(accumulators):
+            check_tensor(
+                "GraphedTrainStep", f"accumulators[{i}]", accumulator, shape=(len(StepLosses._fields),),
+                dtypes=(torch.float64,), device=device,
+            )  # fmt: skip
+        self.step = step
+        self.clips = clips
+        self.accumulators = tuple(accumulators)
+        self.dtype = dtype
+        first, *_ = rates = [float(group["lr"]) for group in step.optimizer.param_groups]
+        self.optimizer = make_capturable(step.optimizer)
+        self._lr_ratios = [rate / first for rate in rates]
+        self._recording_options = {"warmup_runs": warmup_runs, "pool": pool}
+        self._cache: RecordingCache[_Plan] = RecordingCache(max_recordings)
+
+    @property
+    def recordings_made(self) -> int:
+        """How many recordings were ever made; constant in a loop that repeats its shapes."""
+        return self._cache.made
+
+    def __call__(self, indices: Tensor, *, copy: bool = True) -> StepLosses:
+        """One step on the clips `indices` (B,), or K steps in one launch on (K, B): K batches, one after another.
+
+        Args:
+            indices: int64 on the device of the clips, each in [0, N): not checked, that would be a wait.
+            copy: return losses of the caller's own. False returns views of static memory, which the next call with the
+                same shape overwrites.
+
+        Returns:
+            The losses, detached: scalars, or (K,) for K steps in one launch.
+
+        Raises:
+            ValueError: a wrong shape or device, or no clips.
+            TypeError: not int64.
+            GraphCaptureError: the step does something that a graph cannot hold.
+        """
+        if isinstance(indices, Tensor) and indices.dim() not in (1, 2):
+            raise ValueError(f"indices must be (B,) or, for K steps in one launch, (K, B); got {tuple(indices.shape)}")
+        check_tensor("GraphedTrainStep", "indices", indices, dtypes=(torch.int64,), device=self.clips.device)
+        if indices.numel() == 0:
+            raise ValueError(f"indices has shape {tuple(indices.shape)}: there is no clip in it")
+        step, regularizer = self.step, self.step.jepa.regularizer
+        signature = (
+            tuple(indices.shape), step.steps, step.literal, step.autocast_dtype, step.projection,
+            getattr(regularizer, "std_coeff", None), getattr(regularizer, "cov_coeff", None),
+        )  # fmt: skip
+        losses = self._cache.get(signature, indices.device, lambda: _Plan(self, indices)).run(indices)
+        values = losses.clone() if copy else losses
+        return StepLosses(*values.unbind(-1))
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of the next step: `lr` for the first group of the optimizer, the JEPA's, and the others
+        in the proportion that they had on construction. Does not wait for the device.
+        """
+        if not (math.isfinite(lr) and lr > 0):
+            raise ValueError(f"lr must be a positive number, got {lr}")
+        make_capturable(self.optimizer)
+        for group, ratio in zip(self.optimizer.param_groups, self._lr_ratios, strict=True):
+            group["lr"].fill_(lr * ratio)
+
+
+def make_capturable(optimizer: torch.optim.Optimizer) -> torch.optim.Adam:
+    """Make Adam fit for a CUDA graph, in place: fused, with its step counts and learning rates on the device.
+
+    Learning rates become float32 tensors; torch.optim's schedulers fill such tensors in place. Does nothing to an
+    optimizer that is so already. Returns the same object.
+
+    Raises:
+        TypeError: it is not `torch.optim.Adam`.
+    """
+    if not isinstance(optimizer, torch.optim.Adam):
+        raise TypeError(f"a graphed step needs torch.optim.Adam, got {type(optimizer).__name__}")
+    for group in optimizer.param_groups:
+        group.update(capturable=True, fused=True, foreach=False)
+        device, lr = group["params"][0].device, group["lr"]
+        if not (isinstance(lr, Tensor) and (lr.device, lr.dtype) == (device, torch.float32)):
+            group["lr"] = torch.tensor(float(lr), dtype=torch.float32, device=device)
+    for parameter, state in optimizer.state.items():
+        if "step" in state and state["step"].device != parameter.device:
+            state["step"] = state["step"].to(parameter.device)
+    return optimizer
+
+
+class _Plan:
+    """One recording, with the indices that it reads and the losses that it leaves."""
+
+    def __init__(self, owner: GraphedTrainStep, indices: Tensor) -> None:
+        make_capturable(owner.optimizer)  # again: load_state_dict brings other settings with it
+        self._owner = owner
+        self._modules: tuple[nn.Module, ...] = (owner.step.jepa, owner.step.image_decoder, owner.step.detection_head)
+        self.indices = indices.clone()
+        dtype = torch.promote_types(next(owner.step.jepa.parameters()).dtype, torch.float32)
+        self.losses = torch.empty(*indices.shape[:-1], len(StepLosses._fields), dtype=dtype, device=indices.device)
+        self._recording = Recording(
+            self._body, indices.device, name="the training step", no_trace=self._no_trace, **owner._recording_options
+        )
+        self._watch: Watch | None = None
+
+    def outdated(self) -> bool:
+        return self._watch is not None and self._watch.changed()
+
+    def run(self, indices: Tensor) -> Tensor:
+        self.indices.copy_(indices)
+        self._recording.replay()
+        if self._watch is None:  # only now: on a CPU, which warms nothing up, Adam has made its state just now
+            owner = self._owner
+            tensors = (owner.clips.video, owner.clips.digit_maps, *owner.accumulators)
+            self._watch = Watch(self._modules, tensors, optimizer=owner.optimizer, modes=True)
+        return self.losses
+
+    @torch.enable_grad()
+    def _body(self) -> None:
+        several = self.indices.dim() == 2
+        batches = self.indices.unbind() if several else [self.indices]
+        for batch, out in zip(batches, self.losses.unbind() if several else [self.losses], strict=True):
+            with span("data"):
+                video, digit_location = self._owner.clips.batch(batch, self._owner.dtype)
+            losses = torch.stack(self._owner.step(video, digit_location))
+            out.copy_(losses)
+            for accumulator in self._owner.accumulators:
+                accumulator.add_(losses)
+
+    @contextlib.contextmanager
+    def _no_trace(self) -> Iterator[None]:
+        """Put back what steps change: parameters, buffers, Adam's state, loss sums, gradients."""
+        state = self._owner.optimizer.state
+        before = {parameter for parameter, values in state.items() if values}
+        tensors = [t for module in self._modules for t in (*module.parameters(), *module.buffers())]
+        tensors += [*self._owner.accumulators, *(t for parameter in before for t in state[parameter].values())]
+        saved = [tensor.detach().clone() for tensor in tensors]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip(tensors, saved, strict=True):
+                    tensor.copy_(value)
+                for parameter in state.keys() - before:
+                    for value in state[parameter].values():
+                        value.zero_()  # what Adam starts from
+            self._owner.step.zero_grad()

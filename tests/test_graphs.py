@@ -1,0 +1,106 @@
+"""When graphs are used, what they cannot hold, and what only a GPU shows."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastjepa.graph_capture import Recording
+from fastjepa.graphs import MEASURED_WINS, GraphCaptureError, GraphedRollout, GraphedTrainStep, use_cuda_graph
+from fastjepa.step import StepLosses
+from graph_cases import batches, some_clips, some_states, some_step, trained_jepa
+from tiny import tiny_jepa
+
+
+def test_a_step_never_waits_for_the_device() -> None:
+    """What a graph cannot hold, found without a GPU: reading a value on the host, and results of unknown size."""
+
+    class NoWait(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = str(func.overloadpacket)
+            if name in ("aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.masked_select"):
+                raise GraphCaptureError(f"{name} waits")
+            return func(*args, **(kwargs or {}))
+
+    clips = some_clips()
+    for options in ({}, {"projection": "eager"}, {"literal": True}, {"autocast_dtype": torch.bfloat16}):
+        step = some_step(**options)
+        step.optimizer = None  # on a CPU, Adam does read its learning rate; on CUDA its kernel does
+        with NoWait():
+            step(*clips.batch(torch.tensor([0, 1])))
+    rollout = GraphedRollout(tiny_jepa(), 2)
+    with NoWait():
+        rollout(torch.rand(1, 4, 2, 8, 8))
+        rollout.tails(torch.rand(1, 4, 4, 8, 8), 2)
+        with pytest.raises(GraphCaptureError):
+            torch.ones(1).item()  # the check itself works
+
+
+def test_when_a_graph_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert MEASURED_WINS.keys() <= {"train_step", "rollout"}
+    monkeypatch.setitem(MEASURED_WINS, "rollout", "bench/results/some.csv")
+    monkeypatch.delitem(MEASURED_WINS, "train_step", raising=False)
+    assert [use_cuda_graph(choice, "rollout", cuda) for choice in ("auto", "on", "off")] == [True, True, False]
+    assert [use_cuda_graph(choice, "train_step", cuda) for choice in ("auto", "on", "off")] == [False, True, False]
+    assert [use_cuda_graph(choice, "rollout", cpu) for choice in ("auto", "off")] == [False, False]
+    with pytest.raises(ValueError, match="--cuda_graph on needs a CUDA device, and this runs on cpu"):
+        use_cuda_graph("on", "rollout", cpu)
+    with pytest.raises(ValueError, match="must be auto, on or off; got 'yes'"):
+        use_cuda_graph("yes", "rollout", cpu)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+def test_work_that_waits_is_named() -> None:
+    x = torch.ones(3, device="cuda")
+
+    def waits() -> None:
+        x.mul_(x.sum().item())
+
+    with pytest.raises(GraphCaptureError, match=r"the work cannot be recorded .* waits for the device") as raised:
+        Recording(waits, x.device, name="the work")
+    assert "synchronizing" in str(raised.value.__cause__)
+
+    def doubles() -> None:
+        x.mul_(2)
+
+    recording = Recording(doubles, x.device, name="the work")  # nothing is broken by the failure
+    x.fill_(1)
+    recording.replay()
+    assert x.tolist() == [2, 2, 2]
+
+
+@pytest.mark.gpu
+def test_memory_does_not_grow_over_a_thousand_replays() -> None:
+    graphed = GraphedTrainStep(some_step("cuda"), some_clips("cuda"))
+    rollout, states = GraphedRollout(trained_jepa("cuda"), 8), some_states("cuda")
+    indices = batches(3, "cuda")
+    for warm in indices:
+        graphed(warm), rollout(states), rollout.tails(states, 1)
+    gc.collect()
+    torch.cuda.synchronize()
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    for i in range(1000):
+        graphed(indices[i % 3]), rollout(states), rollout.tails(states, 1)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == allocated
+    assert torch.cuda.memory_reserved() == reserved
+
+
+@pytest.mark.gpu
+def test_recordings_that_share_a_pool_do_not_disturb_each_other() -> None:
+    """The train step's intermediates and a rollout's may share memory; what both keep must not."""
+    jepa, states = trained_jepa("cuda"), some_states("cuda")
+    rollout = GraphedRollout(jepa, 8)
+    before = rollout(states, copy=False)
+    kept = before.clone()
+    graphed = GraphedTrainStep(some_step("cuda"), some_clips("cuda"))
+    losses = graphed(batches(1, "cuda")[0], copy=False)
+    kept_losses = StepLosses(*(loss.clone() for loss in losses))
+    assert torch.equal(before, kept)
+    rollout(states)
+    assert all(torch.equal(x, y) for x, y in zip(losses, kept_losses, strict=True))
