@@ -9,9 +9,12 @@ import sys
 COMMANDS: dict[str, tuple[str, str]] = {
     "audit": ("bench.audit", "compile every kernel without a GPU and judge what the assembler made of it"),
     "losses": ("bench.losses", "time the projected losses, forward and backward"),
+    "saved": ("bench.saved", "count the bytes a training step keeps for its backward pass, without a GPU"),
     "step": ("bench.step", "time one training step, from the original's to everything at once"),
     "layers": ("bench.layers", "time BatchNorm blocks and whole networks, forward and backward"),
     "rollout": ("bench.rollout", "time predicting k frames: latency and frames per second"),
+    "train": ("bench.train", "train for some time, and write mAP against the wall clock"),
+    "tune": ("bench.tune", "time candidate launch configurations of the kernels on a GPU"),
     "eval": ("bench.evaluation", "time one evaluation, literally and with each thing done once"),
 }
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bench import suite
 from bench.case import Case, Work
-from bench.recipe import Recipe, arithmetic, build_model
+from bench.recipe import Recipe, arithmetic, build_model, make_clips
 from bench.variants import Computation, Tensors, Variant, always, needs_cuda, needs_kernels
 from fastjepa.accelerate import accelerate
 from fastjepa.evaluation import evaluate
@@ -35,13 +35,10 @@ class Way:
     fused: bool = False
 
 
-def make_clips(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Tensors:
-    """Random bytes as video (N, T, H, W), N = 2 batches, and digit maps (N, T, 8, 8) with 3 % of the cells set."""
-    generator = torch.Generator().manual_seed(2025)
-    shape = (BATCHES * recipe.batch, recipe.frames)
-    video = torch.randint(0, 256, (*shape, recipe.pixels, recipe.pixels), generator=generator, dtype=torch.uint8)
-    maps = (torch.rand(*shape, 8, 8, generator=generator) < 0.03).to(torch.uint8)
-    return {"video": video.to(device), "digit_maps": maps.to(device)}
+def make_inputs(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Tensors:
+    """The bytes of two batches of clips, video (N, T, H, W) and digit maps (N, T, 8, 8)."""
+    clips = make_clips(recipe, device, BATCHES)
+    return {"video": clips.video, "digit_maps": clips.digit_maps}
 
 
 class WideClips(ClipSet):
@@ -121,7 +118,7 @@ def make_case(recipe: Recipe, note: str = "") -> Case:
     return Case(
         suite="eval",
         name=f"{recipe}, {BATCHES} batches{note}",
-        make_inputs=partial(make_clips, recipe),
+        make_inputs=partial(make_inputs, recipe),
         truth=partial(truth, recipe),
         work=_unknown_work,
         baseline=LITERAL,

@@ -14,6 +14,7 @@ from bench import losses
 from bench.case import BOTH, Work
 from bench.variants import Tensors
 from fastjepa.jepa import JEPA, build_jepa, build_probes
+from fastjepa.moving_mnist import ClipSet
 from fastjepa.networks import DetHead, ImageDecoder
 
 
@@ -52,16 +53,23 @@ def build_model(recipe: Recipe, device: torch.device, dtype: torch.dtype = torch
 
 
 def make_batch(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Tensors:
-    """Random video (B, 1, T, H, W) in [0, 1) and digit maps (B, T, 8, 8) with 3 % of the cells set.
+    """Random bytes / 255 as video (B, 1, T, H, W) and digit maps (B, T, 8, 8) with 3 % of the cells set.
 
     In fp32 also where `dtype` is narrower: in mixed precision a batch is fp32, and activations are not.
     """
     dtype = torch.promote_types(dtype, torch.float32)
+    indices = torch.arange(recipe.batch, device=device)
+    video, digit_location = make_clips(recipe, device).batch(indices, dtype)
+    return {"video": video, "digit_location": digit_location}
+
+
+def make_clips(recipe: Recipe, device: torch.device, batches: int = 1) -> ClipSet:
+    """The clips of which `make_batch` is the first batch."""
     generator = torch.Generator().manual_seed(2025)
-    batch, frames, pixels = recipe.batch, recipe.frames, recipe.pixels
-    video = torch.rand(batch, 1, frames, pixels, pixels, generator=generator)
-    digits = torch.rand(batch, frames, DetHead.CELLS, DetHead.CELLS, generator=generator) < 0.03
-    return {"video": video.to(device, dtype), "digit_location": digits.to(device, dtype)}
+    shape = (batches * recipe.batch, recipe.frames)
+    video = torch.randint(0, 256, (*shape, recipe.pixels, recipe.pixels), generator=generator, dtype=torch.uint8)
+    maps = torch.rand(*shape, DetHead.CELLS, DetHead.CELLS, generator=generator) < 0.03
+    return ClipSet(video, maps.to(torch.uint8)).to(device)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """`python -m bench rollout`: predicting k frames from two, one after another, as a user who waits for them sees it.
 
 z_{t+1} = f(z_{t-1}, z_t), from two encoded frames (B, D, 2, H, W) to k predicted ones (B, D, k, H, W), with the
-predictor in eval mode. Times are latencies of single calls; p50 and p99. BatchNorm's running buffers are settled as in a trained
-network, so that states neither grow nor die over a hundred steps.
+predictor in eval mode. Times are latencies of single calls; p50 and p99. BatchNorm's running buffers are settled as in
+a trained network, so that states neither grow nor die over a hundred steps.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from bench.recipe import TINY, Recipe, arithmetic, build_model, count
 from bench.variants import Computation, Tensors, Variant, always, needs_cuda, needs_kernels
 from fastjepa.folding import folded_batch_norm
 from fastjepa.fused import FusedResUNet
+from fastjepa.graphs import GraphedRollout
 from fastjepa.networks import StateOnlyPredictor
 
 EAGER, EAGER_BF16 = "eager", "eager bf16"
@@ -36,6 +37,7 @@ class Way:
     folded: bool = False
     compile: bool = False
     fused: bool = False
+    graph: bool = False
 
 
 def make_states(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Tensors:
@@ -68,12 +70,15 @@ class Rollout:
         self.steps, self.way = steps, way
         self.predictor = make_predictor(recipe, way, device, dtype)
         self.predict = self._compiled() if way.compile else self._predict
+        self.graphed = GraphedRollout(self.predictor, steps) if way.graph else None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, inputs: Tensors) -> Tensors:
         """{"frames": (B, D, k, H, W)}"""
         states = inputs["states"]
         with arithmetic("fp32"):
+            if self.graphed is not None:
+                return {"frames": self.graphed(states)[:, :, CONTEXT:]}
             for _ in range(self.steps):
                 states = torch.cat((states, self.predict(states[:, :, -CONTEXT:])), dim=2)
         return {"frames": states[:, :, CONTEXT:]}
@@ -129,7 +134,10 @@ def make_case(recipe: Recipe, steps: int, note: str = "") -> Case:
 
 
 def make_variants(recipe: Recipe, steps: int) -> list[Variant]:
-    """Eager, folded, compiled, fused; in fp32 and bf16. Peers get the folding of BatchNorm too."""
+    """Eager, folded, compiled, fused; in fp32 and bf16. Peers get the folding of BatchNorm too.
+
+    `GraphedRollout` is one CUDA graph for all steps; on a CPU it runs the same code plainly, without copying states.
+    """
     table: list[tuple[str, Way, Available]] = [
         (EAGER, Way(), always),
         ("eager, BatchNorm folded", Way(folded=True), always),
@@ -137,6 +145,9 @@ def make_variants(recipe: Recipe, steps: int) -> list[Variant]:
         ("torch.compile(reduce-overhead) bf16", Way(bf16=True, folded=True, compile=True), needs_cuda),
         ("fused", Way(fused=True), needs_kernels),
         ("fused bf16", Way(bf16=True, fused=True), needs_kernels),
+        ("folded, in one graph", Way(folded=True, graph=True), always),
+        ("folded bf16, in one graph", Way(bf16=True, folded=True, graph=True), needs_cuda),
+        ("fused bf16, in one graph", Way(bf16=True, fused=True, graph=True), needs_kernels),
     ]
     return [
         Variant(

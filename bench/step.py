@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from bench import evaluation, suite
 from bench.case import Case, Work
-from bench.recipe import Model, Recipe, arithmetic, build_model, make_batch, step_work
+from bench.recipe import Model, Recipe, arithmetic, build_model, make_batch, make_clips, step_work
 from bench.variants import COMPILE_MAX, Computation, Tensors, Variant, always, needs_cuda, needs_kernels
 from fastjepa.accelerate import accelerate
+from fastjepa.graphs import GraphedTrainStep
 from fastjepa.projected_losses import ProjectionPath
 from fastjepa.step import StepLosses, TrainStep, build_optimizer
 
@@ -39,14 +40,15 @@ class Way:
     channels_last: bool = False
     compile: bool = False
     fused_blocks: bool = False
+    graph: bool = False
 
 
 class Step:
     """A training step as a benchmark's computation: it moves its own model, built from the seed."""
 
-    def __init__(self, recipe: Recipe, way: Way, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, way: Way, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self.way = way
-        model = build_model(recipe, device)
+        model = build_model(recipe, device, dtype)
         jepa = model[0]
         if way.channels_last:
             networks: tuple[Any, ...] = (jepa.encoder, jepa.predictor, model[1])
@@ -69,10 +71,19 @@ class Step:
             compiled = torch.compile(self.step.losses, mode=COMPILE_MAX, fullgraph=True, dynamic=False)
             self.step.losses = compiled  # type: ignore[method-assign]
 
+        self.graphed: GraphedTrainStep | None = None
+        if way.graph:
+            # It gathers its batch itself: the same one.
+            self.graphed = GraphedTrainStep(self.step, make_clips(recipe, device), dtype=dtype)
+            self.indices = torch.arange(recipe.batch, device=device)
+
     def __call__(self, inputs: Tensors) -> Tensors:
         """One optimisation step; its losses and its gradients, each group of parameters as one tensor."""
         with arithmetic(self.way.precision):
-            losses = self.step(inputs["video"], inputs["digit_location"])
+            if self.graphed is None:
+                losses = self.step(inputs["video"], inputs["digit_location"])
+            else:
+                losses = self.graphed(self.indices)
         return results(self.step, losses)
 
 
@@ -137,7 +148,7 @@ def _work(recipe: Recipe, phase: str, dtype: torch.dtype) -> Work:
 
 
 def make_variants(recipe: Recipe, device: torch.device) -> list[Variant]:
-    """The waterfall. On a CPU tf32 and bf16 gain nothing, so "each thing once" and the closed form are in fp32."""
+    """The waterfall. On a CPU everything is fp32."""
     base = "tf32" if device.type == "cuda" else "fp32"
     half = {"precision": "bf16", "channels_last": True}
     ways: list[tuple[str, Way, Callable[[torch.device], str | None]]] = [
@@ -145,16 +156,23 @@ def make_variants(recipe: Recipe, device: torch.device) -> list[Variant]:
         ("TF32", Way(literal=True, precision="tf32"), needs_cuda),
         ("each thing once", Way(projection="eager", precision=base), always),
         ("closed-form losses", Way(projection="closed_form", precision=base), always),
+        ("channels-last", Way(projection="closed_form", channels_last=True), needs_cpu),
         (EAGER_BF16, Way(projection="closed_form", **half), needs_cuda),  # type: ignore[arg-type]
         ("torch.compile(max-autotune)", Way(projection="closed_form", compile=True, **half), needs_cuda),  # type: ignore[arg-type]
         ("fused losses", Way(projection="fused", compile=True, **half), needs_kernels),  # type: ignore[arg-type]
         ("fused blocks", Way(projection="fused", fused_blocks=True, **half), needs_kernels),  # type: ignore[arg-type]
+        ("CUDA graph", Way(projection="fused", fused_blocks=True, graph=True, **half), needs_kernels),  # type: ignore[arg-type]
     ]
     dtypes = {"bf16": torch.bfloat16}  # of the activations; batches are fp32
     return [
         Variant(name, partial(build, recipe, way), way.precision, dtypes.get(way.precision, torch.float32), available)
         for name, way, available in ways
     ]
+
+
+def needs_cpu(device: torch.device) -> str | None:
+    """Availability of what a GPU has in a better form further down."""
+    return None if device.type == "cpu" else "a CPU's bar: on a GPU channels-last comes with bf16"
 
 
 def build(recipe: Recipe, way: Way, device: torch.device) -> Computation:

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import evaluation, layers, losses, rollout, step
+from bench import evaluation, layers, losses, rollout, step, train, tune
 from bench.case import BACKWARD, BOTH, FORWARD
 from bench.recipe import TINY, Recipe, build_model, count, make_batch, step_work
 from bench.results import Row, read_rows
 from bench.roofline import H200
 from bench.variants import channels_last
+from compare import assert_close_to_truth
 from fastjepa.networks import ResNet5
 from fastjepa.step import TrainStep
 
@@ -64,14 +65,15 @@ def test_models_and_batches_are_the_same_every_time() -> None:
 
 
 def test_every_way_of_the_step_gives_the_losses_and_gradients_of_the_original() -> None:
-    inputs = make_batch(TINY, CPU, torch.float32)
-    exact = step.truth(TINY, {name: x.double() for name, x in inputs.items()})
+    inputs = make_batch(TINY, CPU, torch.float64)
+    exact = step.truth(TINY, inputs)
     assert set(exact) == {"losses", *(f"gradient of {part}" for part in ("encoder", "predictor", "projector"))}
-    for way in (step.Way(literal=True), step.Way(projection="eager"), step.Way(projection="closed_form")):
-        found = step.build(TINY, way, CPU)(inputs)
+    ways = [step.Way(literal=True), step.Way(projection="eager"), step.Way(projection="closed_form")]
+    ways += [step.Way(projection="closed_form", channels_last=True), step.Way(projection="closed_form", graph=True)]
+    for way in ways:
+        found = step.Step(TINY, way, CPU, torch.float64)(inputs)
         for name, expected in exact.items():
-            error = (found[name].double() - expected).abs().max() / expected.abs().max()
-            assert error < 1e-4, (way, name)  # fp32 through ~40 layers; a wrong term or order gives ~1
+            assert_close_to_truth(found[name], expected, f"{way}, {name}", limit=1e-9)
 
 
 def test_step_writes_exact_rows_and_says_what_needs_a_gpu(tmp_path: Path) -> None:
@@ -89,7 +91,7 @@ def test_step_writes_exact_rows_and_says_what_needs_a_gpu(tmp_path: Path) -> Non
 
 
 def test_evaluations_agree_on_every_detection() -> None:
-    inputs = evaluation.make_clips(TINY, CPU, torch.float32)
+    inputs = evaluation.make_inputs(TINY, CPU, torch.float32)
     exact = evaluation.truth(TINY, inputs)
     found = evaluation.build(TINY, evaluation.Way(), CPU)(inputs)
     # Frames seen (5) and predicted by one and by two steps (3 + 2), 64 cells each, of 2 batches of 2 clips.
@@ -167,6 +169,7 @@ def test_layers_measure_networks_and_blocks(tmp_path: Path) -> None:
 def test_rollout_is_the_autoregressive_unroll() -> None:
     states = rollout.make_states(TINY, CPU, torch.float32)
     found = rollout.build(TINY, 4, rollout.Way(), CPU)(states)["frames"]
+    graphed = rollout.build(TINY, 4, rollout.Way(folded=True, graph=True), CPU)(states)["frames"]
     jepa = build_model(TINY, CPU)[0]
     evaluation.settle(jepa, TINY)
     jepa.encoder = torch.nn.Identity()  # the states are given
@@ -174,7 +177,8 @@ def test_rollout_is_the_autoregressive_unroll() -> None:
         states["states"], nsteps=4, unroll_mode="autoregressive", ctxt_window_time=2, compute_loss=False
     )
     assert isinstance(unrolled, torch.Tensor)
-    torch.testing.assert_close(found, unrolled[:, :, 2:], rtol=1e-5, atol=1e-5)
+    for frames in (found, graphed):
+        torch.testing.assert_close(frames, unrolled[:, :, 2:], rtol=1e-5, atol=1e-5)
 
 
 def test_rollout_neither_grows_nor_dies() -> None:
@@ -189,3 +193,65 @@ def test_rollout_states_latency_and_frames_per_second(tmp_path: Path) -> None:
     assert rows[0].median_ms is not None
     assert rows[0].quality["frames_per_second"] == pytest.approx(3e3 / rows[0].median_ms)
     assert status_of(rows)["eager, BatchNorm folded"] == "exact"
+
+
+# -- train
+
+
+def test_training_is_timed_stopped_and_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--quick", "--out", str(tmp_path / "out")]
+    flags = ["--", "--device", "cpu", "--cache_dir", str(tmp_path / "cache")]
+    assert train.main([*arguments, "--seconds", "0.001", *flags]) == 0
+    first = read_rows(tmp_path / "out" / "train.jsonl")
+    assert [row.rounds for row in first] == [1]  # the step that was running when the time was over
+    assert train.main([*arguments, "--seconds", "500", *flags]) == 0
+    rows = read_rows(tmp_path / "out" / "train.jsonl")
+    assert rows[0] == first[0]
+    assert [row.quality["step"] for row in rows] == [1, 3, 6]
+    assert [row.quality["epoch"] for row in rows] == pytest.approx([1 / 3, 1, 2])
+    seconds = [row.quality["seconds"] for row in rows]
+    assert 0 < seconds[0] < seconds[1] < seconds[2]
+    assert all(0 <= row.quality["mAP"] <= 1 for row in rows)
+
+
+# -- tune
+
+
+def test_an_entry_is_set_for_one_call_only() -> None:
+    entry = tune.Entry("fastjepa.kernels.batch_norm_tiling", "TILINGS", "forward/plain")
+    before = dict(entry.values)
+    candidates = tune.tiling_candidates(entry)
+    assert before["forward/plain"] in candidates
+    inputs = channels_last(layers.make_block_inputs(layers.Block(2, 4, 4, layers.PLAIN), CPU, torch.float32))
+    seen = []
+
+    def function(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen.append(entry.values["forward/plain"])
+        return layers.block_eager(inputs)
+
+    candidate = tune.Candidate(lambda _: function, layers.random_cotangents, entry, candidates[0], CPU)
+    found = candidate(inputs)
+    assert seen == [candidates[0]]
+    assert entry.values == before
+    assert set(found) == {"out", "gradient of x", "gradient of weight", "gradient of bias"}
+
+
+@pytest.mark.parametrize("module", ["projected_losses_forward", "projected_losses_backward"])
+def test_candidates_change_rows_and_warps_and_nothing_else(module: str) -> None:
+    entry = tune.Entry(f"fastjepa.kernels.{module}", "_CONFIGS", (64, False))
+    now = entry.values[64, False]
+    candidates = tune.launch_candidates(entry)
+    assert now in candidates
+    assert len(candidates) > 3
+    for candidate in candidates:
+        config, reference = (value[0] if isinstance(value, tuple) else value for value in (candidate, now))
+        assert config.blocks["BLOCK_H"] == reference.blocks["BLOCK_H"]
+        assert isinstance(candidate, type(now))
+
+
+def test_tune_says_what_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune.main(["--quick", "--device", "cpu", "--only", "grad/plain", "--out", str(tmp_path)]) == 0
+    rows = read_rows(tmp_path / "tune.jsonl")
+    assert status_of(rows)["now"] == "unavailable"
+    assert "need a CUDA device" in capsys.readouterr().out

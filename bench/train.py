@@ -1,0 +1,147 @@
+"""`python -m bench train`: time to mAP. Trains for a number of seconds and writes mAP against the wall clock.
+
+Every evaluation of the run is a row, and so is one more when the time is over: `median_ms` is the mean time of a
+training step since the row before, and `quality` has mAP, AP by horizon, and `seconds`, the wall clock from the start of
+training, evaluations included, data excluded. A run that its time has stopped goes on when the command is given again,
+and its clock goes on too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.environment import Environment, collect
+from bench.results import Row, format_table, read_rows, write_rows
+from fastjepa.command_line import parse_config
+from fastjepa.config import Config, resolve_device
+from fastjepa.evaluation import Evaluation, evaluate
+from fastjepa.run_folder import CHECKPOINT_NAME
+from fastjepa.stop_signals import Interrupted
+from fastjepa.training import Trainer
+
+SUITE = "train"
+
+
+class TimedTrainer(Trainer):
+    """A trainer that turns every evaluation into a row, and says what the clock showed when."""
+
+    def __init__(self, config: Config, environment: Environment, rows: list[Row], out: Path) -> None:
+        super().__init__(config)
+        self.environment, self.found, self.out = environment, rows, out
+        self.earlier = rows[-1].quality["seconds"] if rows else 0.0
+        self.last_step, self.last_seconds = self.global_step, self.seconds
+        self.started = time.perf_counter()
+
+    def _evaluate(self, board: Any) -> Evaluation:
+        evaluation = super()._evaluate(board)
+        self.note(evaluation)
+        return evaluation
+
+    def note(self, evaluation: Evaluation) -> None:
+        """Add the row of this evaluation."""
+        config, steps = self.config, self.global_step - self.last_step
+        wall = self.earlier + time.perf_counter() - self.started
+        quality = {"mAP": evaluation.map, "pooled_mAP": evaluation.pooled_map, "seconds": wall}
+        quality |= {f"AP_{s}": value for s, value in enumerate(evaluation.ap)}
+        quality |= {"chance": evaluation.positive_share, "step": float(self.global_step)}
+        quality["epoch"] = self.epoch + self.batch * config.batch_size / len(self.train_clips)
+        # Between checkpoints the trainer's clock stands still; then the wall clock is all there is.
+        spent = self.seconds - self.last_seconds or wall - (self.found[-1].quality["seconds"] if self.found else 0.0)
+        self.found.append(
+            Row(
+                suite=SUITE, case=f"preset {config.preset}, B={config.batch_size}", phase=f"step {self.global_step}",
+                variant=f"{config.backend} {config.precision}", precision=config.precision, status="unjudged",
+                reason="a training run: its mAP says how good it is", rounds=max(steps, 1),
+                median_ms=1e3 * spent / max(steps, 1), timing="host", quality=quality, **vars(self.environment),
+            )
+        )  # fmt: skip
+        self.last_step, self.last_seconds = self.global_step, self.seconds
+        write_rows(self.found, self.out / SUITE)  # now: a run that is killed keeps what it has measured
+
+
+def train(
+    config: Config, seconds: float, environment: Environment, rows: list[Row], out: Path
+) -> tuple[TimedTrainer, bool]:
+    """Train until `config` is done or `seconds` are over; (the trainer, whether it is done).
+
+    Rows are added to `rows` and written to `out`. The time ends the run as Ctrl-C would: after a step, with all saved.
+    """
+    trainer = TimedTrainer(config, environment, rows, out)
+    alarm = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
+    alarm.daemon = True
+    try:
+        alarm.start()
+        trainer.run()
+        return trainer, True
+    except Interrupted:
+        trainer.note(
+            evaluate(
+                trainer.jepa, trainer.image_decoder, trainer.detection_head, trainer.val_clips, config.batch_size,
+                autocast_dtype=trainer.autocast_dtype,
+            )
+        )  # fmt: skip
+        return trainer, False
+    finally:
+        alarm.cancel()
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line; returns 0 if training went as it should, done or not."""
+    parser = argparse.ArgumentParser(prog="python -m bench train", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument(
+        "--seconds", type=float, default=120.0, help="of training and evaluation (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for train.jsonl, train.csv and run/")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: a tiny model, two short epochs")
+    parser.add_argument("flags", nargs="*", help="after --: flags of train.py, e.g. -- --precision bf16 --epochs 5")
+    args = parser.parse_args(argv)
+    if args.seconds <= 0:
+        parser.error(f"--seconds must be more than 0, got {args.seconds}")
+    config = _config(args.out / "run", [*(_QUICK if args.quick else ()), *args.flags])
+    environment = collect(["python", "-m", "bench", "train", *argv], resolve_device(config.device))
+    rows = read_rows(args.out / "train.jsonl") if config.resume and (args.out / "train.jsonl").exists() else []
+    before = len(rows)
+    trainer, done = train(config, args.seconds, environment, rows, args.out)
+    if rows:
+        print(f"\n{render(rows)}")
+    if done:
+        trainer.finish()
+    state = "done" if done else f"stopped after {args.seconds:.0f} s; the same command goes on"
+    print(
+        f"\n{len(rows) - before} new rows; epoch {trainer.epoch} of {config.epochs}, "
+        f"step {trainer.global_step}: {state}"
+    )
+    return 0
+
+
+_QUICK = (
+    "--batch_size 4 --henc 2 --hpre 2 --dstc 4 --steps 1 --epochs 2 --n_train 12 --n_val 4 --n_frames 5 --canvas 16 "
+    "--digit_size 8 --preset demo"
+).split()
+
+
+def _config(folder: Path, flags: list[str]) -> Config:
+    """The configuration of a new run, or of the one in `folder`, which `flags` must not contradict."""
+    if not (folder / CHECKPOINT_NAME).exists():
+        return parse_config([*flags, "--out", str(folder)], prog="python -m bench train --")
+    return parse_config([*flags, "--resume", str(folder)], prog="python -m bench train --")
+
+
+def render(rows: Sequence[Row]) -> str:
+    """The rows as a table: mAP against the wall clock."""
+    body = [
+        [
+            f"{row.quality['seconds']:.1f}", f"{row.quality['epoch']:.2f}", f"{row.quality['step']:.0f}",
+            f"{row.median_ms:.1f}", f"{row.quality['mAP']:.4f}", f"{row.quality['AP_0']:.4f}",
+            f"{row.quality['chance']:.4f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return format_table(["seconds", "epoch", "step", "ms per step", "mAP", "AP_0", "chance"], body)

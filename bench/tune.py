@@ -1,0 +1,206 @@
+"""`python -m bench tune`: time candidate launch configurations of the fused kernels on this GPU, and rank them.
+
+Each candidate replaces one entry of a launch table for the length of a call; forward and backward run as one phase, in
+bf16, at the default recipe's size. Nothing is changed: put the winner into its table by hand, and audit it
+(`python -m bench audit`), since a table's comments say why each entry is what it is.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from fastjepa.kernels import reference
+from fastjepa.kernels.launch import LaunchConfig
+
+from bench import layers, losses, suite
+from bench.case import BOTH, Case
+from bench.results import Row, format_table
+from bench.variants import Computation, Tensors, Variant, always, channels_last, needs_kernels
+
+EAGER = "eager bf16"
+_LEAST_PROGRAMS, _MOST_SUMS = 128, 1024  # what a merging kernel takes: batch_norm_tiling.MAX_SPANS
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of one launch table: `getattr(module, table)[key]`."""
+
+    module: str
+    table: str
+    key: Any
+
+    @property
+    def values(self) -> dict[Any, Any]:
+        """The table itself, which its module reads at every launch."""
+        found: dict[Any, Any] = getattr(importlib.import_module(self.module), self.table)
+        return found
+
+    def __str__(self) -> str:
+        return f"{self.module.rpartition('.')[2]}.{self.table}[{self.key!r}]"
+
+
+@contextmanager
+def entry_set(entry: Entry, value: Any) -> Iterator[None]:
+    """Inside, the entry is `value`."""
+    before = entry.values[entry.key]
+    entry.values[entry.key] = value
+    try:
+        yield
+    finally:
+        entry.values[entry.key] = before
+
+
+def forward_and_backward(function: Computation, cotangents: Callable[[Tensors], Tensors], inputs: Tensors) -> Tensors:
+    """The outputs of `function`, and the gradients of all its leaves as "gradient of <input>"."""
+    outputs = function(inputs)
+    wanted = cotangents({name: x.detach() for name, x in outputs.items()})
+    leaves = {name: x for name, x in inputs.items() if x.requires_grad}
+    grads = torch.autograd.grad([outputs[name] for name in wanted], list(leaves.values()), list(wanted.values()))
+    found = {name: outputs[name].detach() for name in wanted}
+    return found | {f"gradient of {name}": g for name, g in zip(leaves, grads, strict=True)}
+
+
+class Candidate:
+    """Forward and backward with an entry set to a value; `build` makes the function that is called."""
+
+    def __init__(
+        self, build: Callable[[torch.device], Computation], cotangents: Callable[[Tensors], Tensors], entry: Entry,
+        value: Any, device: torch.device,
+    ) -> None:  # fmt: skip
+        self.function, self.cotangents, self.entry, self.value = build(device), cotangents, entry, value
+
+    def __call__(self, inputs: Tensors) -> Tensors:
+        """See forward_and_backward."""
+        with entry_set(self.entry, self.value):
+            return forward_and_backward(self.function, self.cotangents, inputs)
+
+
+def tiling_candidates(entry: Entry) -> list[Any]:
+    """Neighbours of a BatchNorm tiling: half to four times the tile, half to twice the programs."""
+    now = entry.values[entry.key]
+    keeps_sums = entry.key.startswith(("statistics", "reduce"))
+    programs = [p for p in (now.max_programs // 2, now.max_programs, 2 * now.max_programs) if p >= _LEAST_PROGRAMS]
+    return [
+        replace(now, tile_bytes=tile, max_programs=count)
+        for tile in (2048, 4096, 8192, 16384)
+        for count in programs
+        if not keeps_sums or count <= _MOST_SUMS
+    ]
+
+
+def launch_candidates(entry: Entry) -> list[Any]:
+    """Half and twice the rows of a tile, and half and twice the warps; an entry may be (config, something else)."""
+    now = entry.values[entry.key]
+    config: LaunchConfig = now[0] if isinstance(now, tuple) else now
+    found = []
+    for rows in (config.blocks["BLOCK_N"] // 2, config.blocks["BLOCK_N"], 2 * config.blocks["BLOCK_N"]):
+        for warps in (config.num_warps // 2, config.num_warps, 2 * config.num_warps):
+            if rows >= 16 and 1 <= warps <= 16:
+                changed = replace(config, num_warps=warps, blocks={**config.blocks, "BLOCK_N": rows})
+                found.append((changed, *now[1:]) if isinstance(now, tuple) else changed)
+    return found
+
+
+def describe(value: Any) -> str:
+    """A candidate in a few words."""
+    if isinstance(value, tuple):
+        return ", ".join(map(describe, value))
+    if isinstance(value, LaunchConfig):
+        blocks = " ".join(f"{name}={size}" for name, size in value.blocks.items())
+        return f"{blocks} warps={value.num_warps} stages={value.num_stages}"
+    return " ".join(f"{n}={v}" for n, v in vars(value).items()) if hasattr(value, "__dict__") else str(value)
+
+
+def _plan(
+    case: Case, build: Callable[[torch.device], Computation], entry: Entry, candidates: list[Any]
+) -> tuple[Case, list[Variant]]:
+    assert case.cotangents is not None
+    eager = partial(forward_and_backward, case.truth, case.cotangents)
+    whole = replace(
+        case, suite="tune", name=f"{entry}, {case.name}", truth=eager, phase=BOTH, cotangents=None,
+        work=partial(_work, case), baseline="now", eager={"bf16": EAGER}, scale_of={
+            name.replace("grad ", "gradient of "): scale.replace("grad ", "gradient of ")
+            for name, scale in case.scale_of.items()
+        },
+    )  # fmt: skip
+    now = entry.values[entry.key]
+    values = {"now": now} | {describe(value): value for value in candidates if value != now}
+    variants = [Variant(EAGER, partial(_same, eager), "bf16", torch.bfloat16, always, channels_last)]
+    variants += [
+        Variant(
+            name, partial(Candidate, build, case.cotangents, entry, value), "bf16", torch.bfloat16, needs_kernels,
+            channels_last,
+        )
+        for name, value in values.items()
+    ]  # fmt: skip
+    return whole, variants
+
+
+def _work(case: Case, phase: str, dtype: torch.dtype) -> Any:
+    return case.work(BOTH, dtype)
+
+
+def _same(function: Computation, device: torch.device) -> Computation:
+    return function
+
+
+def fused_losses(device: torch.device) -> Computation:
+    """The fused projected losses."""
+    module = importlib.import_module("fastjepa.kernels.projected_losses")
+    return partial(losses.compute, module.projected_losses)
+
+
+def plans(quick: bool) -> Iterator[tuple[Case, list[Variant]]]:
+    """Every tunable entry, each at the shape of the recipe where it matters most."""
+    frames, pixels = (4, 8) if quick else (576, 64)
+    tilings = "fastjepa.kernels.batch_norm_tiling"
+    for key in importlib.import_module(tilings).TILINGS:
+        form = {"residual": layers.RESIDUAL, "normalized_residual": layers.NORMALIZED}.get(
+            key.rpartition("/")[2], layers.PLAIN
+        )
+        entry = Entry(tilings, "TILINGS", key)
+        case = layers.block_case(layers.Block(frames, 32, pixels, form))
+        yield _plan(case, layers.build_fused_block, entry, tiling_candidates(entry))
+    size = losses.Size(1, 2, 8, steps=2) if quick else losses.Size(64)
+    half = (64, False)  # hidden features, whether fp32
+    entries = [
+        Entry("fastjepa.kernels.projected_losses_forward", "_CONFIGS", half),
+        Entry("fastjepa.kernels.projected_losses_backward", "_CONFIGS", half),
+        Entry("fastjepa.kernels.moments", "_MOMENTS_CONFIGS", 16),
+        Entry("fastjepa.kernels.moments", "_LINEAR_CONFIGS", 16),
+    ]
+    case = replace(losses.make_case(size), truth=partial(losses.compute, reference.projected_losses))
+    for entry in entries:
+        yield _plan(case, fused_losses, entry, launch_candidates(entry))
+
+
+def print_ranking(rows: list[Row]) -> None:
+    """The three fastest exact candidates of each case, and how they compare with what the table has now."""
+    body = []
+    for name in dict.fromkeys(row.case for row in rows):
+        exact = [row for row in rows if row.case == name and row.status == "exact" and row.variant != EAGER]
+        ranked = sorted(exact, key=lambda row: row.median_ms or 0.0)
+        for place, row in enumerate(ranked[:3], start=1):
+            speedup = "" if row.speedup is None else f"{row.speedup:.3f}x"
+            body.append([name if place == 1 else "", str(place), row.variant, f"{row.median_ms:.4f}", speedup])
+        if not ranked:
+            reason = next((row.reason for row in rows if row.case == name and row.variant == "now"), "nothing is exact")
+            body.append([name, "", reason, "", ""])
+    print("\n" + format_table(["entry and case", "rank", "candidate", "ms", "against now"], body))
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line. A candidate that does not compile or fit is a result: the status is 0 all the same."""
+    parser = suite.make_parser("tune", __doc__ or "")
+    args = parser.parse_args(argv)
+    options = suite.resolve("tune", parser, args, argv)
+    settings = replace(options.settings, memory=False, warmup=1)
+    options = replace(options, settings=replace(settings, seconds=args.seconds or 1.0))
+    suite.run(options, parser, plans(options.quick), print_ranking)
+    return 0
