@@ -1,15 +1,14 @@
 """`python -m bench train`: time to mAP. Trains for a number of seconds and writes mAP against the wall clock.
 
 Every evaluation of the run is a row, and so is one more when the time is over: `median_ms` is the mean time of a
-training step since the row before, and `quality` has mAP, AP by horizon, and `seconds`, the wall clock from the start of
-training, evaluations included, data excluded. A run that its time has stopped goes on when the command is given again,
-and its clock goes on too.
+training step since the row before, and `quality` has mAP, AP by horizon, and `seconds`: the wall clock since training
+began, with evaluations and without making the data. A run that its time has stopped goes on when the command is given
+again, and its clock goes on too.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import threading
 import time
@@ -32,12 +31,23 @@ SUITE = "train"
 class TimedTrainer(Trainer):
     """A trainer that turns every evaluation into a row, and says what the clock showed when."""
 
-    def __init__(self, config: Config, environment: Environment, rows: list[Row], out: Path) -> None:
+    def __init__(self, config: Config, environment: Environment, rows: list[Row], out: Path, time_limit: float) -> None:
         super().__init__(config)
         self.environment, self.found, self.out = environment, rows, out
+        self.time_limit = time_limit
+        self.alarm: threading.Timer | None = None
         self.earlier = rows[-1].quality["seconds"] if rows else 0.0
         self.last_step, self.last_seconds = self.global_step, self.seconds
         self.started = time.perf_counter()
+
+    def _train_epoch(self, board: Any, received: list[int]) -> bool:
+        if self.alarm is None:
+            # `received` is the list of signals that the trainer looks at after each step. No real signal is sent: it
+            # could come when the trainer no longer listens, and end the process.
+            self.alarm = threading.Timer(self.time_limit, received.append, (signal.SIGTERM,))
+            self.alarm.daemon = True
+            self.alarm.start()
+        return super()._train_epoch(board, received)
 
     def _evaluate(self, board: Any) -> Evaluation:
         evaluation = super()._evaluate(board)
@@ -73,11 +83,8 @@ def train(
 
     Rows are added to `rows` and written to `out`. The time ends the run as Ctrl-C would: after a step, with all saved.
     """
-    trainer = TimedTrainer(config, environment, rows, out)
-    alarm = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
-    alarm.daemon = True
+    trainer = TimedTrainer(config, environment, rows, out, seconds)
     try:
-        alarm.start()
         trainer.run()
         return trainer, True
     except Interrupted:
@@ -89,7 +96,8 @@ def train(
         )  # fmt: skip
         return trainer, False
     finally:
-        alarm.cancel()
+        if trainer.alarm is not None:
+            trainer.alarm.cancel()
 
 
 def main(argv: Sequence[str]) -> int:
