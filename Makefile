@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 train: setup
 	$(BIN)/python train.py $(ARGS)
 
+# One process per core, each with one thread: many small tests, and threads that wait for each other are slow.
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

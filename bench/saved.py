@@ -1,0 +1,84 @@
+"""`python -m bench saved`: what one training step keeps for its backward pass, in bytes, at any size, on any machine.
+
+Shapes are traced with fake tensors: nothing is computed and nothing of that size is allocated, so the full recipe fits
+on a laptop. What is counted is every distinct storage that autograd keeps, without parameters, buffers and the batch:
+most of a step's peak memory, to which the gradients in flight come on top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+# (name, fused networks, bf16 autocast, how the losses are projected)
+VARIANTS = (
+    ("eager fp32", False, False, "eager"),
+    ("eager bf16", False, True, "eager"),
+    ("closed-form losses, fp32", False, False, "closed_form"),
+    ("closed-form losses, bf16", False, True, "closed_form"),
+    ("fused fp32", True, False, "fused"),
+    ("fused bf16", True, True, "fused"),
+)
+
+
+def saved_bytes(batch: int, fused: bool, bf16: bool, projection: str) -> int:
+    """Bytes kept by one step of the default recipe (T = 10, 64×64, widths 32, D = 16, 4 steps) at `batch` clips."""
+    from fastjepa import recompute
+    from fastjepa.fused import FusedResNet5, FusedResUNet
+    from fastjepa.jepa import build_jepa, build_probes
+    from fastjepa.step import TrainStep
+
+    # A truncated normal is drawn by looking at values, which fake tensors do not have.
+    with FakeTensorMode(), patch("torch.nn.init.trunc_normal_", lambda tensor, **_: tensor):
+        jepa = build_jepa(dobs=1, henc=32, hpre=32, dstc=16, std_coeff=10.0, cov_coeff=100.0)
+        heads = build_probes(dobs=1, dstc=16)
+        if fused:
+            jepa.encoder = FusedResNet5.from_eager(jepa.encoder)
+            jepa.predictor.predictor = FusedResUNet.from_eager(jepa.predictor.predictor)  # type: ignore[arg-type]
+        video, digit_location = torch.empty(batch, 1, 10, 64, 64), torch.empty(batch, 10, 8, 8)
+        owned = (tensor for module in (jepa, *heads) for tensor in (*module.parameters(), *module.buffers()))
+        known = {tensor.untyped_storage()._cdata for tensor in (*owned, video)}
+        found: dict[int, int] = {}
+        alive = []  # a freed storage's address could come back and be counted once for two
+
+        def count(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            alive.append(storage)
+            if storage._cdata not in known:
+                found[storage._cdata] = storage.nbytes()
+            return tensor
+
+        step = TrainStep(
+            jepa,
+            *heads,
+            steps=4,
+            projection=projection,  # type: ignore[arg-type]
+            autocast_dtype=torch.bfloat16 if bf16 else None,
+        )
+        keep, recompute.keep = recompute.keep, count
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+                step.losses(video, digit_location)
+        finally:
+            recompute.keep = keep
+    return sum(found.values())
+
+
+def main(argv: list[str]) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench saved", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--batch", type=int, default=64, help="clips (default: 64, the recipe's)")
+    args = parser.parse_args(argv)
+    if args.batch < 1:
+        parser.error(f"--batch must be at least 1, got {args.batch}")
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported: lets them be traced on the CPU
+    print(f"kept for the backward pass by one step, batch {args.batch}:")
+    for name, *options in VARIANTS:
+        print(f"  {name:<26} {saved_bytes(args.batch, *options) / 1e9:6.2f} GB")  # type: ignore[arg-type]
+    return 0
