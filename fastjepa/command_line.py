@@ -16,6 +16,7 @@ import tyro
 from fastjepa.checkpoint import check_same_config
 from fastjepa.config import MAY_CHANGE_ON_RESUME, Config, preset_config, resolve_device, resolve_preset
 from fastjepa.environment import device_name
+from fastjepa.graph_capture import use_cuda_graph
 from fastjepa.kernels.launch import unavailable_reason
 from fastjepa.run_folder import read_run_config
 from fastjepa.safe_files import CheckpointError
@@ -64,6 +65,7 @@ def parse_config(argv: Sequence[str] | None = None, prog: str = "train.py") -> C
             raise ValueError("--precision tf32 needs a CUDA device; use fp32 or bf16")
         if config.backend == "fused" and (reason := unavailable_reason(device)) is not None:
             raise ValueError(f"--backend fused cannot be served: {reason}; use auto or eager")
+        use_cuda_graph(config.cuda_graph, "train_step", device)
     except (ValueError, CheckpointError) as error:
         fail(error)
     return config

@@ -48,6 +48,8 @@ class Config:
     """Arithmetic of the networks: fp32, tf32 (CUDA only) or bf16 autocast. Losses are always fp32."""
     backend: Literal["auto", "eager", "fused"] = "auto"
     """Fused kernels (a GPU only), plain PyTorch, or whichever is known to be faster; see fastjepa.accelerate."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Whole training steps in one launch (a GPU only): on, off, or auto: where that is known to be faster."""
     device: str = "auto"
     """"auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N"."""
 
@@ -82,6 +84,8 @@ class Config:
     """Optimiser steps between checkpoints; one is also written after each epoch."""
     log_every: int = 20
     """Optimiser steps between readings of the losses."""
+    profile: bool = False
+    """Also write a trace of a few training steps to the run's folder, for chrome://tracing or ui.perfetto.dev."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "dobs", "henc", "hpre", "dstc", "steps", "epochs", "n_train", "n_val", "canvas",
@@ -136,7 +140,7 @@ _PATHS = ("digits", "data_path", "cache_dir", "out", "resume")
 # Options that may change when a run is resumed: they decide where and how long it runs, not what is computed.
 MAY_CHANGE_ON_RESUME = (
     "epochs", "max_steps", "device", "data_path", "digits", "cache_dir", "out", "resume", "eval_every",
-    "checkpoint_every", "log_every", "preset",
+    "checkpoint_every", "log_every", "preset", "cuda_graph", "profile",
 )  # fmt: skip
 
 # The demo is for two CPU cores and four minutes; docs/demo.md has what was tried and measured.

@@ -23,6 +23,7 @@ from fastjepa.architecture import (
     encoder_sizes,
     predictor_sizes,
 )
+from fastjepa.autoregressive import autoregressive_rollout
 from fastjepa.checkpoint import plain_state
 from fastjepa.jepa import JEPA
 from fastjepa.networks import DetHead, ImageDecoder, ResNet5, ResUNet, StateOnlyPredictor
@@ -83,37 +84,26 @@ class PretrainedJEPA(nn.Module):
         _check_channels("video", video, self.encoder.conv1.in_channels)
         return self.encoder(video)
 
-    @torch.no_grad()
-    def rollout(self, video: Tensor | None = None, steps: int = 8, *, states: Tensor | None = None) -> Tensor:
+    def rollout(
+        self, video: Tensor | None = None, steps: int = 8, *, states: Tensor | None = None, chunk: int | None = None
+    ) -> Tensor:
         """Predict `steps` frames beyond the given ones, each from the last two states (predicted ones included).
 
         Args:
             video: (B, C, T, H, W), T ≥ 2; encoded first.
             steps: how many frames to predict, ≥ 1.
             states: (B, D, T, H, W) instead of a video.
+            chunk: encode and predict this many clips at a time, for less memory; default: all at once.
 
         Returns:
             The T given states followed by the predicted ones: (B, D, T + steps, H, W).
 
         Raises:
-            ValueError: both or none of video and states, a wrong shape, too few frames, `steps` < 1.
+            ValueError: both or none of video and states, a wrong shape, too few frames, `steps` or `chunk` < 1.
         """
-        if (video is None) == (states is None):
-            raise ValueError("rollout takes either a video or states=..., not both and not neither")
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
-        if video is not None:
-            states = self.encode(video)
-        assert states is not None
-        _check_channels("states", states, self.encoder.layer3.conv2.out_channels)
-        context, given = self.predictor.context_length, states.shape[2]
-        if given < context:
-            raise ValueError(f"a rollout starts from at least {context} frames, got {given}")
-        out = states.new_empty(*states.shape[:2], given + steps, *states.shape[3:])
-        out[:, :, :given] = states
-        for frame in range(given, given + steps):
-            out[:, :, frame : frame + 1] = self.predictor(out[:, :, frame - context : frame])
-        return out
+        if states is not None:
+            _check_channels("states", states, self.encoder.layer3.conv2.out_channels)
+        return autoregressive_rollout(self.encode, self.predictor, video, steps, states=states, chunk=chunk)
 
 
 def export_pretrained(

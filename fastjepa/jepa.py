@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastjepa.autoregressive import autoregressive_rollout
 from fastjepa.losses import SquareLossSeq, VCLoss
+from fastjepa.modes import eval_mode
 from fastjepa.networks import DetHead, ImageDecoder, Projector, ResNet5, ResUNet, StateOnlyPredictor
 
 # total, vc, vc_unweighted, {"std_loss", "cov_loss"}, prediction
@@ -46,6 +48,27 @@ class JEPA(nn.Module):
         """One-step predictions (B, D, T-2, H, W) of every frame from its two encoded predecessors."""
         states, _ = self.unroll(observations, actions, compute_loss=False, return_all_steps=True)
         return states[0]
+
+    def rollout(
+        self, video: Tensor | None = None, steps: int = 8, *, states: Tensor | None = None, chunk: int | None = None
+    ) -> Tensor:
+        """Predict `steps` frames beyond the given ones, in eval mode and without gradients; the modes stay as they are.
+
+        Args:
+            video: (B, C, T, H, W), T ≥ the predictor's context (2 as published); encoded first.
+            steps: how many frames to predict, ≥ 1, to any horizon.
+            states: (B, D, T, H, W) instead of a video.
+            chunk: encode and predict this many clips at a time, for less memory; default: all at once.
+
+        Returns:
+            The T given states followed by the predicted ones: (B, D, T + steps, H, W).
+
+        Raises:
+            ValueError: both or none of video and states, another rank, too few frames, `steps` or `chunk` < 1.
+            TypeError: not floating point.
+        """
+        with eval_mode(self):
+            return autoregressive_rollout(self.encoder, self.predictor, video, steps, states=states, chunk=chunk)
 
     def unroll(
         self,

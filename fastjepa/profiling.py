@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -119,3 +119,17 @@ class StepTrace:
         self.written = self.path
         if self._on_written is not None:
             self._on_written(self.path)
+
+
+@contextlib.contextmanager
+def trace_steps(path: Path | None, say: Callable[[str], object]) -> Iterator[Callable[[], None]]:
+    """A `StepTrace` for a training loop: gives the function to call after each step, and says what became of the trace.
+    With `path` None it does nothing.
+    """
+    if path is None:
+        yield lambda: None
+        return
+    with StepTrace(path, on_written=lambda path: say(f"wrote a trace of training steps: {path}")) as trace:
+        yield trace.step
+    if trace.written is None:
+        say("no trace was recorded: too few training steps were made")

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from fastjepa.environment import environment
 from fastjepa.evaluation import Evaluation, evaluate
 from fastjepa.export import export_pretrained
 from fastjepa.figures import draw_run
+from fastjepa.graphs import GraphedTrainStep, use_cuda_graph
 from fastjepa.jepa import build_jepa, build_probes
 from fastjepa.moving_mnist import default_cache_dir, epoch_indices, load_clips
 from fastjepa.moving_mnist.cache import fingerprint
 from fastjepa.pictures import rollout_arrays
+from fastjepa.profiling import TRACE_NAME, span, trace_steps
 from fastjepa.run_folder import CHECKPOINT_NAME, prepare_folder
 from fastjepa.safe_files import CheckpointError, write_atomic, write_text_atomic
 from fastjepa.step import StepLosses, TrainStep, build_optimizer
@@ -96,6 +99,10 @@ class Trainer:
         # Sums of the losses over the steps of this epoch, and since they were last read; on the device until read.
         self.epoch_losses = torch.zeros(len(LOSS_NAMES), dtype=torch.float64, device=self.device)
         self.interval_losses = torch.zeros_like(self.epoch_losses)
+        self.graphed_step: GraphedTrainStep | None = None
+        if use_cuda_graph(config.cuda_graph, "train_step", self.device):
+            sums = (self.epoch_losses, self.interval_losses)
+            self.graphed_step = GraphedTrainStep(self.step, self.train_clips, accumulators=sums)
         self.rows: list[dict[str, float]] = []
         if config.resume is not None:
             self._resume()
@@ -117,9 +124,10 @@ class Trainer:
         with (
             SummaryWriter(self.folder / "tensorboard", purge_step=self.global_step) as board,
             stop_signals() as received,
+            trace_steps(self.folder / TRACE_NAME if self.config.profile else None, tqdm.write) as step_done,
         ):
             while not self.finished:
-                complete = self._train_epoch(board, received)
+                complete = self._train_epoch(board, received, step_done)
                 row = self._training_row()
                 if complete:
                     self.epoch, self.batch = self.epoch + 1, 0
@@ -142,7 +150,7 @@ class Trainer:
         limit = self.config.max_steps
         return self.epoch >= self.config.epochs or (limit is not None and self.global_step >= limit)
 
-    def _train_epoch(self, board: SummaryWriter, received: list[int]) -> bool:
+    def _train_epoch(self, board: SummaryWriter, received: list[int], step_done: Callable[[], None]) -> bool:
         """Train on the batches left in this epoch; False if `max_steps` ended it early."""
         config = self.config
         batches = epoch_indices(len(self.train_clips), config.batch_size, config.seed, self.epoch, self.device)
@@ -152,9 +160,8 @@ class Trainer:
             desc=f"epoch {self.epoch + 1}/{config.epochs}",
         ) as bar:  # fmt: skip
             for indices in batches[self.batch :]:
-                losses = torch.stack(self.step(*self.train_clips.batch(indices))).double()
-                self.epoch_losses += losses
-                self.interval_losses += losses
+                self._step(indices)
+                step_done()
                 self.batch += 1
                 self.global_step += 1
                 bar.update()
@@ -170,6 +177,17 @@ class Trainer:
                     break
         self.seconds += time.perf_counter() - started
         return self.batch == len(batches)
+
+    def _step(self, indices: Tensor) -> None:
+        """One step on these clips, its losses added to the sums; nothing here waits for the device."""
+        if self.graphed_step is not None:
+            self.graphed_step(indices, copy=False)
+        else:
+            with span("data"):
+                batch = self.train_clips.batch(indices)
+            losses = torch.stack(self.step(*batch)).double()
+            self.epoch_losses += losses
+            self.interval_losses += losses
 
     def _log(self, board: SummaryWriter, bar: Any, count: int) -> None:
         means = self._read(self.interval_losses / count)
@@ -263,7 +281,8 @@ class Trainer:
         )  # fmt: skip
         written = draw_run(self.folder)
         names = ("config.json", "environment.json", "metrics.csv", CHECKPOINT_NAME, "tensorboard")
-        return [self.folder / name for name in names] + [pretrained, *written]
+        traces = [self.folder / TRACE_NAME] if (self.folder / TRACE_NAME).exists() else []
+        return [self.folder / name for name in names] + [pretrained, *traces, *written]
 
 
 def set_precision(precision: str) -> None:

@@ -1,0 +1,151 @@
+"""Roll a trained run out to any horizon: `python -m fastjepa.rollout --checkpoint RUN --horizon 50`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+
+from fastjepa.command_line import fail
+from fastjepa.config import resolve_device
+from fastjepa.environment import device_name
+from fastjepa.evaluate import load_run
+from fastjepa.figure_horizon import draw_horizon_gif
+from fastjepa.graphs import CudaGraphChoice, GraphedRollout, use_cuda_graph
+from fastjepa.modes import eval_mode
+from fastjepa.moving_mnist import default_cache_dir, load_clips
+from fastjepa.safe_files import CheckpointError
+from fastjepa.training import set_precision
+
+CONTEXT = 2  # frames that the model is given
+PICTURED_CLIPS = 3
+
+
+@dataclass(frozen=True)
+class Options:
+    """Predict far beyond the clips: an animation beside the ground truth while it lasts, and the speed."""
+
+    checkpoint: Path
+    """The folder of a run, or its checkpoint file."""
+    horizon: int = 50
+    """Frames to predict from the first two of each clip."""
+    clips: int = 3
+    """Validation clips to predict at once; the animation shows the first three."""
+    chunk: int | None = None
+    """Predict this many clips at a time, for less memory; default: all at once."""
+    out: Path | None = None
+    """The GIF; default: figures/rollout-<horizon>.gif in the folder of the run."""
+    device: str = "auto"
+    """"auto", "cpu", "cuda" or "cuda:N"."""
+    cuda_graph: CudaGraphChoice = "auto"
+    """Predict in one launch (a GPU only): on, off, or auto: where that is known to be faster."""
+    cache_dir: Path | None = None
+    """Folder of the data; default: as in training."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out: the animation, and how fast the frames were predicted (encoding and drawing not counted)."""
+
+    path: Path
+    frames: int
+    seconds: float
+    graph: bool
+    device: str
+
+    @property
+    def frames_per_second(self) -> float:
+        """Predicted frames of all clips a second."""
+        return self.frames / self.seconds
+
+
+def roll_out(options: Options) -> Result:
+    """Load, predict twice (the second time is measured), decode, draw.
+
+    Raises:
+        ValueError: options out of range, or that this machine cannot serve.
+        CheckpointError, OSError: files that cannot be read or written.
+    """
+    for name in ("horizon", "clips"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    if options.chunk is not None and options.chunk < 1:
+        raise ValueError(f"--chunk must be at least 1, got {options.chunk}")
+    device = resolve_device(options.device)
+    graph = use_cuda_graph(options.cuda_graph, "rollout", device)
+    run_folder = options.checkpoint if options.checkpoint.is_dir() else options.checkpoint.parent
+    path = options.out or run_folder / "figures" / f"rollout-{options.horizon}.gif"
+    if path.suffix.lower() != ".gif":
+        raise ValueError(f"--out must end in .gif, got {path}")
+
+    config, jepa, decoder, head = load_run(options.checkpoint, device)
+    set_precision(config.precision)
+    _, validation = load_clips(
+        config.data, digits=config.digits, data_path=config.data_path,
+        cache_dir=options.cache_dir or config.cache_dir or default_cache_dir(), n_train=config.n_train,
+        n_val=config.n_val, n_frames=config.n_frames, canvas=config.canvas, digit_size=config.digit_size,
+        seed=config.seed,
+    )  # fmt: skip
+    if options.clips > len(validation):
+        raise ValueError(
+            f"--clips must be at most {len(validation)}, the validation clips of the run; got {options.clips}"
+        )
+    video, _ = validation.subset(options.clips).to(device).batch(torch.arange(options.clips, device=device))
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16")
+    with eval_mode(jepa, decoder, head), autocast:
+        context = torch.cat([jepa.encode(part) for part in video[:, :, :CONTEXT].split(options.chunk or options.clips)])
+        graphed = GraphedRollout(jepa, options.horizon) if graph else None
+
+        def predict() -> Tensor:
+            if graphed is None:
+                return jepa.rollout(steps=options.horizon, states=context, chunk=options.chunk)
+            parts = context.split(options.chunk or options.clips)
+            return torch.cat([graphed(part) for part in parts]) if len(parts) > 1 else graphed(parts[0])
+
+        states, seconds = _measured(predict, device)
+        pictured = states[:PICTURED_CLIPS, :, CONTEXT:]
+        decoded, detected = decoder(pictured).clamp(0, 1)[:, 0], head(pictured)
+    draw_horizon_gif(
+        video[:PICTURED_CLIPS, 0].cpu().numpy(), decoded.float().cpu().numpy(), detected.float().cpu().numpy(), path,
+        context=CONTEXT, max_clips=PICTURED_CLIPS,
+    )  # fmt: skip
+    return Result(path, options.clips * options.horizon, seconds, graph, device_name(device))
+
+
+def _measured(predict: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
+    """The result of the second call, and its seconds; the first loads libraries, and records a graph."""
+    predict()
+    _wait(device)
+    started = time.perf_counter()
+    result = predict()
+    _wait(device)
+    return result, time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    options = tyro.cli(Options, prog="python -m fastjepa.rollout", args=argv, use_underscores=True)
+    try:
+        result = roll_out(options)
+    except (ValueError, OSError, CheckpointError) as error:
+        fail(error)
+    how = "as a CUDA graph" if result.graph else "step by step"
+    print(
+        f"{options.clips} clips, {options.horizon} frames ahead, {how} on {result.device}: "
+        f"{result.frames:,} frames in {result.seconds:.3f} s, {result.frames_per_second:,.0f} frames/s"
+    )
+    print(f"wrote {result.path}")
+
+
+if __name__ == "__main__":
+    main()

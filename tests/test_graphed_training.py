@@ -1,0 +1,129 @@
+"""Whole runs with graphed steps, and with a trace. On a CPU the choice is forced: the same code runs plainly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastjepa.checkpoint import load_checkpoint
+from fastjepa.command_line import parse_config
+from fastjepa.config import Config
+from fastjepa.graphs import make_capturable
+from fastjepa.run_folder import CHECKPOINT_NAME
+from fastjepa.training import NonFiniteLossError, Trainer
+
+# 3 steps an epoch, the last batch ragged.
+TINY = (
+    "--preset demo --henc 2 --hpre 2 --dstc 4 --canvas 16 --digit_size 8 --n_train 8 --n_val 3 --n_frames 5 "
+    "--batch_size 3 --epochs 2 --log_every 2 --checkpoint_every 2"
+).split()
+
+pytestmark = pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastjepa.training.use_cuda_graph", lambda *_: True)
+
+
+def trainer(cache: Path, folder: Path, *flags: str, device: str = "cpu") -> Trainer:
+    return Trainer(parse_config([*TINY, "--device", device, "--cache_dir", str(cache), "--out", str(folder), *flags]))
+
+
+def assert_same_run(actual: Path, expected: Path) -> None:
+    """Bitwise equal weights, buffers and state of Adam, and sums of losses."""
+    a, b = (load_checkpoint(folder / CHECKPOINT_NAME) for folder in (actual, expected))
+    for module in a["modules"]:
+        for name, value in a["modules"][module].items():
+            assert torch.equal(value, b["modules"][module][name]), name
+    for index, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(value, b["optimizer"]["state"][index][name]) for name, value in state.items())
+    for row, other in zip(a["rows"], b["rows"], strict=True):
+        assert {**row, "seconds": 0} == {**other, "seconds": 0}
+
+
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
+)  # fmt: skip
+def test_a_graphed_run_is_the_plain_run_and_resumes_exactly(
+    cache: Path, tmp_path: Path, graphs: None, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    run = trainer(cache, tmp_path / "whole", device=device)
+    run.run()
+    assert run.graphed_step is not None
+    assert run.graphed_step.recordings_made == 2  # full and ragged; evaluations and checkpoints in between cost none
+    assert run.epoch_losses.count_nonzero() == 0
+
+    trainer(cache, tmp_path / "stopped", "--max_steps", "4", device=device).run()
+    resumed = Trainer(parse_config(["--resume", str(tmp_path / "stopped"), "--max_steps", "100"]))
+    assert resumed.global_step == 4
+    resumed.run()
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+    monkeypatch.setattr("fastjepa.training.use_cuda_graph", lambda *_: False)
+    plain = trainer(cache, tmp_path / "plain", device=device)
+    make_capturable(plain.optimizer)  # the same Adam
+    plain.run()
+    assert plain.graphed_step is None
+    assert_same_run(tmp_path / "plain", tmp_path / "whole")
+
+
+def test_a_run_may_go_on_without_graphs(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for first in (True, False):
+        monkeypatch.setattr("fastjepa.training.use_cuda_graph", lambda *_, graph=first: graph)
+        folder = tmp_path / str(first)
+        trainer(cache, folder, "--max_steps", "2").run()
+        monkeypatch.setattr("fastjepa.training.use_cuda_graph", lambda *_, graph=not first: graph)
+        resumed = Trainer(parse_config(["--resume", str(folder), "--max_steps", "3", "--cuda_graph", "off"]))
+        resumed.run()
+        saved = load_checkpoint(folder / CHECKPOINT_NAME)
+        assert saved["optimizer"]["state"][0]["step"] == 3
+        assert [float(group["lr"]) for group in saved["optimizer"]["param_groups"]] == pytest.approx(
+            [resumed.config.lr, resumed.config.lr / 10, resumed.config.lr]
+        )
+
+
+def test_a_non_finite_loss_stops_a_graphed_run(cache: Path, tmp_path: Path, graphs: None) -> None:
+    run = trainer(cache, tmp_path / "run", "--checkpoint_every", "100", "--log_every", "1")
+    with torch.no_grad():
+        run.jepa.encoder.conv1.weight[0, 0, 0, 0] = float("nan")  # type: ignore[union-attr, index]
+    with pytest.raises(NonFiniteLossError, match=r"became NaN or infinite at or before step 1\."):
+        run.run()
+    weights = load_checkpoint(tmp_path / "run" / CHECKPOINT_NAME)["modules"]["jepa"]
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_a_graph_on_a_cpu_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_config(["--device", "cpu", "--cuda_graph", "on"])
+    assert "--cuda_graph on needs a CUDA device, and this runs on cpu" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_config(["--device", "cpu", "--cuda_graph", "maybe"])
+    with pytest.raises(ValueError, match="needs a CUDA device"):
+        Trainer(Config(device="cpu", preset="demo", n_train=3, n_val=1, canvas=16, digit_size=8, cuda_graph="on",
+                       cache_dir=tmp_path, out=tmp_path / "run"))  # fmt: skip
+    assert parse_config(["--device", "cpu"]).cuda_graph == "auto"
+
+
+def test_profile_writes_a_trace(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trainer(cache, tmp_path / "run", "--profile", "--epochs", "3")
+    run.run()
+    path = tmp_path / "run" / "trace.json"
+    assert f"wrote a trace of training steps: {path}" in capsys.readouterr().out
+    names = [event["name"] for event in json.loads(path.read_text())["traceEvents"]]
+    assert {"data", "encode", "prediction step 1", "losses", "backward", "optimizer"} <= set(names)
+    assert path in run.finish()
+
+
+def test_profile_of_too_few_steps_says_so(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer(cache, tmp_path / "run", "--profile", "--max_steps", "2").run()
+    assert "no trace was recorded: too few training steps were made" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "trace.json").exists()
