@@ -89,7 +89,7 @@ def _frame(video: np.ndarray, rollout: np.ndarray, detections: np.ndarray, t: in
     canvas.text(margin, bottom + 24, f"t = {t}", 16, weight="bold")
     canvas.text(margin + 62, bottom + 24, state, 16, color=style.MUTED)
     # A time line, filled up to now.
-    start = margin + 190
+    start = margin + 205
     reached = (right - start) * (t + 1) // total
     canvas.bar(start, bottom + 20, right - start, 8, style.RULE)
     canvas.bar(start, bottom + 20, reached, 8, style.MUTED if t < context else style.SERIES_COLOURS[0])

@@ -14,7 +14,8 @@ A graph replays the kernels that were launched while it was captured, on the mem
 - **Warm-up.** Before capture the work runs a few times on a side stream (libraries choose algorithms, kernels compile),
   and what it changed is put back, random number generators included: recording leaves no trace.
 - **Nothing waits.** Work that waits for the device cannot be captured; the last warm-up run finds it, and raises
-  `GraphCaptureError` with the line at fault in its cause.
+  `GraphCaptureError` with the line at fault in its cause. Nothing is broken then. What only capture itself finds out
+  (another stream, pinned memory) raises it too, but CUDA may not recover from that: end the process.
 - **One pool.** All recordings on a device share one memory pool, which is safe because they replay one after another:
   replay recordings that share a pool on one stream at a time.
 - **On a CPU** there is no graph: the same objects run the same code plainly on the same static memory.
@@ -102,11 +103,12 @@ class Recording:
                     body()
             return
         with torch.cuda.device(device), torch.random.fork_rng(devices=[device]):
-            # A cast that autocast has cached would be baked into the graph, or live in the graph's memory afterwards.
-            torch.clear_autocast_cache()
             gc.collect()  # autograd graphs that are still around tie parameters to the stream of their first use
             with no_trace():
                 self._warm_up(body, runs, name, device)
+            # Inside a caller's autocast, a cast cached before capture would be baked in as it is now, and one cached
+            # during capture would live in the graph's memory.
+            torch.clear_autocast_cache()
             with no_trace():  # capture runs nothing, but it does allocate gradients, which must not stay visible
                 self._capture(body, name, _shared_pool(device).pool() if pool is None else pool, device)
             torch.clear_autocast_cache()
@@ -139,13 +141,14 @@ class Recording:
             current.wait_stream(stream)
 
     def _capture(self, body: Callable[[], None], name: str, pool: Any, device: torch.device) -> None:
-        graph = torch.cuda.CUDAGraph()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
         try:
             with torch.cuda.graph(graph, pool=pool, stream=_side_stream(device)):
                 body()
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            torch.cuda.set_stream(current)  # a capture that ends in an error stays on its stream
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             raise GraphCaptureError(
                 f"{name} cannot be recorded as a CUDA graph: {error}. A graph cannot hold work that waits for the "
                 "device, allocates pinned memory, or uses another stream"

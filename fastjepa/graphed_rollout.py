@@ -26,7 +26,7 @@ class GraphedRollout:
 
     The contract is that of `fastjepa.graph_capture`; there is one recording for each (batch, context, steps, size,
     dtype). Weights changed in place count from the next call on. Results equal the eager unroll's: bit for bit where
-    the same kernels run, as they do unless BatchNorm is folded.
+    the same kernels run, as they do in a plain network whose BatchNorm is not folded.
 
     Args:
         predictor_or_jepa: a `StateOnlyPredictor`, or anything with one as `predictor`.

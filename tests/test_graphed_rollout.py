@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastjepa.accelerate import accelerate
 from fastjepa.evaluation import rollout_tails
 from fastjepa.export import PretrainedJEPA
 from fastjepa.graphs import GraphedRollout
@@ -49,6 +50,11 @@ def test_rollout_in_bf16(device: str) -> None:
     assert torch.equal(plain(states), literal_rollout(jepa, states, 5))
     with torch.autocast(device, dtype=torch.bfloat16):
         assert torch.equal(plain(states), expected)
+    assert plain.recordings_made == 2
+    with torch.no_grad():
+        jepa.predictor.predictor.head.weight.mul_(2)  # type: ignore[union-attr, operator]
+    with torch.autocast(device, dtype=torch.bfloat16):  # no cast of the old weight was baked in
+        assert torch.equal(plain(states), literal_rollout(jepa, states, 5))
     assert plain.recordings_made == 2
 
 
@@ -120,9 +126,21 @@ def test_weights_of_a_rollout(device: str) -> None:
     assert jepa.predictor.training
     jepa.predictor.predictor.head = copy.deepcopy(jepa.predictor.predictor.head)  # type: ignore[union-attr]
     with torch.no_grad():
-        jepa.predictor.predictor.head.weight.add_(1)  # type: ignore[union-attr]
+        jepa.predictor.predictor.head.weight.add_(1)  # type: ignore[union-attr, operator]
     assert torch.equal(rollout(states), literal_rollout(jepa, states, 3))
     assert rollout.recordings_made == 2
+
+
+@EVERY_DEVICE
+def test_a_rollout_after_accelerate(device: str) -> None:
+    jepa, states = trained_jepa(device), some_states(device, batch=1, size=(8, 8))
+    rollout = GraphedRollout(jepa, 1)
+    eager = rollout(states)
+    accelerate(jepa, backend="fused", verbose=False)
+    fused = rollout(states)
+    assert rollout.recordings_made == 2  # modules were swapped
+    torch.testing.assert_close(fused, eager, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(fused, eager)  # it is another computation
 
 
 @EVERY_DEVICE

@@ -100,7 +100,12 @@ def test_losses_are_copies_or_views_of_static_memory(device: str) -> None:
 
 
 def changed_parameter(step: TrainStep) -> None:
-    step.jepa.encoder.conv1.weight = nn.Parameter(step.jepa.encoder.conv1.weight.detach().clone())  # type: ignore[union-attr]
+    step.jepa.encoder.conv1.weight = nn.Parameter(step.jepa.encoder.conv1.weight.detach().clone())  # type: ignore[union-attr, operator]
+
+
+def moved_parameter(step: TrainStep) -> None:
+    weight = step.jepa.encoder.conv1.weight  # type: ignore[union-attr]
+    weight.data = weight.data.clone()  # type: ignore[operator, union-attr]
 
 
 def reload_optimizer(step: TrainStep) -> None:
@@ -115,10 +120,11 @@ def other_betas(step: TrainStep) -> None:
 
 CHANGES: dict[str, Callable[[TrainStep], object]] = {
     "a parameter is replaced": changed_parameter,
-    "parameters are moved": lambda s: s.jepa.double().float(),
+    "the memory of a parameter is replaced": moved_parameter,
+    "parameters and buffers are moved": lambda s: s.jepa.double().float(),
     "a module is swapped": lambda s: setattr(s.jepa.encoder, "layer1", copy.deepcopy(s.jepa.encoder.layer1)),
     "a module is frozen": lambda s: s.jepa.predictor.requires_grad_(False),
-    "a BatchNorm is put in eval mode": lambda s: s.jepa.encoder.bn1.eval(),  # type: ignore[union-attr, operator]
+    "a BatchNorm is put in eval mode": lambda s: s.jepa.encoder.bn1.eval(),  # type: ignore[union-attr]
     "the optimizer is reloaded": reload_optimizer,
     "other betas": other_betas,
     "another weight of a loss": lambda s: setattr(s.jepa.regularizer, "std_coeff", 3.0),

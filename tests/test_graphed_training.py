@@ -94,7 +94,7 @@ def test_a_run_may_go_on_without_graphs(cache: Path, tmp_path: Path, monkeypatch
 def test_a_non_finite_loss_stops_a_graphed_run(cache: Path, tmp_path: Path, graphs: None) -> None:
     run = trainer(cache, tmp_path / "run", "--checkpoint_every", "100", "--log_every", "1")
     with torch.no_grad():
-        run.jepa.encoder.conv1.weight[0, 0, 0, 0] = float("nan")  # type: ignore[union-attr, index]
+        run.jepa.encoder.conv1.weight[0, 0, 0, 0] = float("nan")  # type: ignore[union-attr, operator]
     with pytest.raises(NonFiniteLossError, match=r"became NaN or infinite at or before step 1\."):
         run.run()
     weights = load_checkpoint(tmp_path / "run" / CHECKPOINT_NAME)["modules"]["jepa"]

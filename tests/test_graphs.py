@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastjepa import graph_capture
 from fastjepa.graph_capture import Recording
 from fastjepa.graphs import MEASURED_WINS, GraphCaptureError, GraphedRollout, GraphedTrainStep, use_cuda_graph
 from fastjepa.step import StepLosses
@@ -52,6 +56,81 @@ def test_when_a_graph_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
         use_cuda_graph("on", "rollout", cpu)
     with pytest.raises(ValueError, match="must be auto, on or off; got 'yes'"):
         use_cuda_graph("yes", "rollout", cpu)  # type: ignore[arg-type]
+
+
+class FakeCuda:
+    """Stands in for torch.cuda, to see without a GPU what a recording asks of it, and in which order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        self.ends_badly = False
+        log, nothing = self.log, contextlib.nullcontext
+        stream = SimpleNamespace(wait_stream=lambda _: log.append("wait for stream"))
+
+        @contextlib.contextmanager
+        def graph(*_: Any, pool: object, stream: object) -> Iterator[None]:
+            log.append(f"begin capture in {pool}")
+            yield
+            log.append("end capture")
+            if self.ends_badly:
+                raise RuntimeError("operation not permitted when stream is capturing")
+
+        fakes = {
+            "device": lambda _: nothing(), "current_stream": lambda _: stream, "stream": lambda _: nothing(),
+            "graph": graph, "CUDAGraph": lambda: SimpleNamespace(replay=lambda: log.append("replay")),
+            "get_sync_debug_mode": lambda: 0, "set_sync_debug_mode": lambda mode: log.append(f"waiting: {mode}"),
+            "set_stream": lambda _: log.append("back to the stream"),
+        }  # fmt: skip
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nothing())
+        monkeypatch.setattr(torch, "clear_autocast_cache", lambda: log.append("clear casts"))
+        monkeypatch.setattr(graph_capture, "_side_stream", lambda _: stream)
+        monkeypatch.setattr(graph_capture, "_shared_pool", lambda _: SimpleNamespace(pool=lambda: "the shared pool"))
+
+    @contextlib.contextmanager
+    def no_trace(self) -> Iterator[None]:
+        self.log.append("keep")
+        try:
+            yield
+        finally:
+            self.log.append("put back")
+
+
+def test_the_order_of_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, device = FakeCuda(monkeypatch), torch.device("cuda:0")
+    recording = Recording(
+        lambda: cuda.log.append("run"), device, name="the work", no_trace=cuda.no_trace, warmup_runs=2
+    )
+    warm_up = ["keep", "wait for stream", "run", "waiting: error", "run", "waiting: 0", "wait for stream", "put back"]
+    capture = ["keep", "begin capture in the shared pool", "run", "end capture", "put back"]
+    assert cuda.log == [*warm_up, "clear casts", *capture, "clear casts"]
+    recording.replay()
+    assert cuda.log[-1] == "replay"
+    with pytest.raises(ValueError, match="warmup_runs must be at least 1 on cuda, got 0"):
+        Recording(lambda: None, device, name="the work", warmup_runs=0)
+
+
+def test_a_recording_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, device = FakeCuda(monkeypatch), torch.device("cuda:0")
+
+    def waits() -> None:
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    def is_wrong() -> None:
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(GraphCaptureError, match=r"the work cannot be recorded .* waits for the device"):
+        Recording(waits, device, name="the work", no_trace=cuda.no_trace, warmup_runs=1)
+    assert cuda.log[-3:] == ["waiting: 0", "wait for stream", "put back"]
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        Recording(is_wrong, device, name="the work", no_trace=cuda.no_trace)
+    cuda.ends_badly = True
+    with pytest.raises(
+        GraphCaptureError, match=r"the work cannot be recorded .*: operation not permitted"
+    ):
+        Recording(lambda: None, device, name="the work", no_trace=cuda.no_trace)
+    assert cuda.log[-3:] == ["end capture", "back to the stream", "put back"]
 
 
 @pytest.mark.gpu
