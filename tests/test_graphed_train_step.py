@@ -104,7 +104,7 @@ def changed_parameter(step: TrainStep) -> None:
 
 
 def moved_parameter(step: TrainStep) -> None:
-    weight = step.jepa.encoder.conv1.weight  # type: ignore[union-attr]
+    weight = step.jepa.encoder.conv1.weight
     weight.data = weight.data.clone()  # type: ignore[operator, union-attr]
 
 

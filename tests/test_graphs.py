@@ -126,9 +126,7 @@ def test_a_recording_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         Recording(is_wrong, device, name="the work", no_trace=cuda.no_trace)
     cuda.ends_badly = True
-    with pytest.raises(
-        GraphCaptureError, match=r"the work cannot be recorded .*: operation not permitted"
-    ):
+    with pytest.raises(GraphCaptureError, match=r"the work cannot be recorded .*: operation not permitted"):
         Recording(lambda: None, device, name="the work", no_trace=cuda.no_trace)
     assert cuda.log[-3:] == ["end capture", "back to the stream", "put back"]
 
