@@ -104,8 +104,8 @@ def changed_parameter(step: TrainStep) -> None:
 
 
 def moved_parameter(step: TrainStep) -> None:
-    weight = step.jepa.encoder.conv1.weight
-    weight.data = weight.data.clone()  # type: ignore[operator, union-attr]
+    weight = step.jepa.encoder.conv1.weight  # type: ignore[union-attr]
+    weight.data = weight.data.clone()  # type: ignore[operator]
 
 
 def reload_optimizer(step: TrainStep) -> None:
