@@ -147,8 +147,8 @@ MAY_CHANGE_ON_RESUME = (
 PRESETS: dict[str, dict[str, Any]] = {
     "full": {},
     "demo": {
-        "batch_size": 16, "henc": 8, "hpre": 16, "dstc": 16, "steps": 2, "epochs": 6, "lr": 2e-3, "cov_coeff": 100.0,
-        "std_coeff": 10.0, "n_train": 1500, "n_val": 200, "canvas": 32, "digit_size": 14,
+        "batch_size": 8, "henc": 8, "hpre": 16, "dstc": 16, "steps": 2, "epochs": 3, "lr": 3e-3, "n_train": 800,
+        "n_val": 100, "canvas": 32, "digit_size": 14,
     },
 }  # fmt: skip
 

@@ -76,6 +76,10 @@ class Trainer:
             dobs=config.dobs, henc=config.henc, hpre=config.hpre, dstc=config.dstc,
             std_coeff=config.std_coeff, cov_coeff=config.cov_coeff,
         ).to(self.device)  # fmt: skip
+        if self.device.type == "cpu" or config.precision != "fp32":
+            # Weights only: convolutions then keep activations channels-last too. On a CPU this makes steps of the demo
+            # about a fifth shorter; on a GPU it is the layout of the tensor cores, which fp32 does not use.
+            self.jepa.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         accelerate(self.jepa, backend=config.backend, verbose=False)
         decoder, head = build_probes(dobs=config.dobs, dstc=config.dstc)
         self.image_decoder, self.detection_head = decoder.to(self.device), head.to(self.device)

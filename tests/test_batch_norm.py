@@ -9,15 +9,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+from compare import assert_as_exact_as_eager, assert_close_to_truth
 from fastjepa.kernels import batch_norm_tiling
 from fastjepa.kernels.batch_norm import batch_norm_act
 from fastjepa.kernels.batch_norm_backward import batch_norm_backward
 from fastjepa.kernels.batch_norm_forward import batch_norm_forward
 from fastjepa.kernels.batch_norm_reference import batch_norm_act_reference
 from fastjepa.kernels.batch_norm_statistics import batch_norm_statistics
-from torch import Tensor, nn
-
-from compare import assert_as_exact_as_eager, assert_close_to_truth
 
 FORMS = ("plain", "residual", "normalized_residual")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

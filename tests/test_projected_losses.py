@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from fastjepa.kernels import projected_losses as fused
-from fastjepa.kernels import projected_losses_backward, projected_losses_forward, reference
 from torch import Tensor
 
 from compare import assert_as_exact_as_eager, assert_close_to_truth
+from fastjepa.kernels import projected_losses as fused
+from fastjepa.kernels import projected_losses_backward, projected_losses_forward, reference
 from projector_cases import Case, loss_and_gradients, make_case, with_offset_and_dead_channels
 
 BIAS1 = "gradient of bias1"  # exactly 0: BatchNorm undoes a shift; eager returns rounding noise

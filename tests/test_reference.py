@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from compare import assert_as_exact_as_eager, assert_close_to_truth
 from fastjepa.kernels import reference
 from projector_cases import Case, loss_and_gradients, make_case, with_offset_and_dead_channels

@@ -155,7 +155,7 @@ def test_resume_with_another_configuration(
         parse_config(["--resume", str(uninterrupted), "--lr", "0.5", "--henc", "4"])
     error = capsys.readouterr().err
     assert "henc: 2 in the checkpoint, 4 now" in error
-    assert "lr: 0.002 in the checkpoint, 0.5 now" in error
+    assert "lr: 0.003 in the checkpoint, 0.5 now" in error
     with pytest.raises(SystemExit):
         parse_config(["--resume", str(uninterrupted), "--out", "elsewhere"])
     assert "--out cannot be given with --resume" in capsys.readouterr().err

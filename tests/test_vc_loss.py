@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastjepa.kernels import moments, reference
-from fastjepa.kernels import vc_loss as fused
 from torch import Tensor
 
 from compare import assert_as_exact_as_eager, assert_close_to_truth
+from fastjepa.kernels import moments, reference
+from fastjepa.kernels import vc_loss as fused
 
 
 def _rows(n: int, d: int, dtype: torch.dtype, device: str) -> Tensor:
