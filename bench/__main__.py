@@ -15,6 +15,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "rollout": ("bench.rollout", "time predicting k frames: latency and frames per second"),
     "train": ("bench.train", "train for some time, and write mAP against the wall clock"),
     "tune": ("bench.tune", "time candidate launch configurations of the kernels on a GPU"),
+    "report": ("bench.report", "draw and tabulate committed rows"),
+    "prove": ("bench.prove", "everything that can be shown on this machine, in one folder"),
     "eval": ("bench.evaluation", "time one evaluation, literally and with each thing done once"),
 }
 

@@ -37,6 +37,8 @@ class Recipe:
 
 TINY = Recipe(batch=2, frames=5, pixels=16, henc=4, hpre=4, dstc=4, steps=2)
 
+GRAPH = "CUDA graph"  # the step's last variant
+
 Model = tuple[JEPA, ImageDecoder, DetHead]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bench import evaluation, suite
 from bench.case import Case, Work
-from bench.recipe import Model, Recipe, arithmetic, build_model, make_batch, make_clips, step_work
+from bench.recipe import GRAPH, Model, Recipe, arithmetic, build_model, make_batch, make_clips, step_work
 from bench.variants import COMPILE_MAX, Computation, Tensors, Variant, always, needs_cuda, needs_kernels
 from fastjepa.accelerate import accelerate
 from fastjepa.graphs import GraphedTrainStep
@@ -161,7 +161,7 @@ def make_variants(recipe: Recipe, device: torch.device) -> list[Variant]:
         ("torch.compile(max-autotune)", Way(projection="closed_form", compile=True, **half), needs_cuda),  # type: ignore[arg-type]
         ("fused losses", Way(projection="fused", compile=True, **half), needs_kernels),  # type: ignore[arg-type]
         ("fused blocks", Way(projection="fused", fused_blocks=True, **half), needs_kernels),  # type: ignore[arg-type]
-        ("CUDA graph", Way(projection="fused", fused_blocks=True, graph=True, **half), needs_kernels),  # type: ignore[arg-type]
+        (GRAPH, Way(projection="fused", fused_blocks=True, graph=True, **half), needs_kernels),  # type: ignore[arg-type]
     ]
     dtypes = {"bf16": torch.bfloat16}  # of the activations; batches are fp32
     return [

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.environment import Environment, collect
-from bench.results import Row, format_table, read_rows, write_rows
+from bench.results import Row, format_table, read_rows, write_rows, write_text
 from fastjepa.command_line import parse_config
 from fastjepa.config import Config, resolve_device
 from fastjepa.evaluation import Evaluation, evaluate
@@ -40,14 +40,14 @@ class TimedTrainer(Trainer):
         self.last_step, self.last_seconds = self.global_step, self.seconds
         self.started = time.perf_counter()
 
-    def _train_epoch(self, board: Any, received: list[int]) -> bool:
+    def _train_epoch(self, board: Any, received: list[int], *rest: Any) -> bool:
         if self.alarm is None:
             # `received` is the list of signals that the trainer looks at after each step. No real signal is sent: it
             # could come when the trainer no longer listens, and end the process.
             self.alarm = threading.Timer(self.time_limit, received.append, (signal.SIGTERM,))
             self.alarm.daemon = True
             self.alarm.start()
-        return super()._train_epoch(board, received)
+        return super()._train_epoch(board, received, *rest)
 
     def _evaluate(self, board: Any) -> Evaluation:
         evaluation = super()._evaluate(board)
@@ -67,7 +67,7 @@ class TimedTrainer(Trainer):
         self.found.append(
             Row(
                 suite=SUITE, case=f"preset {config.preset}, B={config.batch_size}", phase=f"step {self.global_step}",
-                variant=f"{config.backend} {config.precision}", precision=config.precision, status="unjudged",
+                variant=f"{config.backend} {config.precision}, graph {config.cuda_graph}", precision=config.precision, status="unjudged",
                 reason="a training run: its mAP says how good it is", rounds=max(steps, 1),
                 median_ms=1e3 * spent / max(steps, 1), timing="host", quality=quality, **vars(self.environment),
             )
@@ -116,6 +116,7 @@ def main(argv: Sequence[str]) -> int:
     environment = collect(["python", "-m", "bench", "train", *argv], resolve_device(config.device))
     rows = read_rows(args.out / "train.jsonl") if config.resume and (args.out / "train.jsonl").exists() else []
     before = len(rows)
+    write_text(args.out / "run" / ".gitignore", "*\n")  # rows are committed, checkpoints are not
     trainer, done = train(config, args.seconds, environment, rows, args.out)
     if rows:
         print(f"\n{render(rows)}")

@@ -1,0 +1,126 @@
+"""`python -m bench report`: a Markdown page and figures from committed rows, and from nothing else.
+
+Reads every .jsonl below a folder (default: bench/results) and writes report.md and its pictures there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from bench import figures
+from bench.environment import ROOT
+from bench.results import Row, read_rows, write_text
+
+_INTRODUCTION = """# Measurements
+
+Made by `python -m bench report` from the rows in this folder. A speed-up is stated where the error keeps its bound;
+errors are relative to the largest entry, against float64. Memory is what a call needs above its inputs; a CUDA graph's
+own memory is set aside before and not in it. `bench/README.md` says how to read the rest."""
+
+
+def collect(folder: Path) -> list[Row]:
+    """All rows below `folder`, file by file in the order of their paths.
+
+    Raises ValueError naming file and line if a row is not valid.
+    """
+    return [row for path in sorted(folder.rglob("*.jsonl")) for row in read_rows(path)]
+
+
+def render(rows: Sequence[Row], folder: Path) -> str:
+    """The page, for rows of any suites and devices; draws its pictures into `folder`."""
+    parts = [_INTRODUCTION]
+    for device in dict.fromkeys(row.device for row in rows):
+        here = [row for row in rows if row.device == device]
+        parts.append(f"## {device}\n\n{_sources(here)}")
+        for name, picture in figures.draw_all(here):
+            path = folder / f"{_slug(device)}-{_slug(name)}.png"
+            figures.save(picture, path)
+            parts.append(f"![{name}]({path.name})")
+        parts += _tables(here)
+    return "\n\n".join(parts) + "\n"
+
+
+def _sources(rows: Sequence[Row]) -> str:
+    """Where the rows come from: commits, versions, dates."""
+    dirty = " with changes" if any(row.dirty for row in rows) else ""
+    commits = ", ".join(f"`{commit[:10]}`" for commit in dict.fromkeys(row.commit for row in rows))
+    versions = ", ".join(f"{name} {version}" for name, version in rows[-1].versions.items())
+    dates = sorted({row.date[:10] for row in rows})
+    span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    threads = f", {rows[-1].threads} CPU threads" if rows[-1].sm_clock_mhz is None else ""
+    driver = f", driver {rows[-1].driver}" if rows[-1].driver else ""
+    return f"{span}; commit {commits}{dirty}; {versions}{driver}{threads}."
+
+
+def _tables(rows: Sequence[Row]) -> Iterable[str]:
+    for suite in dict.fromkeys(row.suite for row in rows):
+        yield f"### {suite}"
+        in_suite = [row for row in rows if row.suite == suite]
+        if suite == "train":
+            yield _training_table(in_suite)
+            continue
+        for case in dict.fromkeys(row.case for row in in_suite):
+            yield f"**{case}**\n\n{_table([row for row in in_suite if row.case == case])}"
+
+
+def _table(rows: Sequence[Row]) -> str:
+    header = ["variant", "phase", "ms", "spread", "% of roofline", "peak MB", "error", "bound", "speed-up", "rates"]
+    body = []
+    for row in rows:
+        if row.status == "unavailable":
+            continue  # the page says what was measured; the rows say what was not, and why
+        if row.median_ms is None:
+            body.append([row.variant, row.phase, row.status, row.reason])
+            continue
+        speedup = f"{row.speedup:.2f}×" if row.speedup is not None else row.status
+        rates = ", ".join(f"{value:.4g} {name.replace('_', ' ')}" for name, value in row.quality.items())
+        body.append(
+            [
+                row.variant, row.phase, f"{row.median_ms:.4g}", f"{row.low_ms:.4g} – {row.high_ms:.4g}",
+                "" if row.percent_of_roofline is None else f"{row.percent_of_roofline:.0f}",
+                "" if row.peak_extra_bytes is None else f"{row.peak_extra_bytes / 1e6:.0f}",
+                "" if row.error is None else f"{row.error:.1e}",
+                "" if row.error_bound is None else f"{row.error_bound:.1e}", speedup, rates,
+            ]
+        )  # fmt: skip
+    return _markdown(header, body)
+
+
+def _training_table(rows: Sequence[Row]) -> str:
+    header = ["case", "variant", "seconds", "epoch", "ms per step", "mAP", "AP_0", "chance"]
+    body = [
+        [
+            row.case, row.variant, f"{row.quality['seconds']:.0f}", f"{row.quality['epoch']:.2f}",
+            f"{row.median_ms:.1f}", *(f"{row.quality[name]:.3f}" for name in ("mAP", "AP_0", "chance")),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return _markdown(header, body)
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header)]
+    lines += [[cell.replace("|", "\\|") for cell in row] + [""] * (len(header) - len(row)) for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _slug(text: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line; returns 2 if there is nothing to report or a row is not valid."""
+    parser = argparse.ArgumentParser(prog="python -m bench report", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "bench" / "results", help="default: %(default)s")
+    args = parser.parse_args(argv)
+    try:
+        rows = collect(args.folder)
+    except ValueError as error:
+        parser.error(str(error))
+    if not rows:
+        parser.error(f"there is no .jsonl file with rows below {args.folder}; a suite's --out DIR writes them")
+    write_text(args.folder / "report.md", render(rows, args.folder))
+    print(f"wrote {args.folder / 'report.md'}, from {len(rows)} rows")
+    return 0
