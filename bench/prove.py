@@ -82,12 +82,15 @@ def parts(out: Path, device: torch.device, quick: bool) -> list[Part]:
         ),
         measured("tune", 40, reason=no_gpu),
         measured("losses", 60 if quick else 40, *(["--batch", "64"] if gpu else [])),
-        measured("layers", 60, "--only", "coder", "predictor", "576x32x64x64", "--seconds", "1"),
+        measured("layers", 60, "--only", "encoder", "predictor", "576x32x64x64", "--seconds", "1"),
         measured("rollout", 50, "--horizon", "1", "8", "50", "--seconds", "0.5"),
         measured("step", 100, "--seconds", "10"),
         measured("eval", 60 if quick else 25, "--seconds", "3"),
         Part("train", [python, "-m", "bench", "train", "--out", str(out), *training], 165),
-        Part("ncu", ["bash", "bench/profile/ncu.sh", str(out / "ncu")], 40, no_gpu or _missing("ncu"), {"PYTHON_GPU": python}),
+        Part(
+            "ncu", ["bash", "bench/profile/ncu.sh", str(out / "ncu")], 40, no_gpu or _missing("ncu"),
+            {"PYTHON_GPU": python},
+        ),
         Part("report", [python, "-m", "bench", "report", str(out)], 30),
     ]  # fmt: skip
 

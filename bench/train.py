@@ -66,8 +66,9 @@ class TimedTrainer(Trainer):
         spent = self.seconds - self.last_seconds or wall - (self.found[-1].quality["seconds"] if self.found else 0.0)
         self.found.append(
             Row(
-                suite=SUITE, case=f"preset {config.preset}, B={config.batch_size}", phase=f"step {self.global_step}",
-                variant=f"{config.backend} {config.precision}, graph {config.cuda_graph}", precision=config.precision, status="unjudged",
+                suite=SUITE, case=f"preset {config.preset}, B={config.batch_size}",
+                variant=f"{config.backend} {config.precision}, graph {config.cuda_graph}",
+                phase=f"step {self.global_step}", precision=config.precision, status="unjudged",
                 reason="a training run: its mAP says how good it is", rounds=max(steps, 1),
                 median_ms=1e3 * spent / max(steps, 1), timing="host", quality=quality, **vars(self.environment),
             )
