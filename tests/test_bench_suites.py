@@ -76,6 +76,21 @@ def test_every_way_of_the_step_gives_the_losses_and_gradients_of_the_original() 
             assert_close_to_truth(found[name], expected, f"{way}, {name}", limit=1e-9)
 
 
+SMALL = Recipe(batch=1, frames=3, pixels=8, henc=2, hpre=2, dstc=4, steps=1)  # for Triton's interpreter
+
+
+def test_fused_variants_give_what_they_are_compared_with() -> None:
+    inputs = make_batch(SMALL, CPU, torch.float32)
+    exact = step.truth(SMALL, {name: x.double() for name, x in inputs.items()})
+    found = step.build(SMALL, step.Way(projection="fused", fused_blocks=True), CPU)(inputs)
+    for name, expected in exact.items():  # a group of gradients in another order is off by ~1
+        assert_close_to_truth(found[name], expected, name, limit=1e-3)
+    states = rollout.make_states(SMALL, CPU, torch.float32)
+    frames = rollout.build(SMALL, 2, rollout.Way(fused=True, graph=True), CPU)(states)["frames"]
+    plain = rollout.truth(SMALL, 2, {"states": states["states"].double()})["frames"]
+    assert_close_to_truth(frames, plain, "rollout")
+
+
 def test_step_writes_exact_rows_and_says_what_needs_a_gpu(tmp_path: Path) -> None:
     assert step.main(["--quick", "--device", "cpu", "--no-memory", "--out", str(tmp_path), "--eval"]) == 0
     rows = read_rows(tmp_path / "step.jsonl")
