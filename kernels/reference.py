@@ -10,6 +10,7 @@ walks over the pixels in chunks that stay in cache and stores nothing of size (N
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import projector_algebra as algebra
+from .chunk_pool import map_groups
 
 _CHUNK = 2048  # pixels: the three (hidden, chunk) temporaries then take 1.5 MB at 64 features in fp32 and stay in L2
 
@@ -217,16 +219,21 @@ def _from_rows(rows: Tensor, like: Tensor) -> Tensor:
 def _moments(columns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean (D,) and scatter (D, D) in float64: every chunk about its own centre, combined by Chan's formula."""
     wide = _compute_dtype(columns[0].dtype)
-    counts, means, scatters = [], [], []
-    for chunk in columns:
-        x = chunk.to(wide)
-        centre = x.mean(1, keepdim=True)
-        x = x - centre
-        # The centre is rounded; the exact chunk mean is centre + residual.
-        residual = x.mean(1).double()
-        counts.append(x.shape[1])
-        means.append(centre[:, 0].double() + residual)
-        scatters.append((x @ x.T).double() - x.shape[1] * torch.outer(residual, residual))
+
+    def moments_of_group(group: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        found = []
+        for chunk in group:
+            x = chunk.to(wide)
+            centre = x.mean(1, keepdim=True)
+            x = x - centre
+            # The centre is rounded; the exact chunk mean is centre + residual.
+            residual = x.mean(1).double()
+            scatter = (x @ x.T).double() - x.shape[1] * torch.outer(residual, residual)
+            found.append((centre[:, 0].double() + residual, scatter))
+        return found
+
+    means, scatters = zip(*chain.from_iterable(map_groups(moments_of_group, columns)), strict=True)
+    counts = [chunk.shape[1] for chunk in columns]
     n = torch.tensor(counts, dtype=torch.float64, device=columns[0].device).unsqueeze(1)
     chunk_means = torch.stack(means)
     mean = (n * chunk_means).sum(0) / n.sum()
@@ -265,17 +272,22 @@ def _activation_moments(
     wide = affines[0].slope.dtype
     shift = folded.shift.to(wide).unsqueeze(1)
     hidden = shift.shape[0]
-    total = mean.new_zeros(hidden)
-    second = mean.new_zeros(hidden, hidden)
-    delta_moments = mean.new_zeros(len(columns) - 1, hidden, hidden)
-    for chunks in zip(*columns, strict=True):
-        r = affines[0](chunks[0])[1]
-        for k, chunk in enumerate(chunks[1:]):
-            delta = affines[k + 1](chunk)[1].sub_(r)
-            delta_moments[k] += delta @ delta.T
-        r -= shift
-        total += r.sum(1)
-        second += r @ r.T
+
+    def moments_of_group(group: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor, Tensor]:
+        total = mean.new_zeros(hidden)
+        second = mean.new_zeros(hidden, hidden)
+        delta_moments = mean.new_zeros(len(columns) - 1, hidden, hidden)
+        for chunks in group:
+            r = affines[0](chunks[0])[1]
+            for k, chunk in enumerate(chunks[1:]):
+                delta = affines[k + 1](chunk)[1].sub_(r)
+                delta_moments[k] += delta @ delta.T
+            r -= shift
+            total += r.sum(1)
+            second += r @ r.T
+        return total, second, delta_moments
+
+    total, second, delta_moments = _sums(map_groups(moments_of_group, list(zip(*columns, strict=True))))
     residual = total / n_rows
     return residual + shift[:, 0], second - n_rows * torch.outer(residual, residual), delta_moments
 
@@ -295,23 +307,29 @@ def _slope_gradients(
     variance, gram = out.variance.to(wide), out.gram.to(wide)
     scaled_grams = [c * gram for c in out.prediction.to(wide)]
     centre_r = mean_r.to(wide).unsqueeze(1)
-    sum_dy = torch.zeros_like(folded.inv_std)
-    dy_x = torch.zeros_like(folded.slope)
 
-    def reduce(t: int, dy: Tensor, x: Tensor, grad_chunk: Tensor) -> None:
-        grad_chunk.copy_(affines[t].slope.T @ dy)
-        sum_dy[t] += dy.sum(1)
-        dy_x[t] += dy @ x.T
+    def gradients_of_group(group: Sequence[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]) -> tuple[Tensor, Tensor]:
+        sum_dy = torch.zeros_like(folded.inv_std)
+        dy_x = torch.zeros_like(folded.slope)
 
-    for chunks, grad_chunks in zip(zip(*columns, strict=True), zip(*grad_columns, strict=True), strict=True):
-        x_z, r_z = affines[0](chunks[0])
-        dr_z = variance @ (r_z - centre_r)
-        for k, chunk in enumerate(chunks[1:]):
-            x, r = affines[k + 1](chunk)
-            dr = scaled_grams[k] @ (r - r_z)
-            dr_z -= dr
-            reduce(k + 1, torch.ops.aten.threshold_backward(dr, r, 0), x, grad_chunks[k + 1])
-        reduce(0, torch.ops.aten.threshold_backward(dr_z, r_z, 0), x_z, grad_chunks[0])
+        def reduce(t: int, dy: Tensor, x: Tensor, grad_chunk: Tensor) -> None:
+            grad_chunk.copy_(affines[t].slope.T @ dy)
+            sum_dy[t] += dy.sum(1)
+            dy_x[t] += dy @ x.T
+
+        for chunks, grad_chunks in group:
+            x_z, r_z = affines[0](chunks[0])
+            dr_z = variance @ (r_z - centre_r)
+            for k, chunk in enumerate(chunks[1:]):
+                x, r = affines[k + 1](chunk)
+                dr = scaled_grams[k] @ (r - r_z)
+                dr_z -= dr
+                reduce(k + 1, torch.ops.aten.threshold_backward(dr, r, 0), x, grad_chunks[k + 1])
+            reduce(0, torch.ops.aten.threshold_backward(dr_z, r_z, 0), x_z, grad_chunks[0])
+        return sum_dy, dy_x
+
+    pairs = list(zip(zip(*columns, strict=True), zip(*grad_columns, strict=True), strict=True))
+    sum_dy, dy_x = _sums(map_groups(gradients_of_group, pairs))
     # The chunks were centred at the rounded mean.
     rounding = mean - torch.stack([a.centre[:, 0].double() for a in affines])
     dy_x -= sum_dy.unsqueeze(-1) * rounding.unsqueeze(1)
@@ -331,5 +349,14 @@ def _subtract_correction(
     constant = constant - torch.einsum("tde,te->td", linear, mean - centre.double())
     for t, (chunks, grad_chunks) in enumerate(zip(columns, grad_columns, strict=True)):
         c, m, s = centre[t].unsqueeze(1), linear[t].to(wide), constant[t].to(wide).unsqueeze(1)
-        for chunk, grad_chunk in zip(chunks, grad_chunks, strict=True):
-            grad_chunk.copy_(grad_chunk.to(wide) - torch.addmm(s, m, chunk.to(wide) - c))
+
+        def correct(group: Sequence[tuple[Tensor, Tensor]], c: Tensor = c, m: Tensor = m, s: Tensor = s) -> None:
+            for chunk, grad_chunk in group:
+                grad_chunk.copy_(grad_chunk.to(wide) - torch.addmm(s, m, chunk.to(wide) - c))
+
+        map_groups(correct, list(zip(chunks, grad_chunks, strict=True)))
+
+
+def _sums(groups: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+    """The sum over groups of each of their tensors, in the order of the groups."""
+    return [torch.stack(tensors).sum(0) for tensors in zip(*groups, strict=True)]
