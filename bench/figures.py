@@ -103,13 +103,14 @@ def _bars(
 
 
 def roofline(rows: Sequence[Row]) -> Figure | None:
-    """Rate against intensity of whatever declares both, beside the device's ceilings where they are known."""
+    """Rate against intensity of whatever declares both, below the device's ceilings; None where nobody knows them."""
     points = [
         row
         for row in rows
         if row.median_ms is not None and row.flops and row.bytes_moved and row.phase in (BOTH, "step", "rollout")
     ]
-    if not points:
+    ceilings = ceilings_of(points[0].device) if points else None
+    if ceilings is None:
         return None
     figure = Figure(figsize=(7.0, 4.6), layout="constrained")
     axes = figure.add_subplot()
@@ -119,15 +120,12 @@ def roofline(rows: Sequence[Row]) -> Figure | None:
         rates = [row.teraflops_per_second or 0.0 for row in of_suite]
         axes.plot(intensities, rates, linestyle="none", alpha=0.75, label=suite, **series_style(index))
     every = [(row.flops or 0) / (row.bytes_moved or 1) for row in points]
-    ceilings = ceilings_of(points[0].device)
-    if ceilings is not None:
-        span = [min(every) / 2, max(*every, 1000.0) * 2]
-        for precision, colour in (("bf16", INK), ("fp32", MUTED)):
-            top = ceilings.flops_per_second[precision]
-            knee = top / ceilings.dram_bytes_per_second
-            xs = sorted({span[0], knee, span[1]})
-            ys = [min(top, x * ceilings.dram_bytes_per_second) / 1e12 for x in xs]
-            axes.plot(xs, ys, color=colour, linewidth=1.2, label=f"{precision} roofline")
+    span = [min(every) / 2, max(*every, 1000.0) * 2]
+    for precision, colour in (("bf16", INK), ("fp32", MUTED)):
+        top = ceilings.flops_per_second[precision]
+        xs = sorted({span[0], top / ceilings.dram_bytes_per_second, span[1]})
+        ys = [min(top, x * ceilings.dram_bytes_per_second) / 1e12 for x in xs]
+        axes.plot(xs, ys, color=colour, linewidth=1.2, label=f"{precision} roofline")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("FLOP per byte that any implementation must move")
