@@ -45,6 +45,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     all_started = threading.Barrier(threads)
 
     def start() -> None:
+        torch.get_num_threads()  # the first call of a thread takes over torch's setting; only then does its own last
         torch.set_num_threads(1)
         all_started.wait()
 
