@@ -22,10 +22,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import fastjepa.kernels
-from fastjepa.kernels.launch import AuditCase
-
 from bench.results import format_table, write_text
 from bench.roofline import H200
+from fastjepa.kernels.launch import AuditCase
 
 # Shared memory one block can have, in bytes, by compute capability: 163, 227 and 227 KiB (CUDA C++ Programming Guide,
 # "Technical Specifications per Compute Capability": maximum amount of shared memory per thread block).

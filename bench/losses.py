@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from fastjepa.kernels import reference
 from torch import Tensor
 
 from bench import variants as ways
@@ -25,6 +24,7 @@ from bench.environment import collect
 from bench.harness import QUICK, Settings, render, run_case
 from bench.results import Row, write_rows
 from bench.variants import Tensors, Variant
+from fastjepa.kernels import reference
 
 STD_COEFF, COV_COEFF = 10.0, 100.0
 EPS = 1e-5

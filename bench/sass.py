@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from fastjepa.kernels.launch import AuditCase
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.cache import get_cache_manager
+
+from fastjepa.kernels.launch import AuditCase
 
 # Mnemonics of matrix instructions: warp-wide (Ampere), warpgroup-wide (Hopper), tensor memory (Blackwell).
 TENSOR_CORE_OPCODES = (

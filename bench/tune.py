@@ -15,13 +15,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from fastjepa.kernels import reference
-from fastjepa.kernels.launch import LaunchConfig
 
 from bench import layers, losses, suite
 from bench.case import BOTH, Case
 from bench.results import Row, format_table
 from bench.variants import Computation, Tensors, Variant, always, channels_last, needs_kernels
+from fastjepa.kernels import reference
+from fastjepa.kernels.launch import LaunchConfig
 
 EAGER = "eager bf16"
 _LEAST_PROGRAMS, _MOST_SUMS = 128, 1024  # what a merging kernel takes: batch_norm_tiling.MAX_SPANS

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from fastjepa.kernels.launch import unavailable_reason
 from torch import Tensor
+
+from fastjepa.kernels.launch import unavailable_reason
 
 Tensors = dict[str, Tensor]
 Computation = Callable[[Tensors], Tensors]

@@ -32,6 +32,8 @@ def span(name: str) -> AbstractContextManager[Any]:
 
     Ranges nest. Names are few and fixed: each is registered once.
     """
+    if torch.compiler.is_compiling():
+        return _NOTHING  # dynamo cannot trace a range, and a compiled step has kernels of its own names
     if _traces_running:
         return record_function(name)  # the trace takes NVTX's place: two ranges for one piece of work would mislead
     if not _cuda_is_there():

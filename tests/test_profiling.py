@@ -109,3 +109,16 @@ def test_evaluation_is_marked(tmp_path: Path) -> None:
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StepTrace(Path("trace.json"), **arguments)
+
+
+def test_a_compiled_function_may_hold_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU too, where ranges are NVTX's, which dynamo cannot trace."""
+    monkeypatch.setattr(profiling, "_cuda_is_there", lambda: True)
+    monkeypatch.setattr(profiling, "_nvtx_range", lambda name: pytest.fail("NVTX was used"))
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def marked(x: torch.Tensor) -> torch.Tensor:
+        with span("encode"):
+            return x + 1
+
+    assert torch.equal(marked(torch.zeros(3)), torch.ones(3))
