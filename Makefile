@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # An environment that is there already: make gpu PYTHON_GPU=python3
 PYTHON_GPU ?= $(BIN)/python
 
-.PHONY: train test lint gpu gpu-train setup clean
+.PHONY: train test lint audit smoke gpu gpu-train setup clean
 
 train: setup
 	$(BIN)/python train.py $(ARGS)
@@ -31,6 +31,14 @@ gpu:
 gpu-train:
 	$(PYTHON_GPU) -m bench train --out runs/gpu-train --seconds 540 -- --preset full --device cuda --precision bf16 \
 		--backend fused --cuda_graph on $(ARGS)
+
+# Every kernel × config × dtype compiled for three architectures, without a GPU, and judged.
+audit: setup
+	$(BIN)/python -m bench audit
+
+# Every benchmark and check that a GPU would run, on the CPU at small sizes.
+smoke: setup
+	out=$$(mktemp -d) && $(BIN)/python -m bench prove --device cpu --quick --out $$out; status=$$?; rm -rf $$out; exit $$status
 
 setup: $(VENV)/installed
 

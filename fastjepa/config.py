@@ -147,7 +147,7 @@ MAY_CHANGE_ON_RESUME = (
 PRESETS: dict[str, dict[str, Any]] = {
     "full": {},
     "demo": {
-        "batch_size": 8, "henc": 8, "hpre": 16, "dstc": 16, "steps": 2, "epochs": 3, "lr": 3e-3, "n_train": 800,
+        "batch_size": 8, "henc": 8, "hpre": 16, "dstc": 16, "steps": 2, "epochs": 3, "lr": 3e-3, "n_train": 640,
         "n_val": 100, "canvas": 32, "digit_size": 14,
     },
 }  # fmt: skip
