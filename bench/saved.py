@@ -29,7 +29,7 @@ VARIANTS = (
 def saved_bytes(batch: int, fused: bool, bf16: bool, projection: str) -> int:
     """Bytes kept by one step of the default recipe (T = 10, 64×64, widths 32, D = 16, 4 steps) at `batch` clips."""
     from fastjepa import recompute
-    from fastjepa.fused import FusedResNet5, FusedResUNet
+    from fastjepa.fused import FusedResNet5, FusedStateOnlyPredictor
     from fastjepa.jepa import build_jepa, build_probes
     from fastjepa.step import TrainStep
 
@@ -39,7 +39,7 @@ def saved_bytes(batch: int, fused: bool, bf16: bool, projection: str) -> int:
         heads = build_probes(dobs=1, dstc=16)
         if fused:
             jepa.encoder = FusedResNet5.from_eager(jepa.encoder)
-            jepa.predictor.predictor = FusedResUNet.from_eager(jepa.predictor.predictor)  # type: ignore[arg-type]
+            jepa.predictor = FusedStateOnlyPredictor.from_eager(jepa.predictor)
         video, digit_location = torch.empty(batch, 1, 10, 64, 64), torch.empty(batch, 10, 8, 8)
         owned = (tensor for module in (jepa, *heads) for tensor in (*module.parameters(), *module.buffers()))
         known = {tensor.untyped_storage()._cdata for tensor in (*owned, video)}

@@ -12,7 +12,15 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import nn
 
-from fastjepa.fused import FusedResNet5, FusedResUNet, difference, encoder_problem, unet_problem
+from fastjepa.fused import (
+    FusedResNet5,
+    FusedResUNet,
+    FusedStateOnlyPredictor,
+    difference,
+    encoder_problem,
+    predictor_problem,
+    unet_problem,
+)
 from fastjepa.fused_losses import ClosedFormSquareLoss, ClosedFormVCLoss
 from fastjepa.kernels import launch
 from fastjepa.kernels.projector_activations import MAX_D, MAX_HIDDEN
@@ -163,13 +171,14 @@ class _Part:
 def _plan(jepa: nn.Module, backend: Backend, autocast_dtype: torch.dtype | None) -> list[_Part]:
     """What to do with each part, decided before anything is touched."""
     source: Any = jepa
-    parts = [
-        _network(source.encoder, "encoder", FusedResNet5, encoder_problem, backend, autocast_dtype),
-        _network(
-            getattr(source.predictor, "predictor", source.predictor), "predictor.predictor", FusedResUNet, unet_problem,
-            backend, autocast_dtype,
-        ),
-    ]  # fmt: skip
+    wrapper = source.predictor
+    parts = [_network(source.encoder, "encoder", FusedResNet5, encoder_problem, backend, autocast_dtype)]
+    if predictor_problem(wrapper) is None:
+        part = _network(wrapper, "predictor", FusedStateOnlyPredictor, predictor_problem, backend, autocast_dtype)
+    else:  # a wrapper of another kind stays, around a fused network
+        inner = getattr(wrapper, "predictor", wrapper)
+        part = _network(inner, "predictor.predictor", FusedResUNet, unet_problem, backend, autocast_dtype)
+    parts.append(part)
     for name, kind in (("regularizer", ClosedFormVCLoss), ("predcost", ClosedFormSquareLoss)):
         parts.append(_loss(getattr(jepa, name), name, kind, backend))
     return parts
@@ -178,7 +187,7 @@ def _plan(jepa: nn.Module, backend: Backend, autocast_dtype: torch.dtype | None)
 def _network(
     module: nn.Module,
     name: str,
-    kind: type[FusedResNet5] | type[FusedResUNet],
+    kind: type[FusedResNet5] | type[FusedResUNet] | type[FusedStateOnlyPredictor],
     problem_of: Callable[[nn.Module], str | None],
     backend: Backend,
     autocast_dtype: torch.dtype | None,
@@ -186,11 +195,19 @@ def _network(
     reason = _not_chosen(backend, "batch_norm", next(module.parameters()).device) or problem_of(module)
     if reason:
         return _Part(name, module, None, reason)
-    weight: Any = module.conv1.weight  # type: ignore[union-attr]
+    weight = module.get_parameter("predictor.conv1.weight" if kind is FusedStateOnlyPredictor else "conv1.weight")
     if weight.dtype not in TOLERANCE:
         return _Part(name, module, None, f"its weights are {weight.dtype}; kernels take fp32, bf16 and fp16")
     fused = kind.from_eager(module)  # in the caller's precision, for the check
-    found = difference(fused, module, weight.shape[1])
+    channels, frames = weight.shape[1], 1
+    if isinstance(fused, FusedStateOnlyPredictor):  # which puts some frames into the channels
+        channels, frames = channels // fused.context_length, fused.context_length + 1
+    # The form that every variant accepts: (B, C, T, H, W).
+    example = torch.rand(1, channels, frames, 8, 8, generator=torch.Generator().manual_seed(0))
+    example = example.to(weight.device, weight.dtype)
+    # A predictor is called with actions, here none.
+    inputs = (example, None) if isinstance(fused, FusedStateOnlyPredictor) else (example,)
+    found = difference(fused, module, *inputs)
     if not found <= TOLERANCE[weight.dtype]:
         return _Part(name, module, None, f"it has the published names but computes something else ({found:.1e} off)")
     return _Part(name, module, lambda: kind.from_eager(module, autocast_dtype))

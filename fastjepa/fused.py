@@ -10,14 +10,14 @@ of the replaced module, and equal its results to rounding.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastjepa.kernels.batch_norm import batch_norm_act_repeatable
-from fastjepa.networks import join_skip, per_frame
+from fastjepa.networks import join_context, join_skip, per_frame
 from fastjepa.recompute import Recomputation, recompute_activations
 
 BLOCKS_OF_ENCODER = ("layer1", "layer2", "layer3")
@@ -97,15 +97,19 @@ class FusedNetwork(nn.Module):
         """x (B, in, T, H, W) or (N, in, H, W) → the same with the output channels, in the dtype of x if the network
         has an autocast of its own.
         """
-        if self.autocast_dtype is None:
-            return per_frame(self._frames, x)
-        with torch.autocast(x.device.type, dtype=self.autocast_dtype):
-            return per_frame(self._frames, x).to(x.dtype)
-
-    def _frames(self, x: Tensor) -> Tensor:
         with recompute_activations() as memory:
-            stem = convolve(self.conv1, x.contiguous(memory_format=torch.channels_last))
-            return self._body(memory, activate(memory, stem, self.bn1))
+            return self.run(memory, x)
+
+    def run(self, memory: Recomputation, x: Tensor) -> Tensor:
+        """`forward` as a part of something larger: the recipe of x may be in `memory`."""
+        if self.autocast_dtype is None:
+            return per_frame(partial(self._frames, memory), x)
+        with torch.autocast(x.device.type, dtype=self.autocast_dtype):
+            return per_frame(partial(self._frames, memory), x).to(x.dtype)
+
+    def _frames(self, memory: Recomputation, x: Tensor) -> Tensor:
+        stem = convolve(self.conv1, x.contiguous(memory_format=torch.channels_last))
+        return self._body(memory, activate(memory, stem, self.bn1))
 
     def _body(self, memory: Recomputation, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -169,6 +173,32 @@ class FusedResUNet(FusedNetwork):
         return self.head(x)
 
 
+class FusedStateOnlyPredictor(nn.Module):
+    """`StateOnlyPredictor` over a fused network; what it joins is joined again in the backward pass, not kept."""
+
+    def __init__(self, predictor: nn.Module, autocast_dtype: torch.dtype | None) -> None:
+        super().__init__()
+        source: Any = predictor
+        self.predictor = FusedResUNet.from_eager(source.predictor, autocast_dtype)
+        self.context_length: int = source.context_length
+        self.training = predictor.training
+
+    @classmethod
+    def from_eager(cls, predictor: nn.Module, autocast_dtype: torch.dtype | None = None) -> FusedStateOnlyPredictor:
+        """Share everything with `predictor`. Raises ValueError, saying why, if it is not of the published form."""
+        _require(predictor_problem(predictor))
+        return cls(predictor, autocast_dtype)
+
+    def forward(self, states: Tensor, actions: Tensor | None = None) -> Tensor:
+        """States (B, D, T, H, W) → (B, D, T - context_length + 1, H, W); `actions` is not used."""
+        with recompute_activations() as memory:
+            remake = memory.remake(states)
+            joined = join_context(states, self.context_length)
+            return self.predictor.run(
+                memory, memory.announce(joined, lambda: join_context(remake(), self.context_length))
+            )
+
+
 # ---- recognising the published networks by structure: None, or why a module is something else ------------------------
 
 
@@ -199,6 +229,14 @@ def encoder_problem(network: nn.Module) -> str | None:
 def unet_problem(network: nn.Module) -> str | None:
     """Why `network` cannot be replaced by a `FusedResUNet`, or None if it can."""
     return _network_problem(network, BLOCKS_OF_UNET, _CONVS_OF_UNET)
+
+
+def predictor_problem(predictor: nn.Module) -> str | None:
+    """Why `predictor` cannot be replaced by a `FusedStateOnlyPredictor`, or None if it can."""
+    names = [name for name, _ in predictor.named_children()]
+    if names != ["predictor"] or not isinstance(getattr(predictor, "context_length", None), int):
+        return f"{type(predictor).__name__} is not one network `predictor` over `context_length` frames"
+    return unet_problem(predictor.predictor)  # type: ignore[arg-type]
 
 
 def _network_problem(network: nn.Module, blocks: tuple[str, ...], convs: tuple[str, ...]) -> str | None:
@@ -235,19 +273,17 @@ def _require(problem: str | None) -> None:
         raise ValueError(f"not a network of the published form: {problem}")
 
 
-def difference(fused: nn.Module, eager: nn.Module, channels: int) -> float:
-    """Largest difference of the two, relative to the largest output, on random frames in eval mode.
+def difference(fused: nn.Module, eager: nn.Module, *inputs: Tensor | None) -> float:
+    """Largest difference of the two on these inputs, relative to the largest output, in eval mode.
 
     The check behind structural recognition: a module may have the names of a published one and compute something else.
     """
-    parameter = next(eager.parameters())
-    x = torch.rand(1, channels, 8, 8, generator=torch.Generator().manual_seed(0)).to(parameter.device, parameter.dtype)
     with contextlib.ExitStack() as stack:
         for module in (fused, eager):
             stack.enter_context(_eval(module))
         stack.enter_context(torch.no_grad())
-        a, b = _frames_of(fused)(x), _frames_of(eager)(x)
-    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
+        a, b = fused(*inputs), eager(*inputs)
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) if a.shape == b.shape else float("inf")
 
 
 @contextlib.contextmanager
@@ -259,9 +295,3 @@ def _eval(module: nn.Module) -> Any:
     finally:
         for child, mode in modes.items():
             child.training = mode
-
-
-def _frames_of(network: nn.Module) -> Callable[[Tensor], Tensor]:
-    return lambda frames: network(frames.unsqueeze(2)).squeeze(
-        2
-    )  # the form that every variant accepts: (B, C, 1, H, W)

@@ -280,7 +280,7 @@ class _TailsPlan(_Plan):
 
 def _is_channels_last(network: nn.Module) -> bool:
     """Whether the network computes channels-last: it is fused, or its convolutions' weights lie so in memory."""
-    if isinstance(network, FusedNetwork):
+    if any(isinstance(module, FusedNetwork) for module in network.modules()):
         return True
     weights = [module.weight for module in network.modules() if isinstance(module, nn.Conv2d)]
     return any(

@@ -172,13 +172,20 @@ class StateOnlyPredictor(nn.Module):
 
         `actions` is accepted, because `JEPA.unroll` passes it to every predictor, and not used.
         """
-        if states.dim() != 5:
-            raise ValueError(f"expected states (B, D, T, H, W), got shape {tuple(states.shape)}")
-        windows = states.shape[2] - self.context_length + 1
-        if windows < 1:
-            raise ValueError(f"predicting takes at least {self.context_length} frames, got {states.shape[2]}")
-        context = [states[:, :, i : i + windows] for i in range(self.context_length)]
-        return self.predictor(torch.cat(context, dim=1))
+        return self.predictor(join_context(states, self.context_length))
+
+
+def join_context(states: Tensor, context_length: int) -> Tensor:
+    """Every `context_length` consecutive states side by side in the channels, the older first.
+
+    (B, D, T, H, W) → (B, context_length·D, T - context_length + 1, H, W). Raises ValueError for too few frames.
+    """
+    if states.dim() != 5:
+        raise ValueError(f"expected states (B, D, T, H, W), got shape {tuple(states.shape)}")
+    windows = states.shape[2] - context_length + 1
+    if windows < 1:
+        raise ValueError(f"predicting takes at least {context_length} frames, got {states.shape[2]}")
+    return torch.cat([states[:, :, i : i + windows] for i in range(context_length)], dim=1)
 
 
 class ImageDecoder(nn.Module):

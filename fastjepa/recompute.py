@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -54,12 +54,14 @@ class Recomputation:
 
     def announce(self, tensor: Tensor, make: Callable[[], Tensor]) -> Tensor:
         """Say how `tensor` can be made again, with the same layout; returns it."""
+        if torch.compiler.is_compiling():
+            return tensor
         self._recipes[tensor.untyped_storage()._cdata] = (weakref.ref(tensor), Recipe(make))
         return tensor
 
     def remake(self, tensor: Tensor) -> Callable[[], Tensor]:
         """A function that gives `tensor` again: by its recipe if it has one, else by keeping it."""
-        recipe = self.recipe_of(tensor)
+        recipe = None if torch.compiler.is_compiling() else self.recipe_of(tensor)
         if recipe is None:
             kept = keep(tensor.detach())
             return lambda: kept
@@ -92,15 +94,18 @@ def keep(tensor: Tensor) -> Tensor:
     return tensor
 
 
-@contextmanager
-def recompute_activations() -> Iterator[Recomputation]:
-    """Inside, autograd keeps recipes for the tensors announced to the yielded object.
+def recompute_activations() -> AbstractContextManager[Recomputation]:
+    """Inside, autograd keeps recipes for the tensors announced to the object that the context gives.
 
     Does nothing where nothing is kept (no gradients), nor under torch.compile, which plans its own memory.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        yield Recomputation()
-        return
+        return nullcontext(Recomputation())
+    return _recompute()
+
+
+@contextmanager
+def _recompute() -> Iterator[Recomputation]:
     recomputation = Recomputation()
     with torch.autograd.graph.saved_tensors_hooks(recomputation.pack, recomputation.unpack):
         yield recomputation

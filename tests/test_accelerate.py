@@ -43,7 +43,7 @@ def test_an_original_jepa_accelerated_trained_and_restored(device: str, size: tu
     eager, fast = original().to(device), original().to(device)
     keys, ids = list(fast.state_dict()), {name: id(p) for name, p in fast.named_parameters()}
     assert fastjepa.accelerate(fast, backend="fused", verbose=False) is fast
-    assert fast.acceleration.swapped == ("encoder", "predictor.predictor", "regularizer", "predcost")
+    assert fast.acceleration.swapped == ("encoder", "predictor", "regularizer", "predcost")
     assert isinstance(fast.encoder, FusedResNet5)
     assert fast.action_encoder is fast.encoder
     assert sorted(fast.state_dict()) == sorted(keys)
@@ -120,6 +120,19 @@ def test_freezing_copying_and_double_backward(device: str) -> None:
         gradient.sum().backward()
 
 
+def test_under_torch_compile(device: str) -> None:
+    """As one graph, with the gradients of the block it replaces."""
+    torch.manual_seed(0)
+    block = ResidualBlock(2, 3, stride=2).to(device)
+    compiled = torch.compile(FusedResidualBlock.from_eager(block), backend="aot_eager", fullgraph=True)
+    x = torch.rand(2, 2, 6, 6, device=device)
+    weight = torch.rand(2, 3, 3, 3, device=device)
+    found = torch.autograd.grad((compiled(x) * weight).sum(), list(block.parameters()))
+    expected = torch.autograd.grad((block(x) * weight).sum(), list(block.parameters()))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=GRADIENT, atol=GRADIENT)
+
+
 def test_autocast_of_its_own(device: str) -> None:
     fast = original().to(device)
     fastjepa.accelerate(fast, backend="fused", precision="bf16", verbose=False)
@@ -159,7 +172,30 @@ def test_the_same_names_with_another_computation(device: str) -> None:
     with pytest.raises(ValueError, match=r"encoder: it has the published names but computes something else"):
         fastjepa.accelerate(jepa, backend="fused")
     fastjepa.accelerate(jepa, backend="fused", strict=False, verbose=False)
-    assert jepa.acceleration.swapped == ("predictor.predictor", "regularizer", "predcost")
+    assert jepa.acceleration.swapped == ("predictor", "regularizer", "predcost")
+
+
+def test_a_wrapper_of_another_kind_stays_around_a_fused_network(device: str) -> None:
+    class Scaled(nn.Module):
+        context_length = 2
+
+        def __init__(self, predictor: nn.Module) -> None:
+            super().__init__()
+            self.predictor, self.scale = predictor, nn.Linear(1, 1)
+
+        def forward(self, x: torch.Tensor, a: torch.Tensor | None) -> torch.Tensor:
+            return self.predictor(torch.cat([x[:, :, :-1], x[:, :, 1:]], dim=1)) * self.scale.weight
+
+    eager, fast = original(), original()
+    for jepa in (eager, fast):
+        torch.manual_seed(1)
+        jepa.predictor = Scaled(jepa.predictor.predictor)
+        jepa.to(device)
+    fastjepa.accelerate(fast, backend="fused", verbose=False)
+    assert fast.acceleration.swapped == ("encoder", "predictor.predictor", "regularizer", "predcost")
+    video = tiny_batch(1, 3, (8, 8))[0].to(device)
+    with torch.no_grad():
+        assert fast.loss(video, steps=1).item() == pytest.approx(eager.loss(video, steps=1).item(), rel=LOSS)
 
 
 def test_what_cannot_be_swapped_is_named(device: str) -> None:
