@@ -149,7 +149,7 @@ def _as_rows(op: str, name: str, tensor: Tensor) -> Tensor:
             warnings.warn(
                 f"{op}: {name} is not channels-last, so it is copied on every call; "
                 "convert the model and its input with .to(memory_format=torch.channels_last)",
-                stacklevel=3,
+                stacklevel=4,  # the caller of batch_norm_act
             )
         tensor = tensor.contiguous(memory_format=torch.channels_last)
     return tensor.permute(0, 2, 3, 1).reshape(-1, tensor.shape[1])
