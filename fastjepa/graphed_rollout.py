@@ -53,8 +53,9 @@ class GraphedRollout:
         max_recordings: int = MAX_RECORDINGS,
     ) -> None:
         predictor: Any = predictor_or_jepa
+        self._jepa: Any = None
         if not hasattr(predictor, "context_length"):
-            predictor = getattr(predictor, "predictor", None)
+            self._jepa, predictor = predictor, getattr(predictor, "predictor", None)
         if not isinstance(predictor, nn.Module) or not hasattr(predictor, "context_length"):
             raise ValueError(
                 "a rollout needs a predictor with a `context_length`, or a JEPA with one as `predictor`; got "
@@ -92,6 +93,7 @@ class GraphedRollout:
         """
         steps = self.steps if steps is None else steps
         _check_steps(steps)
+        self._follow_jepa()
         context = self._check_states(states, least=self._predictor.context_length)
         given = states[:, :, -context:]
         plan = self._plan(("rollout", tuple(given.shape), states.dtype, steps), given, _RolloutPlan, steps)
@@ -112,6 +114,7 @@ class GraphedRollout:
         Raises:
             As `__call__`.
         """
+        self._follow_jepa()
         context = self._check_states(states, least=self._predictor.context_length + 1)
         most = states.shape[2] - context
         if not 1 <= steps <= most:
@@ -122,6 +125,7 @@ class GraphedRollout:
 
     def refresh(self) -> None:
         """With `fold_batch_norm`: fold the weights of now, into the memory that the recordings read."""
+        self._follow_jepa()
         if self._folded is None or self._folded is self._predictor:
             return
         fresh = folded_batch_norm(self._predictor)
@@ -133,6 +137,14 @@ class GraphedRollout:
         with torch.no_grad():
             for old, new in pairs:
                 old.copy_(new)
+
+    def _follow_jepa(self) -> None:
+        """Take over the JEPA's predictor if it was swapped, as `accelerate` and `restore` do."""
+        if self._jepa is None or self._jepa.predictor is self._predictor:
+            return
+        self._predictor = self._jepa.predictor
+        self._folded = None if self._folded is None else folded_batch_norm(self._predictor)
+        self._cache.clear()
 
     def _check_states(self, states: Tensor, least: int) -> int:
         weight = next(self._predictor.parameters())
