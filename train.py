@@ -2,7 +2,7 @@
 
 import sys
 
-from fastjepa.command_line import parse_config, run_from_command_line
+from fastjepa.training.command_line import parse_config, run_from_command_line
 
 if __name__ == "__main__":
     sys.exit(run_from_command_line(parse_config()))

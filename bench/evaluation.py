@@ -18,9 +18,9 @@ from bench import suite
 from bench.case import Case, Work
 from bench.recipe import Recipe, arithmetic, build_model, make_clips
 from bench.variants import Computation, Tensors, Variant, always, needs_cuda, needs_kernels
-from fastjepa.accelerate import accelerate
-from fastjepa.evaluation import evaluate
+from fastjepa.fused.swap import accelerate
 from fastjepa.moving_mnist import ClipSet
+from fastjepa.training.evaluation import evaluate
 
 LITERAL = "original"
 BATCHES = 2

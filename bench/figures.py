@@ -16,8 +16,8 @@ from bench.case import BOTH
 from bench.recipe import GRAPH
 from bench.results import Row
 from bench.roofline import ceilings_of
-from fastjepa.figure_style import INK, MUTED, SERIES_COLOURS, plot_style, series_style
-from fastjepa.safe_files import write_atomic
+from fastjepa.figures.style import INK, MUTED, SERIES_COLOURS, plot_style, series_style
+from fastjepa.storage.safe_files import write_atomic
 
 _SUMMED = {"exact": SERIES_COLOURS[0], "inexact": SERIES_COLOURS[1], "unjudged": MUTED}
 

@@ -21,7 +21,7 @@ from bench import variants as ways
 from bench.case import BACKWARD, BOTH, FORWARD, Case, Work
 from bench.recipe import Recipe, arithmetic, build_model, count
 from bench.variants import COMPILE_MAX, Computation, Tensors, Variant, needs_cuda, needs_kernels
-from fastjepa.fused import FusedResNet5, FusedResUNet
+from fastjepa.fused.networks import FusedResNet5, FusedResUNet
 from fastjepa.kernels.batch_norm import batch_norm_act
 
 PLAIN, RESIDUAL, NORMALIZED = "plain", "residual", "normalized residual"

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from bench import losses
 from bench.case import BOTH, Work
 from bench.variants import Tensors
-from fastjepa.jepa import JEPA, build_jepa, build_probes
+from fastjepa.model.jepa import JEPA, build_jepa, build_probes
+from fastjepa.model.networks import DetHead, ImageDecoder
 from fastjepa.moving_mnist import ClipSet
-from fastjepa.networks import DetHead, ImageDecoder
 
 
 @dataclass(frozen=True)

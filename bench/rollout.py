@@ -19,10 +19,10 @@ from bench.case import Case, Work
 from bench.evaluation import settle
 from bench.recipe import TINY, Recipe, arithmetic, build_model, count
 from bench.variants import Computation, Tensors, Variant, always, needs_cuda, needs_kernels
-from fastjepa.folding import folded_batch_norm
-from fastjepa.fused import FusedResUNet
+from fastjepa.fused.folding import folded_batch_norm
+from fastjepa.fused.networks import FusedResUNet
 from fastjepa.graphs import GraphedRollout
-from fastjepa.networks import StateOnlyPredictor
+from fastjepa.model.networks import StateOnlyPredictor
 
 EAGER, EAGER_BF16 = "eager", "eager bf16"
 CONTEXT = 2

@@ -28,10 +28,10 @@ VARIANTS = (
 
 def saved_bytes(batch: int, fused: bool, bf16: bool, projection: str) -> int:
     """Bytes kept by one step of the default recipe (T = 10, 64×64, widths 32, D = 16, 4 steps) at `batch` clips."""
-    from fastjepa import recompute
-    from fastjepa.fused import FusedResNet5, FusedStateOnlyPredictor
-    from fastjepa.jepa import build_jepa, build_probes
-    from fastjepa.step import TrainStep
+    from fastjepa.fused import recompute
+    from fastjepa.fused.networks import FusedResNet5, FusedStateOnlyPredictor
+    from fastjepa.model.jepa import build_jepa, build_probes
+    from fastjepa.model.step import TrainStep
 
     # A truncated normal is drawn by looking at values, which fake tensors do not have.
     with FakeTensorMode(), patch("torch.nn.init.trunc_normal_", lambda tensor, **_: tensor):

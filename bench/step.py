@@ -21,10 +21,10 @@ from bench import evaluation, suite
 from bench.case import Case, Work
 from bench.recipe import GRAPH, Model, Recipe, arithmetic, build_model, make_batch, make_clips, step_work
 from bench.variants import COMPILE_MAX, Computation, Tensors, Variant, always, needs_cuda, needs_kernels
-from fastjepa.accelerate import accelerate
+from fastjepa.fused.swap import accelerate
 from fastjepa.graphs import GraphedTrainStep
-from fastjepa.projected_losses import ProjectionPath
-from fastjepa.step import StepLosses, TrainStep, build_optimizer
+from fastjepa.model.projected_losses import ProjectionPath
+from fastjepa.model.step import StepLosses, TrainStep, build_optimizer
 
 LEARNING_RATE = 1e-3
 ORIGINAL, EAGER_BF16 = "original", "bf16, channels-last"

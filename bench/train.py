@@ -18,12 +18,12 @@ from typing import Any
 
 from bench.environment import Environment, collect
 from bench.results import Row, format_table, read_rows, write_rows, write_text
-from fastjepa.command_line import parse_config
 from fastjepa.config import Config, resolve_device
-from fastjepa.evaluation import Evaluation, evaluate
-from fastjepa.run_folder import CHECKPOINT_NAME
-from fastjepa.stop_signals import Interrupted
-from fastjepa.training import Trainer
+from fastjepa.storage.run_folder import CHECKPOINT_NAME
+from fastjepa.training.command_line import parse_config
+from fastjepa.training.evaluation import Evaluation, evaluate
+from fastjepa.training.stop_signals import Interrupted
+from fastjepa.training.trainer import Trainer
 
 SUITE = "train"
 

@@ -10,9 +10,9 @@ if importlib.util.find_spec("fastjepa.kernels") is None and (_checkout / "kernel
     __path__.append(str(_checkout))
 
 # ruff: noqa: E402 - the path comes before what is found through it
-from fastjepa.accelerate import accelerate, restore
-from fastjepa.eb_jepa_checkpoint import load_eb_jepa_checkpoint
-from fastjepa.export import load_pretrained
-from fastjepa.jepa import JEPA, build_jepa
+from fastjepa.fused.swap import accelerate, restore
+from fastjepa.model.jepa import JEPA, build_jepa
+from fastjepa.storage.eb_jepa_checkpoint import load_eb_jepa_checkpoint
+from fastjepa.storage.export import load_pretrained
 
 __all__ = ["JEPA", "accelerate", "build_jepa", "load_eb_jepa_checkpoint", "load_pretrained", "restore"]

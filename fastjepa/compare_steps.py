@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastjepa.command_line import fail, parse_config, run_from_command_line
-from fastjepa.figures import draw_step_comparison
-from fastjepa.run_folder import CHECKPOINT_NAME
+from fastjepa.figures.runs import draw_step_comparison
+from fastjepa.storage.run_folder import CHECKPOINT_NAME
+from fastjepa.training.command_line import fail, parse_config, run_from_command_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:

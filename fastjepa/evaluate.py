@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 import tyro
 
-from fastjepa.checkpoint import load_checkpoint, load_modules
-from fastjepa.command_line import fail
 from fastjepa.config import Config, resolve_device
-from fastjepa.evaluation import evaluate
-from fastjepa.jepa import JEPA, build_jepa, build_probes
+from fastjepa.model.jepa import JEPA, build_jepa, build_probes
+from fastjepa.model.networks import DetHead, ImageDecoder
 from fastjepa.moving_mnist import default_cache_dir, load_clips
-from fastjepa.networks import DetHead, ImageDecoder
-from fastjepa.run_folder import CHECKPOINT_NAME
-from fastjepa.safe_files import CheckpointError, write_text_atomic
-from fastjepa.training import set_precision
+from fastjepa.storage.checkpoint import load_checkpoint, load_modules
+from fastjepa.storage.run_folder import CHECKPOINT_NAME
+from fastjepa.storage.safe_files import CheckpointError, write_text_atomic
+from fastjepa.training.command_line import fail
+from fastjepa.training.evaluation import evaluate
+from fastjepa.training.trainer import set_precision
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,16 @@ import torch
 import tyro
 from torch import Tensor
 
-from fastjepa.command_line import fail
 from fastjepa.config import resolve_device
 from fastjepa.environment import device_name
 from fastjepa.evaluate import load_run
-from fastjepa.figure_horizon import draw_horizon_gif
+from fastjepa.figures.horizon import draw_horizon_gif
 from fastjepa.graphs import CudaGraphChoice, GraphedRollout, use_cuda_graph
-from fastjepa.modes import eval_mode
+from fastjepa.model.modes import eval_mode
 from fastjepa.moving_mnist import default_cache_dir, load_clips
-from fastjepa.safe_files import CheckpointError
-from fastjepa.training import set_precision
+from fastjepa.storage.safe_files import CheckpointError
+from fastjepa.training.command_line import fail
+from fastjepa.training.trainer import set_precision
 
 CONTEXT = 2  # frames that the model is given
 PICTURED_CLIPS = 3

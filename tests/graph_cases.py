@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fastjepa.graphs import make_capturable
-from fastjepa.jepa import JEPA
-from fastjepa.modes import eval_mode
+from fastjepa.model.jepa import JEPA
+from fastjepa.model.modes import eval_mode
+from fastjepa.model.step import TrainStep, build_optimizer
 from fastjepa.moving_mnist import ClipSet
-from fastjepa.step import TrainStep, build_optimizer
 from tiny import tiny_jepa, tiny_model
 
 EVERY_DEVICE = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import fastjepa
-from fastjepa.fused import FusedResidualBlock, FusedResNet5
-from fastjepa.fused_losses import ClosedFormVCLoss
-from fastjepa.networks import ResidualBlock
-from fastjepa.step import TrainStep
+from fastjepa.fused.losses import ClosedFormVCLoss
+from fastjepa.fused.networks import FusedResidualBlock, FusedResNet5
+from fastjepa.model.networks import ResidualBlock
+from fastjepa.model.step import TrainStep
 from original import OriginalJEPA
 from tiny import tiny_batch, tiny_jepa, tiny_model
 

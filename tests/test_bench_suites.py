@@ -15,8 +15,8 @@ from bench.results import Row, read_rows
 from bench.roofline import H200
 from bench.variants import channels_last
 from compare import assert_close_to_truth
-from fastjepa.networks import ResNet5
-from fastjepa.step import TrainStep
+from fastjepa.model.networks import ResNet5
+from fastjepa.model.step import TrainStep
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastjepa.checkpoint import (
+from fastjepa.model.jepa import build_jepa, build_probes
+from fastjepa.storage.checkpoint import (
     CheckpointError,
     capture,
     check_same_config,
@@ -22,7 +23,6 @@ from fastjepa.checkpoint import (
     restore,
     save_checkpoint,
 )
-from fastjepa.jepa import build_jepa, build_probes
 
 CONFIG = {"lr": 1e-3, "steps": 2, "preset": "demo", "out": None}
 PROGRESS = {"epoch": 3, "step": 17, "best": 0.25}

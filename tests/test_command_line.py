@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastjepa.command_line import parse_config
 from fastjepa.config import PRESETS, Config, preset_config, resolve_device, resolve_preset
+from fastjepa.training.command_line import parse_config
 
 PUBLISHED = (
     "--batch_size 64 --dobs 1 --henc 32 --hpre 32 --dstc 16 --steps 1 --cov_coeff 10.0 --std_coeff 200.0 --epochs 100 "

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from fastjepa import compare_steps, evaluate
-from fastjepa.command_line import parse_config
-from fastjepa.training import Trainer
+from fastjepa.training.command_line import parse_config
+from fastjepa.training.trainer import Trainer
 
 TINY = (
     "--device cpu --preset demo --henc 2 --hpre 2 --dstc 4 --canvas 16 --digit_size 8 --n_train 6 --n_val 5 "

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from compare import relative_floor
-from fastjepa.accelerate import accelerate
-from fastjepa.step import TrainStep
+from fastjepa.fused.swap import accelerate
+from fastjepa.model.step import TrainStep
 from tiny import tiny_batch, tiny_model
 
 STEPS = 50

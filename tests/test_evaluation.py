@@ -4,11 +4,11 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
-from fastjepa.accelerate import accelerate
-from fastjepa.evaluation import average_precision, eval_mode, evaluate, horizons_of, rollout_tails
-from fastjepa.folding import folded_batch_norm
+from fastjepa.fused.folding import folded_batch_norm
+from fastjepa.fused.swap import accelerate
+from fastjepa.model.step import TrainStep
 from fastjepa.moving_mnist import ClipSet
-from fastjepa.step import TrainStep
+from fastjepa.training.evaluation import average_precision, eval_mode, evaluate, horizons_of, rollout_tails
 from tiny import tiny_batch, tiny_model
 
 

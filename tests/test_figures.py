@@ -14,20 +14,16 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from fastjepa import figure_curves, figure_data, figure_rollouts, figure_style
-from fastjepa.figures import (
-    RolloutArrays,
-    draw_ap_curves,
-    draw_rollout_gif,
-    draw_rollout_strip,
-    draw_run,
-    draw_step_comparison,
-    draw_training_curves,
-    main,
-    read_metrics,
-    read_rollout,
-)
-from fastjepa.safe_files import CheckpointError
+from fastjepa.figures import curves as figure_curves
+from fastjepa.figures import data as figure_data
+from fastjepa.figures import rollouts as figure_rollouts
+from fastjepa.figures import style as figure_style
+from fastjepa.figures.__main__ import main
+from fastjepa.figures.curves import draw_ap_curves, draw_training_curves
+from fastjepa.figures.data import RolloutArrays, read_metrics, read_rollout
+from fastjepa.figures.rollouts import draw_rollout_gif, draw_rollout_strip
+from fastjepa.figures.runs import draw_run, draw_step_comparison
+from fastjepa.storage.safe_files import CheckpointError
 
 AP = (0.8, 0.7, 0.5)
 
@@ -489,7 +485,7 @@ def drawn_curves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, list[f
         calls.append(({label: list(ap) for label, ap in curves.items()}, positive_share))
         return draw_ap_curves(curves, path, positive_share)
 
-    monkeypatch.setattr("fastjepa.figures.draw_ap_curves", recorded)
+    monkeypatch.setattr("fastjepa.figures.runs.draw_ap_curves", recorded)
     return calls
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastjepa.accelerate import accelerate
-from fastjepa.evaluation import average_precision, rollout_tails
-from fastjepa.jepa import JEPA, build_jepa
-from fastjepa.networks import DetHead, ImageDecoder
-from fastjepa.step import TrainStep
+from fastjepa.fused.swap import accelerate
+from fastjepa.model.jepa import JEPA, build_jepa
+from fastjepa.model.networks import DetHead, ImageDecoder
+from fastjepa.model.step import TrainStep
+from fastjepa.training.evaluation import average_precision, rollout_tails
 
 STEPS = 3  # prediction steps of the recorded training step
 RELATIVE_ERROR = 1e-9

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from fastjepa.accelerate import accelerate
-from fastjepa.evaluation import rollout_tails
-from fastjepa.export import PretrainedJEPA
+from fastjepa.fused.swap import accelerate
 from fastjepa.graphs import GraphedRollout
-from fastjepa.modes import eval_mode
-from fastjepa.networks import ResUNet, StateOnlyPredictor
+from fastjepa.model.modes import eval_mode
+from fastjepa.model.networks import ResUNet, StateOnlyPredictor
+from fastjepa.storage.export import PretrainedJEPA
+from fastjepa.training.evaluation import rollout_tails
 from graph_cases import EVERY_DEVICE, literal_rollout, same, some_states, trained_jepa
 from tiny import tiny_jepa
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastjepa.graph_capture import Recording
 from fastjepa.graphs import GraphedTrainStep, make_capturable
-from fastjepa.modes import eval_mode
-from fastjepa.step import TrainStep, build_optimizer
+from fastjepa.graphs.capture import Recording
+from fastjepa.model.modes import eval_mode
+from fastjepa.model.step import TrainStep, build_optimizer
 from graph_cases import EVERY_DEVICE, batches, everything, same, some_clips, some_step
 from tiny import tiny_model
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastjepa import graph_capture
-from fastjepa.graph_capture import Recording
 from fastjepa.graphs import MEASURED_WINS, GraphCaptureError, GraphedRollout, GraphedTrainStep, use_cuda_graph
-from fastjepa.step import StepLosses
+from fastjepa.graphs import capture as graph_capture
+from fastjepa.graphs.capture import Recording
+from fastjepa.model.step import StepLosses
 from graph_cases import batches, some_clips, some_states, some_step, trained_jepa
 from tiny import tiny_jepa
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastjepa.jepa import JEPA, JEPAProbe, build_jepa, detection_loss
-from fastjepa.losses import SquareLossSeq, VCLoss
+from fastjepa.model.jepa import JEPA, JEPAProbe, build_jepa, detection_loss
+from fastjepa.model.losses import SquareLossSeq, VCLoss
 from tiny import tiny_batch, tiny_jepa
 
 

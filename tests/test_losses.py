@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastjepa.losses import SquareLossSeq, VCLoss, state_rows, std_and_cov_loss
-from fastjepa.networks import Projector
+from fastjepa.model.losses import SquareLossSeq, VCLoss, state_rows, std_and_cov_loss
+from fastjepa.model.networks import Projector
 
 
 def test_rows_are_pixels() -> None:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastjepa import recompute
-from fastjepa.accelerate import accelerate
-from fastjepa.fused import FusedResidualBlock, FusedResNet5, FusedResUNet
-from fastjepa.networks import ResidualBlock, ResNet5, ResUNet
-from fastjepa.step import TrainStep
+from fastjepa.fused import recompute
+from fastjepa.fused.networks import FusedResidualBlock, FusedResNet5, FusedResUNet
+from fastjepa.fused.swap import accelerate
+from fastjepa.model.networks import ResidualBlock, ResNet5, ResUNet
+from fastjepa.model.step import TrainStep
 from tiny import tiny_batch, tiny_model
 
 
@@ -30,7 +30,7 @@ def kept_bytes(monkeypatch: pytest.MonkeyPatch, function: Callable[[], Tensor], 
         alive.append(tensor)  # a freed storage's address could come back and be counted once for two
         return tensor
 
-    # Only the innermost hooks see a tensor: outside fused networks these, inside them those of fastjepa.recompute.
+    # Only the innermost hooks see a tensor: outside fused networks these, inside them those of fused.recompute.
     with monkeypatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         patch.setattr(recompute, "keep", count)
         function()

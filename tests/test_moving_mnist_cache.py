@@ -11,14 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastjepa.moving_mnist.cache import (
-    atomic_file,
-    cache_key,
-    cached_array,
-    default_cache_dir,
-    fingerprint,
-    open_npy,
-)
+from fastjepa.moving_mnist.cache import atomic_file, cache_key, cached_array, default_cache_dir, fingerprint, open_npy
 
 ARRAY = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)
 

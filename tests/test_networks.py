@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from fastjepa.networks import DetHead, ImageDecoder, Projector, ResidualBlock, ResNet5, ResUNet, StateOnlyPredictor
+from fastjepa.model.networks import (
+    DetHead,
+    ImageDecoder,
+    Projector,
+    ResidualBlock,
+    ResNet5,
+    ResUNet,
+    StateOnlyPredictor,
+)
 
 
 def parameters(module: nn.Module) -> int:

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from fastjepa import profiling
-from fastjepa.evaluation import evaluate
+from fastjepa.model.step import TrainStep, build_optimizer
 from fastjepa.moving_mnist import ClipSet
 from fastjepa.profiling import StepTrace, span
-from fastjepa.step import TrainStep, build_optimizer
+from fastjepa.training.evaluation import evaluate
 from tiny import tiny_batch, tiny_model
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastjepa import fused as fused_module
-from fastjepa.fused import FusedResUNet
-from fastjepa.networks import ResUNet
-from fastjepa.recompute import Recipe, Recomputation, recompute_activations
+from fastjepa.fused import networks as fused_module
+from fastjepa.fused.networks import FusedResUNet
+from fastjepa.fused.recompute import Recipe, Recomputation, recompute_activations
+from fastjepa.model.networks import ResUNet
 
 
 def test_a_recipe_is_made_once_for_its_users_and_then_freed() -> None:

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastjepa.command_line import parse_config
-from fastjepa.export import PretrainedJEPA
-from fastjepa.figure_horizon import draw_horizon_gif
-from fastjepa.jepa import JEPA
+from fastjepa.figures.horizon import draw_horizon_gif
+from fastjepa.model.jepa import JEPA
 from fastjepa.rollout import Options, main, roll_out
-from fastjepa.training import Trainer
+from fastjepa.storage.export import PretrainedJEPA
+from fastjepa.training.command_line import parse_config
+from fastjepa.training.trainer import Trainer
 from graph_cases import literal_rollout, trained_jepa
 from tiny import tiny_batch
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastjepa.running_stats import BatchStatisticsRecorder, fold_updates, repeated_updates
+from fastjepa.model.running_stats import BatchStatisticsRecorder, fold_updates, repeated_updates
 
 
 def layer(momentum: float | None, **options: bool) -> nn.BatchNorm1d:

@@ -17,7 +17,7 @@ from typing import BinaryIO
 import pytest
 import torch
 
-from fastjepa.safe_files import CheckpointError, read_tensor_file, write_atomic, write_text_atomic
+from fastjepa.storage.safe_files import CheckpointError, read_tensor_file, write_atomic, write_text_atomic
 
 OLD, NEW = b"old content", b"new content"
 
@@ -129,7 +129,7 @@ def test_a_folder_that_cannot_be_flushed_is_told_as_such(old_file: Path, monkeyp
 def test_a_killed_writer_leaves_the_old_file_and_its_leftover_goes_with_time(old_file: Path) -> None:
     program = (
         "import os, signal, sys\n"
-        "from fastjepa.safe_files import write_atomic\n"
+        "from fastjepa.storage.safe_files import write_atomic\n"
         "def die(file):\n"
         "    file.write(b'half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
         "write_atomic(sys.argv[1], die)\n"

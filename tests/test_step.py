@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastjepa.step import TrainStep, build_optimizer
+from fastjepa.model.step import TrainStep, build_optimizer
 from tiny import tiny_batch, tiny_model
 
 RELATIVE_ERROR = 1e-9  # float64; the two orders of summation differ by rounding only

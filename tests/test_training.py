@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import fastjepa
-from fastjepa.checkpoint import load_checkpoint
-from fastjepa.command_line import parse_config
-from fastjepa.run_folder import CHECKPOINT_NAME
-from fastjepa.safe_files import CheckpointError
-from fastjepa.training import NonFiniteLossError, Trainer
+from fastjepa.storage.checkpoint import load_checkpoint
+from fastjepa.storage.run_folder import CHECKPOINT_NAME
+from fastjepa.storage.safe_files import CheckpointError
+from fastjepa.training.command_line import parse_config
+from fastjepa.training.trainer import NonFiniteLossError, Trainer
 
 ROOT = Path(__file__).parent.parent
 # 7 steps an epoch, the last batch ragged.
@@ -164,7 +164,7 @@ def test_resume_with_another_configuration(
 def test_resume_with_other_clips(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
     trainer(cache, "--out", str(folder), "--max_steps", "2").run()
-    monkeypatch.setattr("fastjepa.training.fingerprint", lambda _: "other")
+    monkeypatch.setattr("fastjepa.training.trainer.fingerprint", lambda _: "other")
     with pytest.raises(CheckpointError, match="trained on other clips"):
         Trainer(parse_config(["--resume", str(folder)]))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastjepa.jepa import JEPA, build_jepa, build_probes
-from fastjepa.networks import DetHead, ImageDecoder
+from fastjepa.model.jepa import JEPA, build_jepa, build_probes
+from fastjepa.model.networks import DetHead, ImageDecoder
 
 
 def tiny_jepa(*, dstc: int = 4, width: int = 2, projector: str | None = None, seed: int = 0) -> JEPA:

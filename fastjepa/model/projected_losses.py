@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from fastjepa.kernels import reference
 from fastjepa.kernels.projected_losses import projected_losses as fused_projected_losses
-from fastjepa.losses import project, std_and_cov_loss
-from fastjepa.running_stats import BatchStatistics, BatchStatisticsRecorder, fold_updates, updating_batch_norms
+from fastjepa.model.losses import project, std_and_cov_loss
+from fastjepa.model.running_stats import BatchStatistics, BatchStatisticsRecorder, fold_updates, updating_batch_norms
 
 ProjectionPath = Literal["auto", "eager", "closed_form", "fused"]
 

@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastjepa.folding import folded_batch_norm
-from fastjepa.fused import FusedNetwork
-from fastjepa.graph_cache import MAX_RECORDINGS, RecordingCache, Watch
-from fastjepa.graph_capture import Recording
+from fastjepa.fused.folding import folded_batch_norm
+from fastjepa.fused.networks import FusedNetwork
+from fastjepa.graphs.cache import MAX_RECORDINGS, RecordingCache, Watch
+from fastjepa.graphs.capture import Recording
 from fastjepa.kernels.launch import FLOAT_DTYPES, check_tensor
-from fastjepa.modes import eval_mode
+from fastjepa.model.modes import eval_mode
 from fastjepa.profiling import span
 
 
 class GraphedRollout:
     """Rollouts of a predictor in eval mode, without gradients: a CUDA graph on a GPU, the same code plainly on a CPU.
 
-    The contract is that of `fastjepa.graph_capture`; there is one recording for each (batch, context, steps, size,
+    The contract is that of `fastjepa.graphs.capture`; there is one recording for each (batch, context, steps, size,
     dtype). Weights changed in place count from the next call on. Results equal the eager unroll's: bit for bit where
     the same kernels run, as they do in a plain network whose BatchNorm is not folded.
 
@@ -34,7 +34,7 @@ class GraphedRollout:
         autocast_dtype: torch.bfloat16 runs the network in bf16 autocast; states keep their dtype.
         fold_batch_norm: run a copy of the network with BatchNorm folded into the convolutions. Faster; but the copy
             sees weights changed in place only after `refresh()`.
-        warmup_runs, pool: see `fastjepa.graph_capture.Recording`.
+        warmup_runs, pool: see `fastjepa.graphs.capture.Recording`.
         max_recordings: how many signatures are kept; the least recently used goes first.
 
     Raises:
@@ -101,7 +101,7 @@ class GraphedRollout:
         return result.clone(memory_format=torch.contiguous_format) if copy else result
 
     def tails(self, states: Tensor, steps: int, *, copy: bool = True) -> list[Tensor]:
-        """The de-duplicated parallel rollout of an evaluation: `fastjepa.evaluation.rollout_tails`, in one launch.
+        """The de-duplicated parallel rollout of an evaluation, `training.evaluation.rollout_tails`, in one launch.
 
         Args:
             states: (B, D, T, H, W), T > c.

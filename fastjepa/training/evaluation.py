@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_average_precision
 
-from fastjepa.folding import folded_batch_norm
-from fastjepa.jepa import JEPA, detection_loss
-from fastjepa.modes import eval_mode as eval_mode
+from fastjepa.fused.folding import folded_batch_norm
+from fastjepa.model.jepa import JEPA, detection_loss
+from fastjepa.model.modes import eval_mode as eval_mode
+from fastjepa.model.networks import DetHead, ImageDecoder
 from fastjepa.moving_mnist import ClipSet, sequential_batches
-from fastjepa.networks import DetHead, ImageDecoder
 from fastjepa.profiling import span
 
 MAX_HORIZONS = 7  # AP_0 … AP_6, as published

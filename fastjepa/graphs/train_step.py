@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastjepa.graph_cache import MAX_RECORDINGS, RecordingCache, Watch
-from fastjepa.graph_capture import Recording
+from fastjepa.graphs.cache import MAX_RECORDINGS, RecordingCache, Watch
+from fastjepa.graphs.capture import Recording
 from fastjepa.kernels.launch import check_tensor
+from fastjepa.model.step import StepLosses, TrainStep
 from fastjepa.moving_mnist import ClipSet
 from fastjepa.profiling import span
-from fastjepa.step import StepLosses, TrainStep
 
 
 class GraphedTrainStep:
     """Training steps as CUDA graphs on a GPU, and the same code plainly on a CPU; the contract is that of
-    `fastjepa.graph_capture`. `losses = graphed(indices)` trains on those clips.
+    `fastjepa.graphs.capture`. `losses = graphed(indices)` trains on those clips.
 
     There is one recording for each shape of `indices`: one for full batches, one for a ragged last batch, and so on.
     A replay equals the plain step with the same optimizer bit for bit. The learning rate is a tensor on the device
@@ -32,7 +32,7 @@ class GraphedTrainStep:
         clips: where batches come from, on the device of the parameters.
         accumulators: float64 tensors (9,) to which every step adds its losses, in the order of `StepLosses`.
         dtype: of the video.
-        warmup_runs, pool: see `fastjepa.graph_capture.Recording`.
+        warmup_runs, pool: see `fastjepa.graphs.capture.Recording`.
         max_recordings: how many shapes are kept; the least recently used goes first.
 
     Raises:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastjepa import figure_style as style
-from fastjepa.figure_data import CONTEXT, RolloutArrays
+from fastjepa.figures import style
+from fastjepa.figures.data import CONTEXT, RolloutArrays
 
 
 def draw_rollout_strip(rollout_arrays: RolloutArrays, path: Path, clip: int = 0) -> Path:

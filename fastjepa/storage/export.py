@@ -16,18 +16,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastjepa.architecture import (
-    build_filled,
-    decoder_sizes,
-    detection_head_sizes,
-    encoder_sizes,
-    predictor_sizes,
-)
-from fastjepa.autoregressive import autoregressive_rollout
-from fastjepa.checkpoint import plain_state
-from fastjepa.jepa import JEPA
-from fastjepa.networks import DetHead, ImageDecoder, ResNet5, ResUNet, StateOnlyPredictor
-from fastjepa.safe_files import CheckpointError, write_atomic, write_text_atomic
+from fastjepa.model.autoregressive import autoregressive_rollout
+from fastjepa.model.jepa import JEPA
+from fastjepa.model.networks import DetHead, ImageDecoder, ResNet5, ResUNet, StateOnlyPredictor
+from fastjepa.storage.checkpoint import plain_state
+from fastjepa.storage.safe_files import CheckpointError, write_atomic, write_text_atomic
+from fastjepa.storage.sizes import build_filled, decoder_sizes, detection_head_sizes, encoder_sizes, predictor_sizes
 
 FORMAT = "fastjepa pretrained"
 VERSION = 1

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastjepa.architecture import build_filled, encoder_sizes, predictor_sizes, projector_sizes
-from fastjepa.checkpoint import CheckpointError, check_tensors, strip_compile_prefix
-from fastjepa.jepa import JEPA, build_jepa
-from fastjepa.safe_files import read_tensor_file
+from fastjepa.model.jepa import JEPA, build_jepa
+from fastjepa.storage.checkpoint import CheckpointError, check_tensors, strip_compile_prefix
+from fastjepa.storage.safe_files import read_tensor_file
+from fastjepa.storage.sizes import build_filled, encoder_sizes, predictor_sizes, projector_sizes
 
 # The original registers two modules twice: the encoder also encodes actions, and both losses share the projector.
 _ALIASES = {"action_encoder.": "encoder.", "predcost.proj.": "regularizer.proj."}

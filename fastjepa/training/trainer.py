@@ -17,23 +17,23 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from fastjepa.accelerate import accelerate
-from fastjepa.checkpoint import capture, load_checkpoint, restore, save_checkpoint
 from fastjepa.config import Config, resolve_device
 from fastjepa.environment import environment
-from fastjepa.evaluation import Evaluation, evaluate
-from fastjepa.export import export_pretrained
-from fastjepa.figures import draw_run
+from fastjepa.figures.runs import draw_run
+from fastjepa.fused.swap import accelerate
 from fastjepa.graphs import GraphedTrainStep, use_cuda_graph
-from fastjepa.jepa import build_jepa, build_probes
+from fastjepa.model.jepa import build_jepa, build_probes
+from fastjepa.model.step import StepLosses, TrainStep, build_optimizer
 from fastjepa.moving_mnist import default_cache_dir, epoch_indices, load_clips
 from fastjepa.moving_mnist.cache import fingerprint
-from fastjepa.pictures import rollout_arrays
 from fastjepa.profiling import TRACE_NAME, span, trace_steps
-from fastjepa.run_folder import CHECKPOINT_NAME, prepare_folder
-from fastjepa.safe_files import CheckpointError, write_atomic, write_text_atomic
-from fastjepa.step import StepLosses, TrainStep, build_optimizer
-from fastjepa.stop_signals import Interrupted, stop_signals
+from fastjepa.storage.checkpoint import capture, load_checkpoint, restore, save_checkpoint
+from fastjepa.storage.export import export_pretrained
+from fastjepa.storage.run_folder import CHECKPOINT_NAME, prepare_folder
+from fastjepa.storage.safe_files import CheckpointError, write_atomic, write_text_atomic
+from fastjepa.training.evaluation import Evaluation, evaluate
+from fastjepa.training.picture_arrays import rollout_arrays
+from fastjepa.training.stop_signals import Interrupted, stop_signals
 
 PICTURED_CLIPS = 4
 LOSS_NAMES = tuple(f"{name}_loss" if name not in ("total", "vc_unweighted") else name for name in StepLosses._fields)

@@ -6,9 +6,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fastjepa.checkpoint import load_checkpoint
 from fastjepa.config import Config
-from fastjepa.safe_files import CheckpointError
+from fastjepa.storage.checkpoint import load_checkpoint
+from fastjepa.storage.safe_files import CheckpointError
 
 CHECKPOINT_NAME = "checkpoint.pt"
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastjepa.adam_state import plan_adam_restore
-from fastjepa.rng_state import capture_rng, check_rng, restore_rng
-from fastjepa.safe_files import CheckpointError, read_tensor_file, write_atomic, write_text_atomic
+from fastjepa.storage.adam_state import plan_adam_restore
+from fastjepa.storage.rng_state import capture_rng, check_rng, restore_rng
+from fastjepa.storage.safe_files import CheckpointError, read_tensor_file, write_atomic, write_text_atomic
 
 __all__ = [
     "CheckpointError",

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastjepa.fused.recompute import Recomputation, recompute_activations
 from fastjepa.kernels.batch_norm import batch_norm_act_repeatable
-from fastjepa.networks import join_context, join_skip, per_frame
-from fastjepa.recompute import Recomputation, recompute_activations
+from fastjepa.model.networks import join_context, join_skip, per_frame
 
 BLOCKS_OF_ENCODER = ("layer1", "layer2", "layer3")
 BLOCKS_OF_UNET = ("enc1", "enc2", "enc3", "bott", "dec3", "dec2", "dec1")

@@ -1,4 +1,4 @@
-"""Pictures of a training run, drawn from the files in its folder: `python -m fastjepa.figures RUN [RUN ...]`.
+"""Pictures of a training run, drawn from the files in its folder.
 
 A run folder holds config.json, metrics.csv (one row per epoch) and rollout.npz (a few validation clips). Every draw
 function writes atomically, creates the folder it writes to, and returns the path it wrote.
@@ -6,31 +6,14 @@ function writes atomically, creates the folder it writes to, and returns the pat
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import tyro
 
-from fastjepa.figure_curves import draw_ap_curves, draw_training_curves
-from fastjepa.figure_data import RolloutArrays, read_config, read_metrics, read_rollout
-from fastjepa.figure_rollouts import draw_rollout_gif, draw_rollout_strip
-from fastjepa.safe_files import CheckpointError
-
-__all__ = [
-    "RolloutArrays",
-    "draw_ap_curves",
-    "draw_rollout_gif",
-    "draw_rollout_strip",
-    "draw_run",
-    "draw_step_comparison",
-    "draw_training_curves",
-    "read_metrics",
-    "read_rollout",
-]
+from fastjepa.figures.curves import draw_ap_curves, draw_training_curves
+from fastjepa.figures.data import read_config, read_metrics, read_rollout
+from fastjepa.figures.rollouts import draw_rollout_gif, draw_rollout_strip
 
 
 def draw_run(run_folder: Path) -> list[Path]:
@@ -120,34 +103,3 @@ def _last_share(metrics: Mapping[str, np.ndarray]) -> float | None:
 
 def _with_map(curves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {f"{label}, mAP {np.nanmean(ap):.3f}": ap for label, ap in curves.items()}
-
-
-@dataclass(frozen=True)
-class _Arguments:
-    """Draws the pictures of training runs into RUN/figures/ and prints the files written."""
-
-    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """Run folders."""
-    compare: Path | None = None
-    """Also draw the runs' average precision by their training steps, into this PNG."""
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    given = tyro.cli(_Arguments, args=arguments, prog="python -m fastjepa.figures")
-    try:
-        if not given.runs:
-            raise ValueError("name at least one run folder; see --help")
-        for run in given.runs:
-            for path in draw_run(run):
-                print(path)
-        if given.compare is not None:
-            print(draw_step_comparison(given.runs, given.compare))
-    except (OSError, ValueError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,7 +7,7 @@ import copy
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from fastjepa.fused import FusedNetwork
+from fastjepa.fused.networks import FusedNetwork
 
 
 def folded_batch_norm(network: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from fastjepa import figure_style as style
+from fastjepa.figures import style
 
 
 def draw_ap_curves(

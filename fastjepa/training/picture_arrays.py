@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastjepa.evaluation import eval_mode, rollout_tails
-from fastjepa.figure_data import RolloutArrays
-from fastjepa.jepa import JEPA
+from fastjepa.figures.data import RolloutArrays
+from fastjepa.model.jepa import JEPA
+from fastjepa.model.networks import DetHead, ImageDecoder
 from fastjepa.moving_mnist import ClipSet
-from fastjepa.networks import DetHead, ImageDecoder
+from fastjepa.training.evaluation import eval_mode, rollout_tails
 
 
 def rollout_arrays(jepa: JEPA, image_decoder: ImageDecoder, detection_head: DetHead, clips: ClipSet) -> RolloutArrays:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastjepa.checkpoint import CheckpointError, check_tensors
+from fastjepa.storage.checkpoint import CheckpointError, check_tensors
 
 Module = TypeVar("Module", bound=nn.Module)
 Tensors = Mapping[str, Any]  # from outside: the values are tensors only once checked

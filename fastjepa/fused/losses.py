@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastjepa.projected_losses import HiddenLayer, Losses, closed_form, hidden_layer
-from fastjepa.running_stats import BatchStatistics, fold_updates
+from fastjepa.model.projected_losses import HiddenLayer, Losses, closed_form, hidden_layer
+from fastjepa.model.running_stats import BatchStatistics, fold_updates
 
 
 class _ClosedFormLoss(nn.Module):

@@ -13,15 +13,15 @@ from typing import NoReturn
 
 import tyro
 
-from fastjepa.checkpoint import check_same_config
 from fastjepa.config import MAY_CHANGE_ON_RESUME, Config, preset_config, resolve_device, resolve_preset
 from fastjepa.environment import device_name
-from fastjepa.graph_capture import use_cuda_graph
+from fastjepa.graphs.capture import use_cuda_graph
 from fastjepa.kernels.launch import unavailable_reason
-from fastjepa.run_folder import read_run_config
-from fastjepa.safe_files import CheckpointError
-from fastjepa.stop_signals import Interrupted
-from fastjepa.training import NonFiniteLossError, Trainer
+from fastjepa.storage.checkpoint import check_same_config
+from fastjepa.storage.run_folder import read_run_config
+from fastjepa.storage.safe_files import CheckpointError
+from fastjepa.training.stop_signals import Interrupted
+from fastjepa.training.trainer import NonFiniteLossError, Trainer
 
 DESCRIPTION = """Train and evaluate a Video JEPA on Moving MNIST.
 

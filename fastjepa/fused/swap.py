@@ -12,7 +12,8 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import nn
 
-from fastjepa.fused import (
+from fastjepa.fused.losses import ClosedFormSquareLoss, ClosedFormVCLoss
+from fastjepa.fused.networks import (
     FusedResNet5,
     FusedResUNet,
     FusedStateOnlyPredictor,
@@ -21,10 +22,9 @@ from fastjepa.fused import (
     predictor_problem,
     unet_problem,
 )
-from fastjepa.fused_losses import ClosedFormSquareLoss, ClosedFormVCLoss
 from fastjepa.kernels import launch
 from fastjepa.kernels.projector_activations import MAX_D, MAX_HIDDEN
-from fastjepa.projected_losses import HiddenLayer, hidden_layer
+from fastjepa.model.projected_losses import HiddenLayer, hidden_layer
 
 Backend = Literal["auto", "eager", "fused"]
 Precision = Literal["keep", "bf16"]

@@ -20,7 +20,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fastjepa.safe_files import write_atomic
+from fastjepa.storage.safe_files import write_atomic
 
 INK = "#1b1f24"
 MUTED = "#5b6470"

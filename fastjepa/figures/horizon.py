@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastjepa import figure_style as style
+from fastjepa.figures import style
 
 _COLUMNS = ("ground truth", "rollout", "detection")
 

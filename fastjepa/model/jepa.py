@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastjepa.autoregressive import autoregressive_rollout
-from fastjepa.losses import SquareLossSeq, VCLoss
-from fastjepa.modes import eval_mode
-from fastjepa.networks import DetHead, ImageDecoder, Projector, ResNet5, ResUNet, StateOnlyPredictor
+from fastjepa.model.autoregressive import autoregressive_rollout
+from fastjepa.model.losses import SquareLossSeq, VCLoss
+from fastjepa.model.modes import eval_mode
+from fastjepa.model.networks import DetHead, ImageDecoder, Projector, ResNet5, ResUNet, StateOnlyPredictor
 
 # total, vc, vc_unweighted, {"std_loss", "cov_loss"}, prediction
 UnrollLosses = tuple[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor]

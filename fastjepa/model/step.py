@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastjepa.fused_losses import ClosedFormVCLoss
-from fastjepa.jepa import JEPA, detection_loss
-from fastjepa.networks import DetHead, ImageDecoder
+from fastjepa.fused.losses import ClosedFormVCLoss
+from fastjepa.model.jepa import JEPA, detection_loss
+from fastjepa.model.networks import DetHead, ImageDecoder
+from fastjepa.model.projected_losses import ProjectionPath, projected_losses
+from fastjepa.model.running_stats import repeated_updates
 from fastjepa.profiling import span
-from fastjepa.projected_losses import ProjectionPath, projected_losses
-from fastjepa.running_stats import repeated_updates
 
 ENCODER_CALLS = 3  # the original's: one for the JEPA, one for each probe
 
@@ -56,7 +56,7 @@ class TrainStep:
         steps: prediction steps of the unroll, ≥ 1.
         literal: repeat the work as the original does.
         autocast_dtype: torch.bfloat16 runs the networks in bf16 autocast; losses are always computed in fp32 or better.
-        projection: how the projected losses are computed; see `fastjepa.projected_losses.projected_losses`.
+        projection: how the projected losses are computed; see `fastjepa.model.projected_losses.projected_losses`.
 
     Raises:
         ValueError: `steps` < 1, or `literal` with a projection other than "auto" and "eager".

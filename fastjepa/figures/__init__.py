@@ -1,0 +1,4 @@
+"""Pictures of training runs, drawn from the files in their folders: `python -m fastjepa.figures RUN [RUN ...]`.
+
+Arrays and files in, PNG and GIF out; no model. It may import `fastjepa.storage` for writing files.
+"""
