@@ -76,8 +76,9 @@ def collect_cases(module_names: Iterable[str]) -> dict[str, tuple[str, AuditCase
 
 
 def kernel_modules() -> list[str]:
-    """The modules of fastjepa.kernels, sorted."""
-    return sorted(f"fastjepa.kernels.{module.name}" for module in pkgutil.iter_modules(fastjepa.kernels.__path__))
+    """The modules of fastjepa.kernels and its packages, sorted."""
+    found = pkgutil.walk_packages(fastjepa.kernels.__path__, "fastjepa.kernels.")
+    return sorted(module.name for module in found if not module.ispkg)
 
 
 def judge(case: AuditCase, arch: int) -> Finding:

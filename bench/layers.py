@@ -22,7 +22,7 @@ from bench.case import BACKWARD, BOTH, FORWARD, Case, Work
 from bench.recipe import Recipe, arithmetic, build_model, count
 from bench.variants import COMPILE_MAX, Computation, Tensors, Variant, needs_cuda, needs_kernels
 from fastjepa.fused.networks import FusedResNet5, FusedResUNet
-from fastjepa.kernels.batch_norm import batch_norm_act
+from fastjepa.kernels.batch_norm.fused import batch_norm_act
 
 PLAIN, RESIDUAL, NORMALIZED = "plain", "residual", "normalized residual"
 EAGER, EAGER_BF16 = "eager", "eager bf16"

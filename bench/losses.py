@@ -24,7 +24,7 @@ from bench.environment import collect
 from bench.harness import QUICK, Settings, render, run_case
 from bench.results import Row, write_rows
 from bench.variants import Tensors, Variant
-from fastjepa.kernels import reference
+from fastjepa.kernels.projected_losses import closed_form, reference
 
 STD_COEFF, COV_COEFF = 10.0, 100.0
 EPS = 1e-5
@@ -115,7 +115,7 @@ def compute(function: Callable[..., reference.ProjectedLosses], inputs: Tensors)
 
 
 def _fused(inputs: Tensors) -> Tensors:
-    module = importlib.import_module("fastjepa.kernels.projected_losses")
+    module = importlib.import_module("fastjepa.kernels.projected_losses.fused")
     return compute(module.projected_losses, inputs)
 
 
@@ -125,7 +125,7 @@ def make_case(size: Size, note: str = "") -> Case:
         suite="losses",
         name=f"{size}{note}",
         make_inputs=partial(make_inputs, size),
-        truth=partial(compute, reference.projected_losses_eager),
+        truth=partial(compute, reference.projected_losses),
         work=partial(work, size),
         cotangents=cotangents,
         baseline="eager",
@@ -137,8 +137,8 @@ def make_case(size: Size, note: str = "") -> Case:
 
 def make_variants(device: torch.device) -> list[Variant]:
     """Eager, the closed form, the fused kernels; and, on a GPU, bf16 and torch.compile of the first two."""
-    eager = partial(compute, reference.projected_losses_eager)
-    closed = partial(compute, reference.projected_losses)
+    eager = partial(compute, reference.projected_losses)
+    closed = partial(compute, closed_form.projected_losses)
     chosen = [ways.eager(eager), ways.eager(closed, "closed form"), ways.compiled(eager, "torch.compile(default)")]
     if device.type == "cuda":
         best = ways.COMPILE_MAX

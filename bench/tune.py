@@ -20,11 +20,11 @@ from bench import layers, losses, suite
 from bench.case import BOTH, Case
 from bench.results import Row, format_table
 from bench.variants import Computation, Tensors, Variant, always, channels_last, needs_kernels
-from fastjepa.kernels import reference
 from fastjepa.kernels.launch import LaunchConfig
+from fastjepa.kernels.projected_losses import closed_form
 
 EAGER = "eager bf16"
-_LEAST_PROGRAMS, _MOST_SUMS = 128, 1024  # what a merging kernel takes: batch_norm_tiling.MAX_SPANS
+_LEAST_PROGRAMS, _MOST_SUMS = 128, 1024  # what a merging kernel takes: kernels/batch_norm/tiling.py: MAX_SPANS
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Entry:
         return found
 
     def __str__(self) -> str:
-        return f"{self.module.rpartition('.')[2]}.{self.table}[{self.key!r}]"
+        return f"{self.module.removeprefix('fastjepa.kernels.')}.{self.table}[{self.key!r}]"
 
 
 @contextmanager
@@ -152,14 +152,14 @@ def _same(function: Computation, device: torch.device) -> Computation:
 
 def fused_losses(device: torch.device) -> Computation:
     """The fused projected losses."""
-    module = importlib.import_module("fastjepa.kernels.projected_losses")
+    module = importlib.import_module("fastjepa.kernels.projected_losses.fused")
     return partial(losses.compute, module.projected_losses)
 
 
 def plans(quick: bool) -> Iterator[tuple[Case, list[Variant]]]:
     """Every tunable entry, each at the shape of the recipe where it matters most."""
     frames, pixels = (4, 8) if quick else (576, 64)
-    tilings = "fastjepa.kernels.batch_norm_tiling"
+    tilings = "fastjepa.kernels.batch_norm.tiling"
     for key in importlib.import_module(tilings).TILINGS:
         form = {"residual": layers.RESIDUAL, "normalized_residual": layers.NORMALIZED}.get(
             key.rpartition("/")[2], layers.PLAIN
@@ -170,12 +170,12 @@ def plans(quick: bool) -> Iterator[tuple[Case, list[Variant]]]:
     size = losses.Size(1, 2, 8, steps=2) if quick else losses.Size(64)
     half = (64, False)  # hidden features, whether fp32
     entries = [
-        Entry("fastjepa.kernels.projected_losses_forward", "_CONFIGS", half),
-        Entry("fastjepa.kernels.projected_losses_backward", "_CONFIGS", half),
-        Entry("fastjepa.kernels.moments", "_MOMENTS_CONFIGS", 16),
-        Entry("fastjepa.kernels.moments", "_LINEAR_CONFIGS", 16),
+        Entry("fastjepa.kernels.projected_losses.forward", "_CONFIGS", half),
+        Entry("fastjepa.kernels.projected_losses.backward", "_CONFIGS", half),
+        Entry("fastjepa.kernels.moments.fused", "_MOMENTS_CONFIGS", 16),
+        Entry("fastjepa.kernels.moments.fused", "_LINEAR_CONFIGS", 16),
     ]
-    case = replace(losses.make_case(size), truth=partial(losses.compute, reference.projected_losses))
+    case = replace(losses.make_case(size), truth=partial(losses.compute, closed_form.projected_losses))
     for entry in entries:
         yield _plan(case, fused_losses, entry, launch_candidates(entry))
 

@@ -3,8 +3,9 @@
 import importlib.util
 from pathlib import Path
 
-# `python train.py` must work from a checkout whose dependencies are there but which was never installed. Installed,
-# pyproject.toml maps kernels/ to fastjepa.kernels; in a bare checkout the folder beside this package is added.
+# Installed, fastjepa.kernels is where pyproject.toml puts the folder kernels/; in a checkout it is the link beside this
+# file. Where a checkout has no links (Windows, an archive), the folder above is looked into, so that `python train.py`
+# works all the same.
 _checkout = Path(__file__).resolve().parent.parent
 if importlib.util.find_spec("fastjepa.kernels") is None and (_checkout / "kernels" / "launch.py").is_file():
     __path__.append(str(_checkout))

@@ -1,1 +1,6 @@
-"""Fused Triton ops: one op per file; `launch` is the only file that knows whether Triton compiles or interprets."""
+"""Fused Triton ops, one folder each; `launch` is the only file that knows whether Triton compiles or interprets.
+
+In the folder of an op, `reference` is its definition in plain torch, `fused` the function that callers use, and the
+other files are its parts. Torch and Triton are all that is imported here: nothing else of fastjepa. The folder lies at
+the top of the repository, where people look for it, and is imported as `fastjepa.kernels`.
+"""

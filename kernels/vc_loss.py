@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import projector_algebra as algebra
-from .launch import check_tensor, kernel_op, require_available
-from .moments import MAX_D, linear_operands, moments, subtract_centred_linear
+from fastjepa.kernels.launch import check_tensor, kernel_op, require_available
+from fastjepa.kernels.moments.fused import MAX_D, linear_operands, moments, subtract_centred_linear
+from fastjepa.kernels.projected_losses import algebra
 
 _OP = "vc_loss"
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -60,7 +60,7 @@ def _autograd_backward(ctx: Any, grad_std: Tensor, grad_cov: Tensor, *unused: An
 
 
 def _no_double_backward(ctx: Any, grad: Tensor) -> Any:
-    raise RuntimeError(f"{_OP} (fused) has first derivatives only; kernels.reference.vc_loss has all")
+    raise RuntimeError(f"{_OP} (fused) has first derivatives only; kernels.projected_losses.reference.vc_loss has all")
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from compare import assert_as_exact_as_eager, assert_close_to_truth
-from fastjepa.kernels import batch_norm_tiling
-from fastjepa.kernels.batch_norm import batch_norm_act
-from fastjepa.kernels.batch_norm_backward import batch_norm_backward
-from fastjepa.kernels.batch_norm_forward import batch_norm_forward
-from fastjepa.kernels.batch_norm_reference import batch_norm_act_reference
-from fastjepa.kernels.batch_norm_statistics import batch_norm_statistics
+from fastjepa.kernels.batch_norm import reference
+from fastjepa.kernels.batch_norm import tiling as batch_norm_tiling
+from fastjepa.kernels.batch_norm.backward import batch_norm_backward
+from fastjepa.kernels.batch_norm.forward import batch_norm_forward
+from fastjepa.kernels.batch_norm.fused import batch_norm_act
+from fastjepa.kernels.batch_norm.statistics import batch_norm_statistics
 
 FORMS = ("plain", "residual", "normalized_residual")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -92,7 +92,7 @@ def without_grad_at_the_kink(inputs: Inputs) -> Inputs:
     """
     doubles = Inputs(*(None if value is None else copy.deepcopy(value).double() for value in inputs))
     with torch.no_grad():
-        distance = batch_norm_act_reference(*doubles[:4], relu=False).abs()
+        distance = reference.batch_norm_act(*doubles[:4], relu=False).abs()
     # Eager rounds up to four times on the way (each normalised term, their sum, the store).
     near = distance < 4 * torch.finfo(inputs.x.dtype).eps * distance.max()
     return inputs._replace(grad_out=inputs.grad_out.masked_fill(near, 0.0))
@@ -103,8 +103,8 @@ def check(inputs: Inputs, relu: bool = True, relative_limit: float | None = 1e-5
     if relu:
         inputs = without_grad_at_the_kink(inputs)
     actual = run(batch_norm_act, inputs, relu)
-    eager = run(batch_norm_act_reference, inputs, relu)
-    truth = run(batch_norm_act_reference, inputs, relu, double=True)
+    eager = run(reference.batch_norm_act, inputs, relu)
+    truth = run(reference.batch_norm_act, inputs, relu, double=True)
     assert actual.keys() == eager.keys() == truth.keys()
     largest_input = max(float(t.double().abs().max()) for t in (inputs.x, inputs.residual) if t is not None)
     for name, value in actual.items():
@@ -232,7 +232,7 @@ def test_one_value_per_channel_is_batch_norms_own_error(shape: tuple[int, ...], 
     inputs = random_inputs(shape, "normalized_residual", device=device)
     before = copy.deepcopy(inputs.bn.state_dict())
     messages = []
-    for function in (batch_norm_act, batch_norm_act_reference):
+    for function in (batch_norm_act, reference.batch_norm_act):
         with pytest.raises(ValueError, match="Expected more than 1 value per channel") as error:
             run(function, inputs)
         messages.append(str(error.value))
@@ -363,10 +363,10 @@ def test_nan_and_infinity_are_not_hidden(dtype: torch.dtype, device: str) -> Non
 
 def test_same_tensor_as_input_and_residual(device: str) -> None:
     inputs = random_inputs((2, 5, 3, 5), "residual", device=device)
-    x, reference = (inputs.x.clone().requires_grad_() for _ in range(2))
+    x, twin = (inputs.x.clone().requires_grad_() for _ in range(2))
     batch_norm_act(x, inputs.bn, x).sum().backward()
-    batch_norm_act_reference(reference.double(), copy.deepcopy(inputs.bn).double(), reference.double()).sum().backward()
-    assert_close_to_truth(x.grad, reference.grad.double(), "grad x")
+    reference.batch_norm_act(twin.double(), copy.deepcopy(inputs.bn).double(), twin.double()).sum().backward()
+    assert_close_to_truth(x.grad, twin.grad.double(), "grad x")
 
 
 def test_parameters_do_not_share_gradients(device: str) -> None:

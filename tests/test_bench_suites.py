@@ -234,7 +234,7 @@ def test_training_is_timed_stopped_and_continued(tmp_path: Path, monkeypatch: py
 
 
 def test_an_entry_is_set_for_one_call_only() -> None:
-    entry = tune.Entry("fastjepa.kernels.batch_norm_tiling", "TILINGS", "forward/plain")
+    entry = tune.Entry("fastjepa.kernels.batch_norm.tiling", "TILINGS", "forward/plain")
     before = dict(entry.values)
     candidates = tune.tiling_candidates(entry)
     assert before["forward/plain"] in candidates
@@ -252,9 +252,9 @@ def test_an_entry_is_set_for_one_call_only() -> None:
     assert set(found) == {"out", "gradient of x", "gradient of weight", "gradient of bias"}
 
 
-@pytest.mark.parametrize("module", ["projected_losses_forward", "projected_losses_backward"])
+@pytest.mark.parametrize("module", ["forward", "backward"])
 def test_candidates_change_rows_and_warps_and_nothing_else(module: str) -> None:
-    entry = tune.Entry(f"fastjepa.kernels.{module}", "_CONFIGS", (64, False))
+    entry = tune.Entry(f"fastjepa.kernels.projected_losses.{module}", "_CONFIGS", (64, False))
     now = entry.values[64, False]
     candidates = tune.launch_candidates(entry)
     assert now in candidates

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from fastjepa.kernels.chunk_pool import GROUP, map_groups
+from fastjepa.kernels.projected_losses.chunk_pool import GROUP, map_groups
 
 
 @pytest.fixture

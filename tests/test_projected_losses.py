@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from compare import assert_as_exact_as_eager, assert_close_to_truth
-from fastjepa.kernels import projected_losses as fused
-from fastjepa.kernels import projected_losses_backward, projected_losses_forward, reference
+from fastjepa.kernels.projected_losses import backward, closed_form, forward, fused, reference
 from projector_cases import Case, loss_and_gradients, make_case, with_offset_and_dead_channels
 
 BIAS1 = "gradient of bias1"  # exactly 0: BatchNorm undoes a shift; eager returns rounding noise
 
 
 def _check(case: Case, **policy: Any) -> dict[str, Tensor]:
-    truth = loss_and_gradients(reference.projected_losses_eager, case.double())
-    eager = loss_and_gradients(reference.projected_losses_eager, case)
+    truth = loss_and_gradients(reference.projected_losses, case.double())
+    eager = loss_and_gradients(reference.projected_losses, case)
     results = loss_and_gradients(fused.projected_losses, case)
     for name, value in results.items():
         if name == BIAS1:
@@ -54,7 +53,7 @@ def test_more_predictions_than_one_launch_takes(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_programs_of_several_tiles(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (projected_losses_forward, projected_losses_backward):
+    for module in (forward, backward):
         monkeypatch.setattr(module, "MAX_PROGRAMS", 2)
     # 5 tiles of 64 rows: the second program's last tile has no row at all.
     _check(make_case((2, 16, 1, 10, 15), 1, dtype=dtype, device=device))
@@ -63,7 +62,7 @@ def test_programs_of_several_tiles(dtype: torch.dtype, device: str, monkeypatch:
 def test_offset_constant_and_dead_channels(device: str) -> None:
     # Eager itself is off by 1e-3 here, so the definition in float64 is asked for directly.
     case = with_offset_and_dead_channels(make_case((2, 16, 1, 20, 17), 1, device=device))
-    truth = loss_and_gradients(reference.projected_losses_eager, case.double())
+    truth = loss_and_gradients(reference.projected_losses, case.double())
     for name, value in loss_and_gradients(fused.projected_losses, case).items():
         if name != BIAS1:
             assert_close_to_truth(value, truth[name], name)
@@ -118,7 +117,7 @@ def test_expanded_and_partial_gradients(device: str) -> None:
     )
     z64 = case.z.double().requires_grad_()
     double = case.double()
-    losses = reference.projected_losses_eager(z64, double.predictions, *double.parameters, 1e-5)
+    losses = reference.projected_losses(z64, double.predictions, *double.parameters, 1e-5)
     assert_close_to_truth(gradient, torch.autograd.grad(0.7 * losses.prediction_losses.sum(), z64)[0], "z")
 
 
@@ -225,8 +224,8 @@ def test_every_audited_configuration_on_hardware(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_default_recipe_on_hardware(dtype: torch.dtype, device: str) -> None:
     case = make_case((2_621_440, 16), 4, dtype=dtype, device=device)
-    # Eager would need tens of GB; the closed form is held to the definition by test_reference.py.
-    truth = loss_and_gradients(reference.projected_losses, case.double())
+    # Eager would need tens of GB; the closed form is held to the definition by test_projected_losses_closed_form.py.
+    truth = loss_and_gradients(closed_form.projected_losses, case.double())
     bf16 = 2**-7  # two roundings of the operands of each dot, as in eager, and no eager run to measure them
     for name, value in loss_and_gradients(fused.projected_losses, case).items():
         if name != BIAS1:

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from compare import assert_as_exact_as_eager, assert_close_to_truth
-from fastjepa.kernels import moments, reference
 from fastjepa.kernels import vc_loss as fused
+from fastjepa.kernels.moments import fused as moments
+from fastjepa.kernels.projected_losses import reference
 
 
 def _rows(n: int, d: int, dtype: torch.dtype, device: str) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastjepa.model.projected_losses import HiddenLayer, Losses, closed_form, hidden_layer
+from fastjepa.model.projected_losses import HiddenLayer, Losses, hidden_layer, losses_from_moments
 from fastjepa.model.running_stats import BatchStatistics, fold_updates
 
 
@@ -35,7 +35,7 @@ class _ClosedFormLoss(nn.Module):
         layers = hidden_layer(self.proj)
         if not isinstance(layers, HiddenLayer):
             return None
-        losses, calls = closed_form(layers, state, predictions, fused=self.fused)
+        losses, calls = losses_from_moments(layers, state, predictions, fused=self.fused)
         fold_updates(layers.batch_norm, calls)
         return losses, calls
 

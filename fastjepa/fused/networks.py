@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastjepa.fused.recompute import Recomputation, recompute_activations
-from fastjepa.kernels.batch_norm import batch_norm_act_repeatable
+from fastjepa.kernels.batch_norm.fused import batch_norm_act_repeatable
 from fastjepa.model.networks import join_context, join_skip, per_frame
 
 BLOCKS_OF_ENCODER = ("layer1", "layer2", "layer3")

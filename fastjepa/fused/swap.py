@@ -23,7 +23,7 @@ from fastjepa.fused.networks import (
     unet_problem,
 )
 from fastjepa.kernels import launch
-from fastjepa.kernels.projector_activations import MAX_D, MAX_HIDDEN
+from fastjepa.kernels.projected_losses.activations import MAX_D, MAX_HIDDEN
 from fastjepa.model.projected_losses import HiddenLayer, hidden_layer
 
 Backend = Literal["auto", "eager", "fused"]

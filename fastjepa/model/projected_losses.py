@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastjepa.kernels import reference
-from fastjepa.kernels.projected_losses import projected_losses as fused_projected_losses
+from fastjepa.kernels.projected_losses import closed_form
+from fastjepa.kernels.projected_losses.fused import projected_losses as fused_projected_losses
 from fastjepa.model.losses import project, std_and_cov_loss
 from fastjepa.model.running_stats import BatchStatistics, BatchStatisticsRecorder, fold_updates, updating_batch_norms
 
@@ -96,7 +96,7 @@ def projected_losses(
         return _eager(vc_proj, pred_proj, state, predictions)
     if isinstance(layers, str):
         raise ValueError(f"projection={path!r} cannot be served: {layers}; use 'eager' or 'auto'")
-    losses, calls = closed_form(layers, state, predictions, fused=path == "fused")
+    losses, calls = losses_from_moments(layers, state, predictions, fused=path == "fused")
     order = [calls[0]]  # VC(z)
     for prediction in calls[1:]:
         order += [calls[0], prediction]
@@ -104,11 +104,11 @@ def projected_losses(
     return losses
 
 
-def closed_form(
+def losses_from_moments(
     layers: HiddenLayer, state: Tensor, predictions: Sequence[Tensor], *, fused: bool
 ) -> tuple[Losses, list[BatchStatistics]]:
     """The losses without materialised projections, and the batch statistics of z, p¹..pᴷ; buffers do not move."""
-    compute = fused_projected_losses if fused else reference.projected_losses
+    compute = fused_projected_losses if fused else closed_form.projected_losses
     if not fused:
         dtype = torch.promote_types(state.dtype, torch.float32)
         state, predictions = state.to(dtype), [prediction.to(dtype) for prediction in predictions]

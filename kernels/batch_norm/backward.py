@@ -7,7 +7,7 @@ With c = x − mean, x̂ = c·rstd and g = grad_out·[pre-activation > 0], where
     ∂x = weight·rstd·g                                    running statistics
 
 and the same for a normalised residual, with its own statistics and the same g. The first pass makes the sums
-(`batch_norm_reduce`); the second, here, writes ∂x. A residual that is added as it is has the gradient g.
+(`reduce`); the second, here, writes ∂x. A residual that is added as it is has the gradient g.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch_norm_reduce import reduce_gradients
-from .batch_norm_tiling import (
+from fastjepa.kernels.batch_norm.reduce import reduce_gradients
+from fastjepa.kernels.batch_norm.tiling import (
     audit_signature,
     check_inputs,
     form,
@@ -30,7 +30,7 @@ from .batch_norm_tiling import (
     row_spans,
     span_of_program,
 )
-from .launch import TRITON_TYPE, AuditCase, kernel_op, require_available
+from fastjepa.kernels.launch import TRITON_TYPE, AuditCase, kernel_op, require_available
 
 
 @triton.jit
@@ -206,7 +206,7 @@ def batch_norm_backward(
 def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError(
         "batch_norm_act: its gradient cannot be differentiated again (double backward). Use nn.BatchNorm2d, or "
-        "batch_norm_reference.batch_norm_act_reference, where a second derivative is needed"
+        "batch_norm.reference.batch_norm_act, where a second derivative is needed"
     )
 
 

@@ -1,14 +1,4 @@
-"""BatchNorm (+ residual) (+ ReLU) over channels-last tensors: one pass for the statistics, one to apply them.
-
-    out = relu?( BN(x) + r ),   BN(x) = (x − mean)·rstd·weight + bias,   rstd = 1/sqrt(var + eps), per channel
-
-in three forms: r absent; r a final tensor; r = BN_r(residual), where the raw output of a shortcut's convolution has a
-BatchNorm of its own. Shapes: x, residual, out (N, C, H, W) in torch.channels_last, or (M, C); M = N·H·W rows.
-
-For the backward pass only x, residual and the per-channel statistics are kept: normalised values and the ReLU's mask
-are computed again there (`batch_norm_backward`). Sums and statistics are fp32; each result is rounded once, at its
-store.
-"""
+"""The functions to call: BatchNorm (+ residual) (+ ReLU) of `nn.BatchNorm` modules, fused."""
 
 from __future__ import annotations
 
@@ -18,13 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .batch_norm_forward import batch_norm_forward
-from .batch_norm_statistics import (
+from fastjepa.kernels.batch_norm.forward import batch_norm_forward
+from fastjepa.kernels.batch_norm.statistics import (
     batch_norm_statistics,
     check_more_than_one_value,
     update_running_statistics,
 )
-from .launch import check_tensor, require_available
+from fastjepa.kernels.launch import check_tensor, require_available
 
 
 def batch_norm_act(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compare import assert_as_exact_as_eager, assert_close_to_truth
-from fastjepa.kernels import reference
+from fastjepa.kernels.projected_losses import closed_form, reference
 from projector_cases import Case, loss_and_gradients, make_case, with_offset_and_dead_channels
 
 # Both sides add at most a few thousand float64 terms per result: 1e-12 leaves 4,000 units of rounding.
@@ -14,8 +14,8 @@ BIAS1 = "gradient of bias1"  # exactly 0: BatchNorm undoes a shift; eager return
 
 def _check_float64(case: Case, limit: float = FLOAT64_LIMIT) -> None:
     case = case.double()
-    truth = loss_and_gradients(reference.projected_losses_eager, case)
-    closed = loss_and_gradients(reference.projected_losses, case)
+    truth = loss_and_gradients(reference.projected_losses, case)
+    closed = loss_and_gradients(closed_form.projected_losses, case)
     assert closed.pop(BIAS1).abs().max() == 0
     for name, value in closed.items():
         assert_close_to_truth(value, truth[name], name, limit=limit)
@@ -64,7 +64,7 @@ def test_expanded_inputs_and_gradients() -> None:
     )
     z, p = (x.detach().requires_grad_() for x in (expanded.z, expanded.predictions[0]))
     results = []
-    for function in (reference.projected_losses, reference.projected_losses_eager):
+    for function in (closed_form.projected_losses, reference.projected_losses):
         losses = function(z, [p], *expanded.parameters, 1e-5)
         grad_out = torch.full((1,), 0.7, dtype=torch.float64).expand(1)
         results.append(torch.autograd.grad(losses.prediction_losses, [z, p], grad_out))
@@ -79,7 +79,7 @@ def test_gradcheck() -> None:
     def losses(
         z: torch.Tensor, p0: torch.Tensor, p1: torch.Tensor, *parameters: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        return reference.projected_losses(z, [p0, p1], *parameters, 1e-5)[:3]
+        return closed_form.projected_losses(z, [p0, p1], *parameters, 1e-5)[:3]
 
     assert torch.autograd.gradcheck(losses, inputs)
 
@@ -87,7 +87,7 @@ def test_gradcheck() -> None:
 def test_absent_parameters_are_zeros_and_ones() -> None:
     case = make_case((40, 5), 1, hidden=6, out=4).double()
     w1, _, _, _, w2 = case.parameters
-    for function in (reference.projected_losses, reference.projected_losses_eager):
+    for function in (closed_form.projected_losses, reference.projected_losses):
         absent = function(case.z, case.predictions, w1, None, None, None, w2, 1e-3)
         zeros, ones = torch.zeros(6, dtype=torch.float64), torch.ones(6, dtype=torch.float64)
         given = function(case.z, case.predictions, w1, zeros, ones, zeros, w2, 1e-3)
@@ -98,7 +98,7 @@ def test_absent_parameters_are_zeros_and_ones() -> None:
 def test_batch_statistics_are_those_of_batch_norm() -> None:
     case = make_case((3, 4, 5, 6), 1, hidden=8, out=8).double()
     w1, b1 = case.parameters[:2]
-    losses = reference.projected_losses(case.z, case.predictions, *case.parameters, 1e-5)
+    losses = closed_form.projected_losses(case.z, case.predictions, *case.parameters, 1e-5)
     for t, x in enumerate((case.z, *case.predictions)):
         bn = torch.nn.BatchNorm1d(8, momentum=1.0).double()
         bn(torch.nn.functional.linear(reference.as_rows(x), w1, b1))
@@ -111,9 +111,9 @@ def test_batch_statistics_are_those_of_batch_norm() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_closed_form_is_as_exact_as_eager(dtype: torch.dtype) -> None:
     case = make_case((2, 16, 2, 17, 19), 3, dtype=dtype)
-    truth = loss_and_gradients(reference.projected_losses_eager, case.double())
-    eager = loss_and_gradients(reference.projected_losses_eager, case)
-    closed = loss_and_gradients(reference.projected_losses, case)
+    truth = loss_and_gradients(reference.projected_losses, case.double())
+    eager = loss_and_gradients(reference.projected_losses, case)
+    closed = loss_and_gradients(closed_form.projected_losses, case)
     assert closed.pop(BIAS1).abs().max() == 0
     for name, value in closed.items():
         assert_as_exact_as_eager(value, eager[name], truth[name], name, precision=dtype)
@@ -121,8 +121,8 @@ def test_closed_form_is_as_exact_as_eager(dtype: torch.dtype) -> None:
 
 def test_offset_constant_and_dead_channels() -> None:
     case = with_offset_and_dead_channels(make_case((2, 16, 2, 40, 33), 2))
-    truth = loss_and_gradients(reference.projected_losses_eager, case.double())
-    closed = loss_and_gradients(reference.projected_losses, case)
+    truth = loss_and_gradients(reference.projected_losses, case.double())
+    closed = loss_and_gradients(closed_form.projected_losses, case)
     assert closed.pop(BIAS1).abs().max() == 0
     for name, value in closed.items():
         assert_close_to_truth(value, truth[name], name)
@@ -130,8 +130,8 @@ def test_offset_constant_and_dead_channels() -> None:
 
 def test_millions_of_rows() -> None:
     case = make_case((2_600_003, 4), 1, hidden=6, out=5)
-    truth = loss_and_gradients(reference.projected_losses, case.double())
-    closed = loss_and_gradients(reference.projected_losses, case)
+    truth = loss_and_gradients(closed_form.projected_losses, case.double())
+    closed = loss_and_gradients(closed_form.projected_losses, case)
     for name in truth.keys() - {BIAS1, "gradient of z", "gradient of predictions[0]"}:
         assert_close_to_truth(closed[name], truth[name], name)
 
@@ -146,7 +146,7 @@ def test_vc_loss_of_uncorrelated_unit_rows() -> None:
     assert reference.vc_loss(f[:, [0, 0]])[1] == pytest.approx((0.09 * 4 / 3) ** 2, rel=1e-12)
 
 
-@pytest.mark.parametrize("function", [reference.projected_losses])
+@pytest.mark.parametrize("function", [closed_form.projected_losses])
 def test_bad_shapes_are_named(function: object) -> None:
     case = make_case((4, 5), 1, hidden=6, out=4)
     z, (p,), (w1, b1, g, b, w2) = case

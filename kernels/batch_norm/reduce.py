@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch_norm_tiling import (
+from fastjepa.kernels.batch_norm.tiling import (
     audit_signature,
     form,
     launch,
@@ -26,7 +26,7 @@ from .batch_norm_tiling import (
     row_spans,
     span_of_program,
 )
-from .launch import TRITON_TYPE, AuditCase
+from fastjepa.kernels.launch import TRITON_TYPE, AuditCase
 
 
 @triton.jit

@@ -17,9 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import TRITON_TYPE, AuditCase, LaunchConfig, RowSplit, add_dot, dot_precision, round_to, wrap
-from .moments import padded
-from .projector_activations import MAX_PROGRAMS, Operands, activations, block_sizes
+from fastjepa.kernels.launch import (
+    TRITON_TYPE,
+    AuditCase,
+    LaunchConfig,
+    RowSplit,
+    add_dot,
+    dot_precision,
+    round_to,
+    wrap,
+)
+from fastjepa.kernels.moments.fused import padded
+from fastjepa.kernels.projected_losses.activations import MAX_PROGRAMS, Operands, activations, block_sizes
 
 
 @triton.jit

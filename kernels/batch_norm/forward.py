@@ -1,6 +1,6 @@
 """The op `fastjepa::batch_norm_forward`: one pass that applies BatchNorm (+ residual) (+ ReLU) to rows (M, C).
 
-The maths is in `batch_norm`; the gradient in `batch_norm_backward`.
+The package has the maths; `backward` the gradient.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch_norm_backward import batch_norm_backward
-from .batch_norm_tiling import (
+from fastjepa.kernels.batch_norm.backward import batch_norm_backward
+from fastjepa.kernels.batch_norm.tiling import (
     audit_signature,
     check_inputs,
     form,
@@ -23,7 +23,7 @@ from .batch_norm_tiling import (
     row_spans,
     span_of_program,
 )
-from .launch import TRITON_TYPE, AuditCase, kernel_op, require_available
+from fastjepa.kernels.launch import TRITON_TYPE, AuditCase, kernel_op, require_available
 
 
 @triton.jit

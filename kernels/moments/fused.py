@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import (
+from fastjepa.kernels.launch import (
     TRITON_TYPE,
     AuditCase,
     LaunchConfig,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from .batch_norm_tiling import (
+from fastjepa.kernels.batch_norm.tiling import (
     audit_signature,
     check_rows,
     launch,
@@ -27,7 +27,7 @@ from .batch_norm_tiling import (
     row_spans,
     span_of_program,
 )
-from .launch import TRITON_TYPE, AuditCase, kernel_op, require_available
+from fastjepa.kernels.launch import TRITON_TYPE, AuditCase, kernel_op, require_available
 
 _OP = "batch_norm_statistics"
 

@@ -1,17 +1,4 @@
-"""Projected losses of a state and its predictions, fused: std_loss, cov_loss and prediction losses under one projector.
-
-    B batch  D channels ≤ 64  T frames  H, W pixels  N = B·T·H·W rows  K predictions  hidden, out features ≤ 128
-
-P(x) = W2·relu(BatchNorm(W1·x + b1)), BatchNorm in train mode. The (N, hidden) and (N, out) activations of the
-definition are never stored: four passes over the D-wide rows replace them.
-
-    1. mean and scatter of every tensor                       (moments.py)
-    2. moments of r(z), and of r(z) − r(p) per prediction     (projected_losses_forward.py)
-    3. Aᵀdy, Σdy and Σdy(x−μ)ᵀ                                (projected_losses_backward.py)
-    4. dx = Aᵀdy − BatchNorm's correction                     (moments.py)
-
-Between the passes, matrices of at most 128×128 (projector_algebra.py).
-"""
+"""The function to call: the projected losses as fused Triton kernels. The package has the maths."""
 
 from __future__ import annotations
 
@@ -21,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import projector_algebra as algebra
-from .launch import check_tensor, kernel_op, require_available
-from .moments import linear_operands, moments, subtract_centred_linear
-from .projected_losses_backward import slope_gradients
-from .projected_losses_forward import activation_moments
-from .projector_activations import MAX_D, MAX_HIDDEN, operands
-from .reference import ProjectedLosses, as_rows, check_shapes
+from fastjepa.kernels.launch import check_tensor, kernel_op, require_available
+from fastjepa.kernels.moments.fused import linear_operands, moments, subtract_centred_linear
+from fastjepa.kernels.projected_losses import algebra
+from fastjepa.kernels.projected_losses.activations import MAX_D, MAX_HIDDEN, operands
+from fastjepa.kernels.projected_losses.backward import slope_gradients
+from fastjepa.kernels.projected_losses.forward import activation_moments
+from fastjepa.kernels.projected_losses.reference import ProjectedLosses, as_rows, check_shapes
 
 _OP = "projected_losses"
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -153,7 +140,7 @@ def _autograd_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
 
 
 def _no_double_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    raise RuntimeError(f"{_OP} (fused) has first derivatives only; kernels.reference.projected_losses_eager has all")
+    raise RuntimeError(f"{_OP} (fused) has first derivatives only; kernels.projected_losses.reference has all")
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
@@ -172,7 +159,7 @@ def projected_losses(
 ) -> ProjectedLosses:
     """std_loss and cov_loss of P(z), and the mean squared difference of P(z) and each P(prediction), fused.
 
-    Same function, arguments and results as `fastjepa.kernels.reference.projected_losses`; first derivatives only. Rows
+    Same function, arguments and results as `closed_form.projected_losses`; first derivatives only. Rows
     that are contiguous in memory (channels-last tensors, or rows (N, D)) are read in place; any other layout is copied
     to rows once.
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import TRITON_TYPE, LaunchConfig, check_tensor, wrap
+from fastjepa.kernels.launch import TRITON_TYPE, LaunchConfig, check_tensor, wrap
 
 MAX_CHANNELS = 1024
 

@@ -2,7 +2,7 @@
 
     N rows  T = 1+K tensors (t = 0: the state z; t = 1..K: predictions)  D channels  H hidden features
 
-A and the centre of each tensor come from its own batch statistics (projector_algebra.py).
+A and the centre of each tensor come from its own batch statistics (`algebra`).
 
 Precision. bf16 rows enter the dot as they are, with A as the sum of two bf16 matrices, so that r is nearly exact; fp32
 rows are centred first (an exact subtraction where the mean is large) and the dot is "tf32x3". What later dots read is
@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import dot, load_rows, round_to
-from .moments import padded
-from .projector_algebra import Folded
+from fastjepa.kernels.launch import dot, load_rows, round_to
+from fastjepa.kernels.moments.fused import padded
+from fastjepa.kernels.projected_losses.algebra import Folded
 
 MAX_D = 64
 MAX_HIDDEN = 128

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def batch_norm_act_reference(
+def batch_norm_act(
     x: Tensor,
     bn: nn.BatchNorm1d | nn.BatchNorm2d,
     residual: Tensor | None = None,
@@ -18,7 +18,7 @@ def batch_norm_act_reference(
 ) -> Tensor:
     """relu?( bn(x) [+ residual] [+ residual_bn(residual)] ), as the modules themselves compute it.
 
-    Arguments, result and effects on the modules' buffers are those of `batch_norm.batch_norm_act`, for any dtype that
+    Arguments, result and effects on the modules' buffers are those of `fused.batch_norm_act`, for any dtype that
     the modules take.
     """
     out: Tensor = bn(x)

@@ -1,10 +1,7 @@
-"""The projected losses in plain torch, dtype-generic, without Triton: the literal definition and the closed form.
+"""The projected losses in closed form, in plain torch: the path that a CPU takes. Any dtype and device, no Triton.
 
-    B batch  D channels  T frames  H, W pixels  N = B·T·H·W rows  K predictions
-
-`projected_losses_eager` materialises every projection, as the definition says; in float64 it is the truth of the tests.
-`projected_losses` computes the same numbers, and the same gradients, from small moments (see projector_algebra.py): it
-walks over the pixels in chunks that stay in cache and stores nothing of size (N, hidden), forward or backward.
+The numbers and the gradients of `reference.projected_losses` from small moments (see `algebra`): it walks over the
+pixels in chunks that stay in cache and stores nothing of size (N, hidden), forward or backward.
 """
 
 from __future__ import annotations
@@ -14,80 +11,14 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import projector_algebra as algebra
-from .chunk_pool import map_groups
+from fastjepa.kernels.projected_losses import algebra
+from fastjepa.kernels.projected_losses.chunk_pool import map_groups
+from fastjepa.kernels.projected_losses.reference import ProjectedLosses, as_rows, check_shapes
 
 _CHUNK = 2048  # pixels: the three (hidden, chunk) temporaries then take 1.5 MB at 64 features in fp32 and stay in L2
-
-
-class ProjectedLosses(NamedTuple):
-    """Losses of a state z and K predictions under one projector, and the BatchNorm statistics of the 1+K calls."""
-
-    std_loss: Tensor  # ()
-    cov_loss: Tensor  # ()
-    prediction_losses: Tensor  # (K,): mean squared difference of the projections of z and of each prediction
-    batch_means: Tensor  # (1+K, hidden): batch mean of the first Linear's output, for z, p1..pK; detached
-    batch_vars: Tensor  # (1+K, hidden): its unbiased batch variance, as running buffers take it; detached
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """(B, D, ...) or (N, D) → (N, D), channels last; a view where the memory allows it."""
-    return x.movedim(1, -1).reshape(-1, x.shape[1])
-
-
-def vc_loss(f: Tensor) -> tuple[Tensor, Tensor]:
-    """(std_loss, cov_loss) of rows f (N, D): mean_j relu(1 − sqrt(var_j + 1e-4)), and the mean off-diagonal cov²."""
-    if f.shape[0] < 2 or f.shape[1] < 2:
-        raise ValueError(f"vc_loss: f has shape {tuple(f.shape)}; it needs at least 2 rows and 2 features")
-    centred = f - f.mean(dim=0)
-    return algebra.vc_from_covariance(centred.T @ centred / (f.shape[0] - 1))
-
-
-def projected_losses_eager(
-    z: Tensor,
-    predictions: Sequence[Tensor],
-    weight1: Tensor,
-    bias1: Tensor | None,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    weight2: Tensor,
-    eps: float,
-) -> ProjectedLosses:
-    """The definition: project every tensor, then compare. Arguments and results as in `projected_losses`.
-
-    Half-precision inputs are projected at their own precision; the losses are computed from the projections in fp32.
-    """
-    dtype = z.dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    means, variances, projections = [], [], []
-    for x in (z, *predictions):
-        h = F.linear(as_rows(x), weight1.to(dtype), None if bias1 is None else bias1.to(dtype))
-        variance, mean = torch.var_mean(h.detach().to(wide), dim=0)
-        means.append(mean)
-        variances.append(variance)
-        y = F.batch_norm(
-            h,
-            None,
-            None,
-            None if bn_weight is None else bn_weight.to(wide),
-            None if bn_bias is None else bn_bias.to(wide),
-            training=True,
-            eps=eps,
-        )
-        projections.append(F.linear(F.relu(y), weight2.to(dtype)).to(wide))
-    std_loss, cov_loss = vc_loss(projections[0])
-    differences = [F.mse_loss(projections[0], p) for p in projections[1:]]
-    return ProjectedLosses(
-        std_loss,
-        cov_loss,
-        torch.stack(differences) if differences else projections[0].new_zeros(0),
-        torch.stack(means),
-        torch.stack(variances),
-    )
 
 
 def projected_losses(
@@ -123,26 +54,6 @@ def projected_losses(
     bias = weight1.new_zeros(weight1.shape[0]) if bias1 is None else bias1
     offset = weight1.new_zeros(weight1.shape[0]) if bn_bias is None else bn_bias
     return ProjectedLosses(*_ClosedForm.apply(eps, weight1, bias, ones, offset, weight2, z, *predictions))
-
-
-def check_shapes(op: str, z: Tensor, predictions: Sequence[Tensor], weight1: Tensor, weight2: Tensor) -> None:
-    """Raise a ValueError that names the argument if the shapes do not fit together."""
-    if z.dim() < 2:
-        raise ValueError(f"{op}: z has shape {tuple(z.shape)}; accepted: (B, D, T, H, W), (B, D, H, W) or (N, D)")
-    n_rows = z.numel() // max(z.shape[1], 1)
-    if n_rows < 2:
-        raise ValueError(f"{op}: z has shape {tuple(z.shape)}, which is {n_rows} row(s); a variance needs at least 2")
-    for k, p in enumerate(predictions):
-        if p.shape != z.shape or p.dtype != z.dtype:
-            raise ValueError(
-                f"{op}: predictions[{k}] is {tuple(p.shape)} {p.dtype}; it must be as z: {tuple(z.shape)} {z.dtype}"
-            )
-    if weight1.dim() != 2 or weight1.shape[1] != z.shape[1]:
-        raise ValueError(f"{op}: weight1 has shape {tuple(weight1.shape)}; accepted: (hidden, {z.shape[1]})")
-    if weight2.dim() != 2 or weight2.shape[1] != weight1.shape[0] or weight2.shape[0] < 2:
-        raise ValueError(
-            f"{op}: weight2 has shape {tuple(weight2.shape)}; accepted: (out, {weight1.shape[0]}) with out ≥ 2"
-        )
 
 
 class _ClosedForm(torch.autograd.Function):

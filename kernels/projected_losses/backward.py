@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import (
+from fastjepa.kernels.launch import (
     TRITON_TYPE,
     AuditCase,
     LaunchConfig,
@@ -30,9 +30,9 @@ from .launch import (
     round_to,
     wrap,
 )
-from .moments import padded
-from .projector_activations import MAX_PROGRAMS, Operands, activations, block_sizes
-from .projector_algebra import OutputGradients
+from fastjepa.kernels.moments.fused import padded
+from fastjepa.kernels.projected_losses.activations import MAX_PROGRAMS, Operands, activations, block_sizes
+from fastjepa.kernels.projected_losses.algebra import OutputGradients
 
 
 @triton.jit

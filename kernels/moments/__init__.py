@@ -1,0 +1,1 @@
+"""Two passes over rows that several losses share: their mean and scatter, and a linear map of x − μ."""
