@@ -7,15 +7,18 @@ import sys
 
 # name: (module with `main(argv) -> exit status`, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
-    "audit": ("bench.audit", "compile every kernel without a GPU and judge what the assembler made of it"),
-    "losses": ("bench.losses", "time the projected losses, forward and backward"),
+    "audit": ("bench.audit.command", "compile every kernel without a GPU and judge what the assembler made of it"),
+    "projected_losses": ("bench.projected_losses", "time the projected losses, forward and backward"),
+    "losses": ("bench.projected_losses", "short for projected_losses"),
+    "batch_norm": ("bench.batch_norm", "time BatchNorm blocks, forward and backward"),
+    "networks": ("bench.networks", "time the encoder and the predictor whole, forward and backward"),
+    "layers": ("bench.layers", "networks and batch_norm in one run"),
     "saved": ("bench.saved", "count the bytes a training step keeps for its backward pass, without a GPU"),
     "step": ("bench.step", "time one training step, from the original's to everything at once"),
-    "layers": ("bench.layers", "time BatchNorm blocks and whole networks, forward and backward"),
     "rollout": ("bench.rollout", "time predicting k frames: latency and frames per second"),
     "train": ("bench.train", "train for some time, and write mAP against the wall clock"),
     "tune": ("bench.tune", "time candidate launch configurations of the kernels on a GPU"),
-    "report": ("bench.report", "draw and tabulate committed rows"),
+    "report": ("bench.report.page", "draw and tabulate committed rows"),
     "prove": ("bench.prove", "everything that can be shown on this machine, in one folder"),
     "eval": ("bench.evaluation", "time one evaluation, literally and with each thing done once"),
 }
@@ -23,7 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 def main(argv: list[str]) -> int:
     """Run the subcommand named first in `argv` with the rest; returns its exit status."""
-    listing = "\n".join(f"  {name:<8} {what}" for name, (_, what) in COMMANDS.items())
+    listing = "\n".join(f"  {name:<16} {what}" for name, (_, what) in COMMANDS.items())
     if argv and argv[0] in ("-h", "--help"):
         print(f"usage: python -m bench SUBCOMMAND [--help] ...\n\nsubcommands:\n{listing}")
         return 0

@@ -14,10 +14,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from bench import suite
-from bench.case import Case, Work
+from bench.harness import suite
+from bench.harness.case import Case, Work
+from bench.harness.variants import Computation, Tensors, Variant, always, needs_cuda, needs_kernels
 from bench.recipe import Recipe, arithmetic, build_model, make_clips
-from bench.variants import Computation, Tensors, Variant, always, needs_cuda, needs_kernels
+from bench.recipe_suite import run_suite
 from fastjepa.fused.swap import accelerate
 from fastjepa.moving_mnist import ClipSet
 from fastjepa.training.evaluation import evaluate
@@ -140,18 +141,16 @@ def make_variants(recipe: Recipe) -> list[Variant]:
     return [Variant(name, partial(build, recipe, way), way.precision, available=found) for name, way, found in ways]
 
 
+def plans(recipe: Recipe, note: str = "") -> list[tuple[Case, list[Variant]]]:
+    """The one case."""
+    return [(make_case(recipe, note), make_variants(recipe))]
+
+
 def run(options: suite.Options, parser: argparse.ArgumentParser, recipe: Recipe, note: str) -> int:
-    """Measure the evaluation of `recipe`; returns 1 if a variant failed."""
-    options = replace(options, suite="eval", only=(), variants=())
-    return suite.run(options, parser, [(make_case(recipe, note), make_variants(recipe))])
+    """Measure the evaluation of `recipe` with the options of another suite; returns 1 if a variant failed."""
+    return suite.run(replace(options, suite="eval", only=(), variants=()), parser, plans(recipe, note))
 
 
 def main(argv: Sequence[str]) -> int:
     """The command line; returns 1 if a variant failed."""
-    parser = suite.make_parser("eval", __doc__ or "")
-    suite.add_recipe_options(parser)
-    args = parser.parse_args(argv)
-    options = suite.resolve("eval", parser, args, argv)
-    recipe = suite.chosen_recipe(parser, args, options.device)
-    plans = [(make_case(recipe, " (quick)" if options.quick else ""), make_variants(recipe))]
-    return suite.run(options, parser, plans)
+    return run_suite("eval", __doc__ or "", argv, plans)

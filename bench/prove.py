@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 
-from bench import suite
-from bench.environment import ROOT, collect
-from bench.report import collect as collect_rows
-from bench.results import format_table, write_text
+from bench.harness import suite
+from bench.harness.environment import ROOT, collect
+from bench.harness.rows import format_table, write_text
+from bench.report.page import collect as collect_rows
 
 PASSED, FAILED, OUT_OF_TIME, SKIPPED, PENDING = "passed", "failed", "out of time", "skipped", "not started"
 _OP_TESTS = "batch_norm moments projected_losses vc_loss fused accelerate graphs graphed_rollout".split()
@@ -62,13 +62,28 @@ def parts(out: Path, device: torch.device, quick: bool) -> list[Part]:
 
     def measured(name: str, seconds: float, *arguments: str, reason: str | None = None) -> Part:
         # Memory on a CPU takes a process for each variant: in a smoke run the step's are enough.
-        small = ["--quick", *([] if name in ("losses", "step") else ["--no-memory"])] if quick else list(arguments)
+        small = (
+            ["--quick", *([] if name in ("projected_losses", "step") else ["--no-memory"])]
+            if quick
+            else list(arguments)
+        )
         command = [python, "-m", "bench", name, "--device", device.type, *small, "--out", str(out)]
         return Part(name, command, seconds, reason)
 
     no_tests = no_gpu or _missing_package("pytest") or _missing_package("hypothesis")
     tests = [str(path) for name in _OP_TESTS if (path := ROOT / "tests" / f"test_{name}.py").exists()]
-    sanitizer = [python, "-m", "bench", "losses", "--quick", "--device", "cuda", "--variant", "fused", "fused bf16"]
+    sanitizer = [
+        python,
+        "-m",
+        "bench",
+        "projected_losses",
+        "--quick",
+        "--device",
+        "cuda",
+        "--variant",
+        "fused",
+        "fused bf16",
+    ]
     training = (
         ["--quick", "--", "--device", device.type] if quick else ["--seconds", "120", "--", "--precision", "bf16"]
     )
@@ -81,7 +96,7 @@ def parts(out: Path, device: torch.device, quick: bool) -> list[Part]:
             40, no_gpu or _missing("compute-sanitizer"), compiled | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         ),
         measured("tune", 40, reason=no_gpu),
-        measured("losses", 60 if quick else 40, *(["--batch", "64"] if gpu else [])),
+        measured("projected_losses", 60 if quick else 40, *(["--batch", "64"] if gpu else [])),
         measured("layers", 60, "--only", "encoder", "predictor", "576x32x64x64", "--seconds", "1"),
         measured("rollout", 50, "--horizon", "1", "8", "50", "--seconds", "0.5"),
         measured("step", 100, "--seconds", "10"),

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bench import losses
-from bench.case import BOTH, Work
-from bench.variants import Tensors
+from bench import projected_losses
+from bench.harness.case import BOTH, Work
+from bench.harness.variants import Tensors
 from fastjepa.model.jepa import JEPA, build_jepa, build_probes
 from fastjepa.model.networks import DetHead, ImageDecoder
 from fastjepa.moving_mnist import ClipSet
@@ -48,7 +48,7 @@ def build_model(recipe: Recipe, device: torch.device, dtype: torch.dtype = torch
         torch.manual_seed(2025)
         jepa = build_jepa(
             dobs=1, henc=recipe.henc, hpre=recipe.hpre, dstc=recipe.dstc,
-            std_coeff=losses.STD_COEFF, cov_coeff=losses.COV_COEFF,
+            std_coeff=projected_losses.STD_COEFF, cov_coeff=projected_losses.COV_COEFF,
         )  # fmt: skip
         decoder, head = build_probes(dobs=1, dstc=recipe.dstc)
     return jepa.to(device, dtype), decoder.to(device, dtype), head.to(device, dtype)
@@ -147,7 +147,7 @@ class StepWork:
 
 def step_work(recipe: Recipe) -> StepWork:
     """Count one training step. Bytes: each layer reads its input and writes its output once forward, once for the
-    input's gradient and once for the weights'; the losses are those of the closed form (`bench.losses.work`).
+    input's gradient and once for the weights'; the losses are those of the closed form (`bench.projected_losses.work`).
     """
     jepa, decoder, head = build_model(recipe, torch.device("meta"))
     video = torch.empty(recipe.batch, 1, recipe.frames, recipe.pixels, recipe.pixels, device="meta")
@@ -160,8 +160,8 @@ def step_work(recipe: Recipe) -> StepWork:
     steps = recipe.steps
     networks = encoder.forward + encoder.backward + steps * (predictor.forward + predictor.backward)
     networks += sum(probe.forward + probe.backward for probe in probes)
-    size = losses.Size(recipe.batch, recipe.frames, recipe.pixels, recipe.dstc, steps=steps)
-    closed = losses.work(size, BOTH, torch.float32)
+    size = projected_losses.Size(recipe.batch, recipe.frames, recipe.pixels, recipe.dstc, steps=steps)
+    closed = projected_losses.work(size, BOTH, torch.float32)
     elements = 3 * (encoder.elements + steps * predictor.elements + sum(probe.elements for probe in probes))
     return StepWork(
         # The encoder runs twice more for the probes, forward only, and the projector 1 + 2·steps times. The covariance

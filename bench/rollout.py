@@ -14,11 +14,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from bench import suite
-from bench.case import Case, Work
 from bench.evaluation import settle
+from bench.harness import suite
+from bench.harness.case import Case, Work
+from bench.harness.variants import Computation, Tensors, Variant, always, needs_cuda, needs_kernels
 from bench.recipe import TINY, Recipe, arithmetic, build_model, count
-from bench.variants import Computation, Tensors, Variant, always, needs_cuda, needs_kernels
 from fastjepa.fused.folding import folded_batch_norm
 from fastjepa.fused.networks import FusedResUNet
 from fastjepa.graphs import GraphedRollout

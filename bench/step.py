@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench import evaluation, suite
-from bench.case import Case, Work
+from bench import evaluation
+from bench.harness import suite
+from bench.harness.case import Case, Work
+from bench.harness.variants import COMPILE_MAX, Computation, Tensors, Variant, always, needs_cuda, needs_kernels
 from bench.recipe import GRAPH, Model, Recipe, arithmetic, build_model, make_batch, make_clips, step_work
-from bench.variants import COMPILE_MAX, Computation, Tensors, Variant, always, needs_cuda, needs_kernels
+from bench.recipe_suite import add_recipe_options, chosen_recipe
 from fastjepa.fused.swap import accelerate
 from fastjepa.graphs import GraphedTrainStep
 from fastjepa.model.projected_losses import ProjectionPath
@@ -183,11 +185,11 @@ def build(recipe: Recipe, way: Way, device: torch.device) -> Computation:
 def main(argv: Sequence[str]) -> int:
     """The command line; returns 1 if a variant failed."""
     parser = suite.make_parser("step", __doc__ or "")
-    suite.add_recipe_options(parser)
+    add_recipe_options(parser)
     parser.add_argument("--eval", action="store_true", help="afterwards the evaluation too (python -m bench eval)")
     args = parser.parse_args(argv)
     options = suite.resolve("step", parser, args, argv)
-    recipe = suite.chosen_recipe(parser, args, options.device)
+    recipe = chosen_recipe(parser, args, options.device)
     note = " (quick)" if options.quick else ""
     status = suite.run(options, parser, [(make_case(recipe, note), make_variants(recipe, options.device))])
     if args.eval:

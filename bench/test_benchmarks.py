@@ -12,16 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-from bench import evaluation, layers, losses, rollout, step
-from bench.case import Case, Runner
+from bench import evaluation, layers, projected_losses, rollout, step
+from bench.harness.case import Case, Runner
+from bench.harness.variants import Variant
 from bench.recipe import TINY
-from bench.variants import Variant
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def plans() -> Iterator[tuple[Case, list[Variant]]]:
-    yield losses.make_case(losses.Size(1, frames=3, pixels=32)), losses.make_variants(DEVICE)
+    yield (
+        projected_losses.make_case(projected_losses.Size(1, frames=3, pixels=32)),
+        projected_losses.make_variants(DEVICE),
+    )
     yield from islice(layers.plans(TINY), 4)  # both networks and two blocks
     yield rollout.make_case(TINY, 4), rollout.make_variants(TINY, 4)
     yield step.make_case(TINY), step.make_variants(TINY, DEVICE)

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from bench import layers, losses, suite
-from bench.case import BOTH, Case
-from bench.results import Row, format_table
-from bench.variants import Computation, Tensors, Variant, always, channels_last, needs_kernels
+from bench import batch_norm, projected_losses
+from bench.harness import suite
+from bench.harness.case import BOTH, Case
+from bench.harness.rows import Row, format_table
+from bench.harness.variants import Computation, Tensors, Variant, always, channels_last, needs_kernels
 from fastjepa.kernels.launch import LaunchConfig
 from fastjepa.kernels.projected_losses import closed_form
 
@@ -153,7 +154,7 @@ def _same(function: Computation, device: torch.device) -> Computation:
 def fused_losses(device: torch.device) -> Computation:
     """The fused projected losses."""
     module = importlib.import_module("fastjepa.kernels.projected_losses.fused")
-    return partial(losses.compute, module.projected_losses)
+    return partial(projected_losses.compute, module.projected_losses)
 
 
 def plans(quick: bool) -> Iterator[tuple[Case, list[Variant]]]:
@@ -161,13 +162,13 @@ def plans(quick: bool) -> Iterator[tuple[Case, list[Variant]]]:
     frames, pixels = (4, 8) if quick else (576, 64)
     tilings = "fastjepa.kernels.batch_norm.tiling"
     for key in importlib.import_module(tilings).TILINGS:
-        form = {"residual": layers.RESIDUAL, "normalized_residual": layers.NORMALIZED}.get(
-            key.rpartition("/")[2], layers.PLAIN
+        form = {"residual": batch_norm.RESIDUAL, "normalized_residual": batch_norm.NORMALIZED}.get(
+            key.rpartition("/")[2], batch_norm.PLAIN
         )
         entry = Entry(tilings, "TILINGS", key)
-        case = layers.block_case(layers.Block(frames, 32, pixels, form))
-        yield _plan(case, layers.build_fused_block, entry, tiling_candidates(entry))
-    size = losses.Size(1, 2, 8, steps=2) if quick else losses.Size(64)
+        case = batch_norm.block_case(batch_norm.Block(frames, 32, pixels, form))
+        yield _plan(case, batch_norm.build_fused_block, entry, tiling_candidates(entry))
+    size = projected_losses.Size(1, 2, 8, steps=2) if quick else projected_losses.Size(64)
     half = (64, False)  # hidden features, whether fp32
     entries = [
         Entry("fastjepa.kernels.projected_losses.forward", "_CONFIGS", half),
@@ -175,7 +176,9 @@ def plans(quick: bool) -> Iterator[tuple[Case, list[Variant]]]:
         Entry("fastjepa.kernels.moments.fused", "_MOMENTS_CONFIGS", 16),
         Entry("fastjepa.kernels.moments.fused", "_LINEAR_CONFIGS", 16),
     ]
-    case = replace(losses.make_case(size), truth=partial(losses.compute, closed_form.projected_losses))
+    case = replace(
+        projected_losses.make_case(size), truth=partial(projected_losses.compute, closed_form.projected_losses)
+    )
     for entry in entries:
         yield _plan(case, fused_losses, entry, launch_candidates(entry))
 

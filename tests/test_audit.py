@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from bench import __main__ as command_line
-from bench import audit
-from bench.audit import SHARED_MEMORY_LIMIT, collect_cases
-from bench.hazard import find_hazards
-from bench.roofline import H200
-from bench.sass import Binary, inspect, parse_sass
+from bench.audit import command as audit
+from bench.audit.command import SHARED_MEMORY_LIMIT, collect_cases
+from bench.audit.hazard import find_hazards
+from bench.audit.sass import Binary, inspect, parse_sass
+from bench.harness.roofline import H200
 
 ROOT = Path(__file__).resolve().parent.parent
 

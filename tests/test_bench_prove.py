@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench import figures, prove, report
+from bench import prove
+from bench.harness.rows import Row, write_rows
 from bench.profile import target, top_kernels
-from bench.results import Row, write_rows
+from bench.report import figures
+from bench.report import page as report
 
 CPU = torch.device("cpu")
 
@@ -136,7 +138,7 @@ def test_parts_of_a_cpu_skip_what_needs_a_gpu_with_the_reason(tmp_path: Path) ->
     every = {part.name: part for part in prove.parts(tmp_path, CPU, quick=True)}
     for name in ("tests marked gpu", "op tests", "compute-sanitizer", "tune", "ncu"):
         assert every[name].unavailable == "needs a CUDA device"
-    for name in ("losses", "layers", "rollout", "step", "eval", "train", "report"):
+    for name in ("projected_losses", "layers", "rollout", "step", "eval", "train", "report"):
         assert every[name].unavailable is None
     assert list(every)[-1] == "report"
     on_gpu = {part.name: part for part in prove.parts(tmp_path, torch.device("cuda"), quick=False)}

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import evaluation, layers, losses, rollout, step, train, tune
-from bench.case import BACKWARD, BOTH, FORWARD
+from bench import batch_norm, evaluation, layers, projected_losses, rollout, step, train, tune
+from bench.harness.case import BACKWARD, BOTH, FORWARD, random_cotangents
+from bench.harness.roofline import H200
+from bench.harness.rows import Row, read_rows
+from bench.harness.variants import channels_last
 from bench.recipe import TINY, Recipe, build_model, count, make_batch, step_work
-from bench.results import Row, read_rows
-from bench.roofline import H200
-from bench.variants import channels_last
 from compare import assert_close_to_truth
 from fastjepa.model.networks import ResNet5
 from fastjepa.model.step import TrainStep
@@ -124,7 +124,10 @@ def test_suites_refuse_what_they_cannot_serve(arguments: list[str], capsys: pyte
 
 def test_loss_weights_are_the_recipes() -> None:
     jepa = build_model(TINY, CPU)[0]
-    assert (jepa.regularizer.std_coeff, jepa.regularizer.cov_coeff) == (losses.STD_COEFF, losses.COV_COEFF)
+    assert (jepa.regularizer.std_coeff, jepa.regularizer.cov_coeff) == (
+        projected_losses.STD_COEFF,
+        projected_losses.COV_COEFF,
+    )
 
 
 # -- layers
@@ -142,28 +145,31 @@ def test_blocks_are_those_of_the_networks() -> None:
             module.register_forward_hook(note)
     video = torch.empty(TINY.batch, 1, TINY.frames, TINY.pixels, TINY.pixels, device="meta")
     jepa.predictor(jepa.encoder(video))
-    blocks = layers.blocks_of(TINY)
+    blocks = batch_norm.blocks_of(TINY)
     assert {(b.frames, b.channels, b.pixels, b.pixels) for b in blocks} == seen
-    assert len(layers.blocks_of(Recipe())) == 15
+    assert len(batch_norm.blocks_of(Recipe())) == 15
 
 
-@pytest.mark.parametrize("form", [layers.PLAIN, layers.RESIDUAL, layers.NORMALIZED])
+@pytest.mark.parametrize("form", [batch_norm.PLAIN, batch_norm.RESIDUAL, batch_norm.NORMALIZED])
 def test_fused_block_computes_what_it_is_compared_with(form: str) -> None:
-    block = layers.Block(3, 4, 5, form)
-    inputs = layers.make_block_inputs(block, CPU, torch.float32)
-    eager, fused = layers.block_eager(inputs)["out"], layers.build_fused_block(CPU)(channels_last(inputs))["out"]
+    block = batch_norm.Block(3, 4, 5, form)
+    inputs = batch_norm.make_block_inputs(block, CPU, torch.float32)
+    eager, fused = (
+        batch_norm.block_eager(inputs)["out"],
+        batch_norm.build_fused_block(CPU)(channels_last(inputs))["out"],
+    )
     torch.testing.assert_close(fused, eager, rtol=1e-5, atol=1e-5)
-    weight = "residual_weight" if form == layers.NORMALIZED else "weight"
+    weight = "residual_weight" if form == batch_norm.NORMALIZED else "weight"
     (expected,) = torch.autograd.grad(eager.square().sum(), inputs[weight])
     laid_out = channels_last(inputs)
-    (found,) = torch.autograd.grad(layers.build_fused_block(CPU)(laid_out)["out"].square().sum(), laid_out[weight])
+    (found,) = torch.autograd.grad(batch_norm.build_fused_block(CPU)(laid_out)["out"].square().sum(), laid_out[weight])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_work_of_a_block_is_its_passes_over_the_tensors() -> None:
-    block = layers.Block(576, 32, 64, layers.RESIDUAL)
+    block = batch_norm.Block(576, 32, 64, batch_norm.RESIDUAL)
     one = 576 * 32 * 64 * 64 * 2
-    works = [layers.block_work(block, phase, torch.bfloat16).bytes_moved for phase in (FORWARD, BACKWARD, BOTH)]
+    works = [batch_norm.block_work(block, phase, torch.bfloat16).bytes_moved for phase in (FORWARD, BACKWARD, BOTH)]
     assert works == [4 * one, 8 * one, 12 * one]
 
 
@@ -172,7 +178,7 @@ def test_layers_measure_networks_and_blocks(tmp_path: Path) -> None:
     assert layers.main([*arguments, "--out", str(tmp_path)]) == 0
     rows = read_rows(tmp_path / "layers.jsonl")
     assert len({row.case for row in rows}) == 2
-    assert {row.status for row in rows if row.variant == layers.EAGER} == {"exact"}
+    assert {row.status for row in rows if row.variant == batch_norm.EAGER} == {"exact"}
     predictor = next(row for row in rows if row.case.startswith("predictor") and row.phase == BACKWARD)
     forward = next(row for row in rows if row.case == predictor.case and row.phase == FORWARD)
     assert predictor.flops == 2 * (forward.flops or 0)  # its input wants a gradient too
@@ -238,14 +244,16 @@ def test_an_entry_is_set_for_one_call_only() -> None:
     before = dict(entry.values)
     candidates = tune.tiling_candidates(entry)
     assert before["forward/plain"] in candidates
-    inputs = channels_last(layers.make_block_inputs(layers.Block(2, 4, 4, layers.PLAIN), CPU, torch.float32))
+    inputs = channels_last(
+        batch_norm.make_block_inputs(batch_norm.Block(2, 4, 4, batch_norm.PLAIN), CPU, torch.float32)
+    )
     seen = []
 
     def function(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         seen.append(entry.values["forward/plain"])
-        return layers.block_eager(inputs)
+        return batch_norm.block_eager(inputs)
 
-    candidate = tune.Candidate(lambda _: function, layers.random_cotangents, entry, candidates[0], CPU)
+    candidate = tune.Candidate(lambda _: function, random_cotangents, entry, candidates[0], CPU)
     found = candidate(inputs)
     assert seen == [candidates[0]]
     assert entry.values == before

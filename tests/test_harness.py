@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -12,14 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import losses, memory
-from bench.case import BACKWARD, BOTH, FORWARD, Case, Runner, Work, truth_of
-from bench.environment import Environment, collect
-from bench.harness import QUICK, Settings, render, run_case
-from bench.policy import Error, judge, relative_errors
-from bench.results import Row, format_table, read_rows, write_rows, write_text
-from bench.timing import HostTimer, quantile
-from bench.variants import Tensors, Variant, channels_last, eager, eager_bf16, needs_cuda
+from bench import projected_losses
+from bench.harness import memory
+from bench.harness.case import BACKWARD, BOTH, FORWARD, Case, Runner, Work, truth_of
+from bench.harness.environment import Environment, collect
+from bench.harness.policy import Error, judge, relative_errors
+from bench.harness.rows import Row, format_table, read_rows, write_rows, write_text
+from bench.harness.run import Settings, render, run_case
+from bench.harness.timing import HostTimer, quantile
+from bench.harness.variants import Tensors, Variant, channels_last, eager, eager_bf16, needs_cuda
 
 CPU = torch.device("cpu")
 ENVIRONMENT = Environment(
@@ -429,12 +429,12 @@ def test_environment_names_the_code_and_the_device() -> None:
     assert environment.date.endswith("+00:00")
 
 
-# -- python -m bench losses
+# -- python -m bench projected_losses
 
 
 def test_losses_inputs_are_the_same_values_at_every_precision() -> None:
-    size = losses.Size(batch=1, frames=2, pixels=4)
-    single, half = (losses.make_inputs(size, CPU, dtype) for dtype in (torch.float32, torch.bfloat16))
+    size = projected_losses.Size(batch=1, frames=2, pixels=4)
+    single, half = (projected_losses.make_inputs(size, CPU, dtype) for dtype in (torch.float32, torch.bfloat16))
     assert [name for name in single if name.startswith("prediction")] == [f"prediction{k}" for k in (1, 2, 3, 4)]
     assert torch.equal(single["z"].bfloat16(), half["z"])
     assert single["z"].min() >= 0
@@ -443,28 +443,27 @@ def test_losses_inputs_are_the_same_values_at_every_precision() -> None:
 
 
 def test_losses_work_is_the_closed_forms_at_the_default_size() -> None:
-    size = losses.Size(batch=64)
+    size = projected_losses.Size(batch=64)
     assert size.rows == 2_621_440
     one_pass = 5 * 2_621_440 * 16 * 2  # five states in bf16
-    works = [losses.work(size, phase, torch.bfloat16) for phase in (FORWARD, BACKWARD, BOTH)]
+    works = [projected_losses.work(size, phase, torch.bfloat16) for phase in (FORWARD, BACKWARD, BOTH)]
     assert [work.bytes_moved for work in works] == [2 * one_pass, 3 * one_pass, 5 * one_pass]
     assert works[2].flops == works[0].flops + works[1].flops
 
 
-def test_losses_smoke_run_writes_exact_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "QUICK", Settings(**{**vars(QUICK), "memory": False}))
-    arguments = ["--quick", "--device", "cpu", "--variant", "eager", "closed form", "fused", "--out", str(tmp_path)]
-    assert losses.main(arguments) == 0
-    rows = read_rows(tmp_path / "losses.jsonl")
+def test_losses_smoke_run_writes_exact_rows(tmp_path: Path) -> None:
+    flags = ["--quick", "--no-memory", "--device", "cpu", "--variant", "eager", "closed form", "fused"]
+    assert projected_losses.main([*flags, "--out", str(tmp_path)]) == 0
+    rows = read_rows(tmp_path / "projected_losses.jsonl")
     status = {(row.variant, row.phase): row.status for row in rows}
     for phase in (FORWARD, BACKWARD, BOTH):
         assert status["eager", phase] == status["closed form", phase] == "exact"
         assert status["fused", phase] == "unavailable"
-    assert json.loads((tmp_path / "losses.jsonl").read_text().splitlines()[0])["suite"] == "losses"
+    assert {row.suite for row in rows} == {"projected_losses"}
 
 
 @pytest.mark.parametrize("arguments", [["--batch", "0"], ["--variant", "magic"], ["--device", "tpu"]])
 def test_losses_refuses_what_it_cannot_serve(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        losses.main(arguments)
+        projected_losses.main(arguments)
     assert arguments[1] in capsys.readouterr().err

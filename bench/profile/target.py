@@ -16,10 +16,12 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench import step, suite
+from bench import step
+from bench.harness import suite
+from bench.harness.rows import write_text
 from bench.profile.top_kernels import COLUMNS
 from bench.recipe import Recipe, make_batch
-from bench.results import write_text
+from bench.recipe_suite import chosen_recipe
 from fastjepa.profiling import span
 
 
@@ -57,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     if args.steps < 1:
         parser.error(f"--steps must be at least 1, got {args.steps}")
     device = suite.resolve_device(args.device, parser)
-    recipe: Recipe = suite.chosen_recipe(parser, args, device)
+    recipe: Recipe = chosen_recipe(parser, args, device)
     variants = {variant.name: variant for variant in step.make_variants(recipe, device)}
     if args.variant not in variants:
         parser.error(f"--variant {args.variant!r} is not one of: {', '.join(variants)}")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.results import format_table
+from bench.harness.rows import format_table
 
 COLUMNS = ("Time (%)", "Total Time (ns)", "Instances", "Name")  # those of nsys that are read; it has more
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 import triton
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
 class Environment:
-    """Collected once per run; the fields are those of `bench.results.Row` of the same names."""
+    """Collected once per run; the fields are those of `bench.harness.rows.Row` of the same names."""
 
     command: str
     commit: str  # "unknown" outside a git checkout

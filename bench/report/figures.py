@@ -12,10 +12,10 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from bench.case import BOTH
+from bench.harness.case import BOTH
+from bench.harness.roofline import ceilings_of
+from bench.harness.rows import Row
 from bench.recipe import GRAPH
-from bench.results import Row
-from bench.roofline import ceilings_of
 from fastjepa.figures.style import INK, MUTED, SERIES_COLOURS, plot_style, series_style
 from fastjepa.storage.safe_files import write_atomic
 

@@ -2,7 +2,7 @@
 
 A kernel fails if it spills more than its case allows, needs more shared memory than a block can have (Triton does not
 check), lacks the tensor-core instructions its case expects, has its wgmmas serialised by ptxas, or overwrites a
-register of a wgmma in flight (bench/hazard.py). The exit status is 1 if any does.
+register of a wgmma in flight (`hazard`). The exit status is 1 if any does.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import fastjepa.kernels
-from bench.results import format_table, write_text
-from bench.roofline import H200
+from bench.harness.roofline import H200
+from bench.harness.rows import format_table, write_text
 from fastjepa.kernels.launch import AuditCase
 
 # Shared memory one block can have, in bytes, by compute capability: 163, 227 and 227 KiB (CUDA C++ Programming Guide,
@@ -47,7 +47,7 @@ class Finding:
     arch: int
     failures: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    facts: dict[str, object] = field(default_factory=dict)  # bench.sass.Inspection as a dict; empty: did not compile
+    facts: dict[str, object] = field(default_factory=dict)  # sass.Inspection as a dict; empty: did not compile
     hazards: tuple[str, ...] = ()
     bytes_moved: int = 0
     flops: int = 0
@@ -83,8 +83,8 @@ def kernel_modules() -> list[str]:
 
 def judge(case: AuditCase, arch: int) -> Finding:
     """Compile one case for one architecture and judge it. A kernel that does not compile is a failure, not an error."""
-    from bench.hazard import find_hazards
-    from bench.sass import compile_case, inspect
+    from bench.audit.hazard import find_hazards
+    from bench.audit.sass import compile_case, inspect
 
     try:
         binary = compile_case(case, arch)
@@ -227,7 +227,7 @@ def main(argv: list[str]) -> int:
 
 def _rerun_compiling(argv: list[str]) -> int:
     """Kernels that were imported under TRITON_INTERPRET=1 cannot be compiled, so start again without it."""
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     del environment["TRITON_INTERPRET"]

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 
-from bench.case import Case
-from bench.environment import collect
-from bench.harness import QUICK, Settings, render, run_case
-from bench.recipe import TINY, Recipe
-from bench.results import Row, write_rows
-from bench.variants import Variant
+from bench.harness.case import Case
+from bench.harness.environment import collect
+from bench.harness.rows import Row, write_rows
+from bench.harness.run import QUICK, Settings, render, run_case
+from bench.harness.variants import Variant
 
 
 @dataclass(frozen=True)
@@ -109,17 +108,3 @@ def run(
 
 def _progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def add_recipe_options(parser: argparse.ArgumentParser) -> None:
-    """--batch, for suites at the default recipe's sizes."""
-    parser.add_argument("--batch", type=int, help="clips (default: 64 on a GPU, 2 on a CPU; --quick: a tiny recipe)")
-
-
-def chosen_recipe(parser: argparse.ArgumentParser, args: argparse.Namespace, device: torch.device) -> Recipe:
-    """The recipe that the options ask for."""
-    if args.batch is not None and args.batch < 1:
-        parser.error(f"--batch must be at least 1, got {args.batch}")
-    if args.quick:
-        return TINY if args.batch is None else replace(TINY, batch=args.batch)
-    return Recipe(batch=args.batch or (64 if device.type == "cuda" else 2))

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bench.policy import Error, relative_errors
-from bench.timing import Timer
-from bench.variants import Tensors, Variant
+from bench.harness.policy import Error, relative_errors
+from bench.harness.timing import Timer
+from bench.harness.variants import Tensors, Variant
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 
@@ -37,7 +37,7 @@ class Case:
         cotangents: the gradient of each differentiated output, given all outputs; None: there is no backward phase.
         phase: what the one phase is called if there is no backward, e.g. "rollout" or "step".
         latency: time single calls on the host's clock, and state p50 and p99 in place of p20 and p80.
-        scale_of: see `bench.policy.relative_errors`; gradients are called "grad <input>".
+        scale_of: see `policy.relative_errors`; gradients are called "grad <input>".
         repeatable: calls change no state, so the last one must be as exact as the first.
         rates: units per call by the name of the rate, e.g. {"frames_per_second": 512}, for the rows' `quality`.
     """
@@ -139,3 +139,13 @@ def truth_of(case: Case, inputs: Tensors) -> Tensors:
     reference = Variant("truth", lambda _: case.truth, dtype=torch.float64)
     results = Runner(case, reference, device, wide).run()
     return {name: x.detach() for tensors in results.values() for name, x in tensors.items()}
+
+
+def random_cotangents(outputs: Tensors) -> Tensors:
+    """A random gradient of every output, in its layout; values that bf16 holds exactly, so that all dtypes agree."""
+    found = {}
+    for name, out in outputs.items():
+        generator = torch.Generator(out.device).manual_seed(11)
+        values = torch.randn(out.shape, generator=generator, device=out.device, dtype=torch.float32).bfloat16()
+        found[name] = torch.empty_like(out).copy_(values)
+    return found

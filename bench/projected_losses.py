@@ -1,4 +1,4 @@
-"""`python -m bench losses`: the projected losses of a training step, at the default recipe's size.
+"""`python -m bench projected_losses`: the projected losses of a training step, at the default recipe's size.
 
 B clips of T = 10 frames of 64×64 pixels, states of D = 16 channels, projector 16-64-64, K = 4 predictions: at B = 64
 the projector sees N = 2,621,440 rows for every tensor. Backward starts from the gradient that the default recipe
@@ -7,23 +7,18 @@ gives each loss: 10·std_loss + 100·cov_loss + mean(prediction_losses).
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bench import variants as ways
-from bench.case import BACKWARD, FORWARD, Case, Work
-from bench.environment import collect
-from bench.harness import QUICK, Settings, render, run_case
-from bench.results import Row, write_rows
-from bench.variants import Tensors, Variant
+from bench.harness import suite
+from bench.harness import variants as ways
+from bench.harness.case import BACKWARD, FORWARD, Case, Work
+from bench.harness.variants import Tensors, Variant
 from fastjepa.kernels.projected_losses import closed_form, reference
 
 STD_COEFF, COV_COEFF = 10.0, 100.0
@@ -122,7 +117,7 @@ def _fused(inputs: Tensors) -> Tensors:
 def make_case(size: Size, note: str = "") -> Case:
     """The benchmark case at one size."""
     return Case(
-        suite="losses",
+        suite="projected_losses",
         name=f"{size}{note}",
         make_inputs=partial(make_inputs, size),
         truth=partial(compute, reference.projected_losses),
@@ -153,40 +148,26 @@ def make_variants(device: torch.device) -> list[Variant]:
     return [*chosen, ways.fused(_fused)]
 
 
-def main(argv: list[str]) -> int:
+def plans(
+    batches: Sequence[int], device: torch.device, *, quick: bool, compile: bool
+) -> Iterator[tuple[Case, list[Variant]]]:
+    """Every batch size; `compile`: with what must be compiled first."""
+    variants = [v for v in make_variants(device) if compile or not v.name.startswith("torch.compile")]
+    for batch in batches:
+        size = Size(batch, frames=3, pixels=32) if quick else Size(batch)
+        yield make_case(size, " (quick)" if quick else ""), variants
+
+
+def main(argv: Sequence[str]) -> int:
     """The command line; returns 1 if a variant failed (running out of memory is a result, not a failure)."""
-    parser = argparse.ArgumentParser(prog="python -m bench losses", description=__doc__.split("\n\n")[0])
+    parser = suite.make_parser("projected_losses", __doc__ or "")
     parser.add_argument("--batch", type=int, nargs="+", help="default: 1 8 64 on a GPU, 2 on a CPU, 1 with --quick")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--variant", nargs="+", metavar="NAME", help="only these (default: all for the device)")
-    parser.add_argument("--quick", action="store_true", help="a smoke run: small and short")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write losses.jsonl and losses.csv there")
     args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda, but torch sees no CUDA device")
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(automatic if args.device == "auto" else args.device)
-    batches = args.batch or ([1] if args.quick else [2] if device.type == "cpu" else [1, 8, 64])
+    options = suite.resolve("projected_losses", parser, args, argv)
+    on_cpu = options.device.type == "cpu"
+    batches = args.batch or ([1] if options.quick else [2] if on_cpu else [1, 8, 64])
     if min(batches) < 1:
         parser.error(f"--batch must be at least 1, got {min(batches)}")
-    every = {variant.name: variant for variant in make_variants(device)}
-    unknown = [name for name in args.variant or () if name not in every]
-    if unknown:
-        parser.error(f"--variant {unknown[0]!r} is not one of: {', '.join(every)}")
     # Compiling on a CPU takes most of a minute, too long for a smoke run; --variant names it all the same.
-    slow = {name for name in every if name.startswith("torch.compile") and args.quick and device.type == "cpu"}
-    variants = [every[name] for name in args.variant or every if args.variant or name not in slow]
-    environment = collect(["python", "-m", "bench", "losses", *argv], device)
-    rows: list[Row] = []
-    for batch in batches:
-        size = Size(batch, frames=3, pixels=32) if args.quick else Size(batch)
-        case = make_case(size, " (quick)" if args.quick else "")
-        settings = QUICK if args.quick else Settings()
-        found = run_case(case, variants, device, environment, settings, progress=lambda t: print(t, file=sys.stderr))
-        print(f"\nlosses {case.name}, N = {size.rows}, on {environment.device}\n{render(found)}")
-        rows += found
-        if args.out:  # after every size: a run that is cut short keeps what it has measured
-            write_rows(rows, args.out / "losses")
-    if not args.out:
-        print("\nno rows were written; --out DIR writes them")
-    return 1 if any(row.status == "failed" for row in rows) else 0
+    compile = bool(options.variants) or not (options.quick and on_cpu)
+    return suite.run(options, parser, plans(batches, options.device, quick=options.quick, compile=compile))

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.sass import Instruction
+from bench.audit.sass import Instruction
 
 _ASYNC = ("HGMMA", "IGMMA", "BGMMA", "QGMMA")
 _REGISTERS_OF_A = 4  # a 64×K tile is 4 registers per thread for every K and type

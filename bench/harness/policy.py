@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from bench.environment import ROOT
+from bench.harness.environment import ROOT
 
 
 def _shared_policy() -> ModuleType:
