@@ -1,7 +1,7 @@
 """Fifty training steps, eager against fused: the loss curve, the parameters and the BatchNorm buffers agree.
 
 Rounding differences grow over a training, for eager fp32 just as for fused fp32, so both are held against the same
-training in float64: fused may be at most twice as far from it as eager (tests/compare.py).
+training in float64: fused may be at most twice as far from it as eager (`fastjepa.measuring.policy`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from compare import relative_floor
 from fastjepa.fused.swap import accelerate
+from fastjepa.measuring.policy import relative_floor
 from fastjepa.model.step import TrainStep
 from tiny import tiny_batch, tiny_model
 

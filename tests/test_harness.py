@@ -15,11 +15,10 @@ from bench import projected_losses
 from bench.harness import memory
 from bench.harness.case import BACKWARD, BOTH, FORWARD, Case, Runner, Work, truth_of
 from bench.harness.environment import Environment, collect
-from bench.harness.policy import Error, judge, relative_errors
 from bench.harness.rows import Row, format_table, read_rows, write_rows, write_text
 from bench.harness.run import Settings, render, run_case
-from bench.harness.timing import HostTimer, quantile
 from bench.harness.variants import Tensors, Variant, channels_last, eager, eager_bf16, needs_cuda
+from fastjepa.measuring.timing import HostTimer, quantile
 
 CPU = torch.device("cpu")
 ENVIRONMENT = Environment(
@@ -238,7 +237,7 @@ def test_backward_is_timed_apart_from_forward() -> None:
     assert both == [forward[0] + backward[0]]
 
 
-# -- truth, policy and inputs
+# -- truth and inputs
 
 
 def test_truth_is_float64_with_gradients_of_the_same_values() -> None:
@@ -248,31 +247,6 @@ def test_truth_is_float64_with_gradients_of_the_same_values() -> None:
     assert set(truth) == {"y", "count", "grad x", "grad w"}
     assert all(tensor.dtype == torch.float64 and not tensor.requires_grad for tensor in truth.values())
     torch.testing.assert_close(truth["grad x"], ((x * w).cos() * w).detach(), rtol=1e-14, atol=0)
-
-
-def test_judge_takes_the_tensor_furthest_beyond_its_bound() -> None:
-    half, single = torch.bfloat16, torch.float32
-    eager_errors = {"loss": Error(1e-7, single), "grad": Error(1e-2, half)}
-    verdict = judge({"loss": Error(9e-6, single), "grad": Error(1e-2, half)}, eager_errors, "bf16")
-    assert (verdict.name, verdict.exact) == ("loss", False)
-    assert judge({"grad": Error(1.9e-2, half)}, eager_errors, "bf16").exact
-    assert not judge({"grad": Error(3.5e-2, half)}, eager_errors, "bf16").exact
-
-
-def test_fp32_has_the_limit_of_the_contract_unless_eager_is_worse() -> None:
-    single = torch.float32
-    good, bad = {"y": Error(8e-6, single)}, {"y": Error(2e-5, single)}
-    assert judge({"y": Error(9.9e-6, single)}, good, "fp32").exact
-    assert not judge({"y": Error(1.1e-5, single)}, good, "fp32").exact  # though within twice eager's error
-    assert judge({"y": Error(3.9e-5, single)}, bad, "fp32").exact
-    assert judge({"y": Error(9.9e-6, single)}, None, "fp32").bound == pytest.approx(1e-5)
-
-
-def test_error_of_a_result_that_is_zero_in_theory_is_relative_to_its_terms() -> None:
-    truth = {"a": torch.zeros(2, dtype=torch.float64), "b": torch.full((2,), 10.0, dtype=torch.float64)}
-    results = {"a": torch.tensor([0.0, 1e-6]), "b": truth["b"].float()}
-    assert relative_errors(results, truth, {}, truth)["a"].relative == math.inf
-    assert relative_errors(results, truth, {"a": "b"}, truth)["a"].relative == pytest.approx(1e-7)
 
 
 def test_channels_last_keeps_values_and_leaves() -> None:

@@ -1,4 +1,4 @@
-"""The fused projected losses against the definition in float64, under the policy of compare.py."""
+"""The fused projected losses against the definition in float64, under the one exactness policy."""
 
 from __future__ import annotations
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bench.harness.policy import Error, relative_errors
-from bench.harness.timing import Timer
 from bench.harness.variants import Tensors, Variant
+from fastjepa.measuring.policy import Error, relative_errors
+from fastjepa.measuring.timing import Timer
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 

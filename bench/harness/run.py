@@ -2,7 +2,7 @@
 
 All variants are built, checked and warmed up first, then timed in interleaved rounds, so that a clock or a neighbour
 that changes during the run changes all of them. A variant that runs out of memory, fails, or cannot run on the device
-is a row that says so. A speed-up is stated only for a variant whose error keeps the policy (`policy`), before
+is a row that says so. A speed-up is stated only for a variant whose error keeps the policy (`measuring.policy`), before
 the timed rounds and after them.
 """
 
@@ -18,11 +18,11 @@ import torch
 from bench.harness import memory
 from bench.harness.case import Case, Runner, truth_of
 from bench.harness.environment import Environment, clocks_mhz
-from bench.harness.policy import judge
 from bench.harness.roofline import ceilings_of
 from bench.harness.rows import Row, format_table
-from bench.harness.timing import Timer, make_timer, quantile
 from bench.harness.variants import Tensors, Variant
+from fastjepa.measuring.policy import judge
+from fastjepa.measuring.timing import Timer, make_timer, quantile
 
 
 @dataclass(frozen=True)
