@@ -25,9 +25,9 @@ from typing import Any
 import torch
 
 from bench.harness import suite
-from bench.harness.environment import ROOT, collect
 from bench.harness.rows import format_table, write_text
 from bench.report.page import collect as collect_rows
+from fastjepa.environment import ROOT, collect
 
 PASSED, FAILED, OUT_OF_TIME, SKIPPED, PENDING = "passed", "failed", "out of time", "skipped", "not started"
 _OP_TESTS = "batch_norm moments projected_losses vc_loss fused accelerate graphs graphed_rollout".split()

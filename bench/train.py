@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.harness.environment import Environment, collect
 from bench.harness.rows import Row, format_table, read_rows, write_rows, write_text
 from fastjepa.config import Config, resolve_device
+from fastjepa.environment import Environment, collect
 from fastjepa.storage.run_folder import CHECKPOINT_NAME
 from fastjepa.training.command_line import parse_config
 from fastjepa.training.evaluation import Evaluation, evaluate

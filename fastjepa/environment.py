@@ -1,25 +1,67 @@
-"""What a result was made with: versions, device, commit. Saved beside every run and every benchmark row."""
+"""What a result was made with: code, versions, device and its state. Saved beside every run and every measurement."""
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import os
 import platform
+import shlex
+import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent  # of the checkout; where fastjepa is installed there is none
 PACKAGES = ("fastjepa", "torch", "triton", "numpy", "torchmetrics", "opencv-python-headless", "scikit-learn")
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, device, processor and commit, as plain values."""
+@dataclass(frozen=True)
+class Environment:
+    """What a measurement depends on and its row must say; collected once per command, before it measures."""
+
+    command: str
+    commit: str  # "unknown" outside a git checkout
+    dirty: bool | None  # tracked or untracked changes outside bench/results; None outside a git checkout
+    date: str  # UTC, ISO 8601
+    device: str
+    driver: str  # "" without an NVIDIA driver
+    threads: int  # that torch uses on the CPU
+    versions: dict[str, str]
+
+
+def collect(command: list[str], device: torch.device) -> Environment:
+    """The environment of this process, about to measure on `device`; `command` is what the user typed, as words."""
+    versions = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "cudnn": str(torch.backends.cudnn.version() or "") if device.type == "cuda" else "",
+    }
+    commit, dirty = _code()
+    return Environment(
+        command=shlex.join(command),
+        commit=commit or "unknown",
+        dirty=dirty,
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        device=device_name(device),
+        driver=_query_gpu(device, "driver_version") or "",
+        threads=torch.get_num_threads(),
+        versions={name: version for name, version in versions.items() if version},
+    )
+
+
+def run_environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device, processor and commit of a training run, as plain values for its environment.json."""
+    commit, dirty = _code()
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "commit": commit(),
+        "commit": commit and commit + ("+changes" if dirty else ""),
         "device": device_name(device),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
@@ -31,26 +73,41 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return _processor() or platform.machine()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
 
 
-def commit() -> str | None:
-    """The commit of this checkout, with "+changes" if files differ from it; None outside a git checkout."""
-    try:
-        root = Path(__file__).resolve().parent
-        head = _git(root, "rev-parse", "HEAD")
-        return head + ("+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
+def clocks_mhz(device: torch.device) -> tuple[int | None, int | None]:
+    """(SM clock, memory clock) of a GPU now; None where nvidia-smi does not say. Call it right after the work."""
+    values = (_query_gpu(device, "clocks.sm,clocks.mem") or "").split(",")
+    sm, memory = (int(v) if v.strip().isdigit() else None for v in (*values, "", "")[:2])
+    return sm, memory
+
+
+def _code() -> tuple[str | None, bool | None]:
+    """(commit, whether files differ from it) of this checkout; None for both outside one."""
+    if not (ROOT / ".git").exists():  # git would look further up, and find somebody else's
+        return None, None
+    git = ["git", "-C", str(ROOT)]
+    # Rows that are being written do not change what is measured.
+    changes = _output([*git, "status", "--porcelain", "--", ".", ":!bench/results"])
+    return _output([*git, "rev-parse", "HEAD"]), None if changes is None else changes != ""
+
+
+def _query_gpu(device: torch.device, fields: str) -> str | None:
+    """nvidia-smi's answer about this GPU, whatever CUDA_VISIBLE_DEVICES calls it; read only."""
+    if device.type != "cuda" or shutil.which("nvidia-smi") is None:
         return None
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    return _output(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", f"--id={uuid}"])
 
 
-def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10
-    )
-    return done.stdout.strip()
+def _output(command: list[str]) -> str | None:
+    """What a command prints, stripped, or None if it is not there, fails or hangs."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _version(package: str) -> str | None:
@@ -60,9 +117,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _processor() -> str | None:
+def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return None
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())

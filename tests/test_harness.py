@@ -14,10 +14,10 @@ from torch import Tensor
 from bench import projected_losses
 from bench.harness import memory
 from bench.harness.case import BACKWARD, BOTH, FORWARD, Case, Runner, Work, truth_of
-from bench.harness.environment import Environment, collect
 from bench.harness.rows import Row, format_table, read_rows, write_rows, write_text
 from bench.harness.run import Settings, render, run_case
 from bench.harness.variants import Tensors, Variant, channels_last, eager, eager_bf16, needs_cuda
+from fastjepa.environment import Environment
 from fastjepa.measuring.timing import HostTimer, quantile
 
 CPU = torch.device("cpu")
@@ -314,7 +314,7 @@ def test_out_of_memory_is_recognised(error: Exception, expected: bool) -> None:
     assert memory.is_out_of_memory(error) is expected
 
 
-# -- rows and environment
+# -- rows
 
 
 def a_row(**changes: Any) -> Row:
@@ -392,15 +392,6 @@ def test_table_is_aligned() -> None:
         "a     10.5",
         "long     2",
     ]
-
-
-def test_environment_names_the_code_and_the_device() -> None:
-    environment = collect(["python", "-m", "bench", "losses", "--out", "a dir"], CPU)
-    assert environment.command == "python -m bench losses --out 'a dir'"
-    assert environment.device
-    assert environment.versions["torch"] == torch.__version__
-    assert environment.commit == "unknown" or len(environment.commit) == 40
-    assert environment.date.endswith("+00:00")
 
 
 # -- python -m bench projected_losses

@@ -17,10 +17,10 @@ import torch
 
 from bench.harness import memory
 from bench.harness.case import Case, Runner, truth_of
-from bench.harness.environment import Environment, clocks_mhz
 from bench.harness.roofline import ceilings_of
 from bench.harness.rows import Row, format_table
 from bench.harness.variants import Tensors, Variant
+from fastjepa.environment import Environment, clocks_mhz
 from fastjepa.measuring.policy import judge
 from fastjepa.measuring.timing import Timer, make_timer, quantile
 

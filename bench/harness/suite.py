@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from bench.harness.case import Case
-from bench.harness.environment import collect
 from bench.harness.rows import Row, write_rows
 from bench.harness.run import QUICK, Settings, render, run_case
 from bench.harness.variants import Variant
+from fastjepa.environment import collect
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from bench.harness.environment import ROOT
 from bench.harness.rows import Row, read_rows, write_text
 from bench.report import figures
+from fastjepa.environment import ROOT
 
 _INTRODUCTION = """# Measurements
 

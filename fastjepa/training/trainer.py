@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from fastjepa.config import Config, resolve_device
-from fastjepa.environment import environment
+from fastjepa.environment import run_environment
 from fastjepa.figures.runs import draw_run
 from fastjepa.fused.swap import accelerate
 from fastjepa.graphs import GraphedTrainStep, use_cuda_graph
@@ -112,7 +112,9 @@ class Trainer:
             self._resume()
         else:
             write_text_atomic(self.folder / "config.json", json.dumps(self.config.to_json(), indent=2) + "\n")
-            write_text_atomic(self.folder / "environment.json", json.dumps(environment(self.device), indent=2) + "\n")
+            write_text_atomic(
+                self.folder / "environment.json", json.dumps(run_environment(self.device), indent=2) + "\n"
+            )
             self.save()
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
