@@ -18,10 +18,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op, triton_op, wrap_triton
 
-# The fused ops that "auto" takes on a GPU, each with the committed file of measurements that says that it wins.
-# Nothing is taken on trust: an op that was never timed on hardware is not here, and runs only when asked for.
-MEASURED_WINS: dict[str, str] = {}
-
 INTERPRET: bool = os.environ.get("TRITON_INTERPRET") == "1"
 _INTERPRET = tl.constexpr(INTERPRET)
 

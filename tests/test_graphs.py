@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastjepa.graphs import MEASURED_WINS, GraphCaptureError, GraphedRollout, GraphedTrainStep, use_cuda_graph
+from fastjepa.graphs import GraphCaptureError, GraphedRollout, GraphedTrainStep, use_cuda_graph
 from fastjepa.graphs import capture as graph_capture
 from fastjepa.graphs.capture import Recording
+from fastjepa.measuring.wins import MEASURED_WINS
 from fastjepa.model.step import StepLosses
 from graph_cases import batches, some_clips, some_states, some_step, trained_jepa
 from tiny import tiny_jepa
@@ -46,7 +47,7 @@ def test_a_step_never_waits_for_the_device() -> None:
 
 def test_when_a_graph_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert MEASURED_WINS.keys() <= {"train_step", "rollout"}
+    assert MEASURED_WINS.keys() <= {"batch_norm", "projected_losses", "train_step", "rollout"}
     monkeypatch.setitem(MEASURED_WINS, "rollout", "bench/results/some.csv")
     monkeypatch.delitem(MEASURED_WINS, "train_step", raising=False)
     assert [use_cuda_graph(choice, "rollout", cuda) for choice in ("auto", "on", "off")] == [True, True, False]

@@ -24,6 +24,7 @@ from fastjepa.fused.networks import (
 )
 from fastjepa.kernels import launch
 from fastjepa.kernels.projected_losses.activations import MAX_D, MAX_HIDDEN
+from fastjepa.measuring.wins import MEASURED_WINS
 from fastjepa.model.projected_losses import HiddenLayer, hidden_layer
 
 Backend = Literal["auto", "eager", "fused"]
@@ -83,7 +84,7 @@ def accelerate(
             Its device decides what can be done.
         backend: "fused" swaps Triton kernels in, on a GPU (or in Triton's interpreter). "eager" swaps nothing. "auto"
             swaps what is known to help: on a CPU the losses' closed form, in plain torch; on a GPU whatever
-            `kernels.launch.MEASURED_WINS` names a measurement for.
+            `measuring.wins` names a measurement for.
         precision: "bf16" runs the fused encoder and predictor in bf16 autocast, with inputs and outputs as before;
             "keep" leaves precision to the caller's own autocast.
         strict: with backend "fused", a part that cannot be swapped exactly is an error; False leaves it and says why.
@@ -239,7 +240,7 @@ def _not_chosen(backend: Backend, op: str, device: torch.device) -> str | None:
     if backend == "auto":
         if device.type == "cpu":
             return "on a CPU, eager is fastest; fused kernels need a GPU"
-        if op not in launch.MEASURED_WINS:
+        if op not in MEASURED_WINS:
             return "no measurement on a GPU says yet that fused is faster; backend='fused' swaps it all the same"
     return None
 

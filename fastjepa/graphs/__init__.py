@@ -1,11 +1,10 @@
 """CUDA graphs: rollouts and whole training steps in one launch. `fastjepa.graphs.capture` has the contract."""
 
-from fastjepa.graphs.capture import MEASURED_WINS, CudaGraphChoice, GraphCaptureError, use_cuda_graph
+from fastjepa.graphs.capture import CudaGraphChoice, GraphCaptureError, use_cuda_graph
 from fastjepa.graphs.rollout import GraphedRollout
 from fastjepa.graphs.train_step import GraphedTrainStep, make_capturable
 
 __all__ = [
-    "MEASURED_WINS",
     "CudaGraphChoice",
     "GraphCaptureError",
     "GraphedRollout",

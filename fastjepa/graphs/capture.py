@@ -35,15 +35,12 @@ from typing import Any, Literal
 
 import torch
 
+from fastjepa.measuring.wins import MEASURED_WINS
 from fastjepa.profiling import span
 
 WARMUP_RUNS = 3  # as PyTorch's own examples: lazy initialisation is over by then
 
 CudaGraphChoice = Literal["auto", "on", "off"]
-
-# What "auto" graphs on a GPU ("train_step", "rollout"), each with the committed file of measurements that says that it
-# wins. What was never timed on hardware is not here, and runs as a graph only when asked for.
-MEASURED_WINS: dict[str, str] = {}
 
 
 class GraphCaptureError(RuntimeError):
