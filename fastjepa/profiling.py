@@ -1,34 +1,28 @@
-"""Named ranges for profilers, and a trace of a few training steps.
+"""Named ranges for profilers.
 
 Ranges appear in Nsight Systems and Nsight Compute as NVTX ranges of the domain "fastjepa" (a GPU only), and in the
-Chrome trace of `StepTrace` on any machine. A range inside a CUDA graph is seen when the graph is captured, not when it
-is replayed: there, "graph replay" is the range.
+Chrome trace of `training.step_trace` on any machine. A range inside a CUDA graph is seen when the graph is captured,
+not when it is replayed: there, "graph replay" is the range.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import os
-from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import nvtx
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function, schedule
+from torch.profiler import record_function
 
 DOMAIN = "fastjepa"
-TRACE_NAME = "trace.json"
 
 _NOTHING: AbstractContextManager[Any] = contextlib.nullcontext()
 _traces_running = 0
 
 
 def span(name: str) -> AbstractContextManager[Any]:
-    """`with span("encode"): ...` marks a range; without CUDA and without a running `StepTrace` it does nothing.
+    """`with span("encode"): ...` marks a range; without CUDA and without a running trace it does nothing.
 
     Ranges nest. Names are few and fixed: each is registered once.
     """
@@ -48,90 +42,18 @@ def _cuda_is_there() -> bool:
 
 @functools.cache
 def _nvtx_range(name: str) -> AbstractContextManager[Any]:
+    import nvtx  # for a GPU only
+
     return nvtx.annotate(name, domain=DOMAIN)  # pushes and pops, and holds no state: one object serves all uses
 
 
-class StepTrace:
-    """Context manager that writes a torch.profiler Chrome trace of a few training steps; works on a CPU too.
-
-    Call `step()` after each training step. The first `skip` steps are not recorded (libraries load, graphs are
-    captured), nor is the one after them, in which the profiler starts up; then `steps` steps are, and the trace is
-    written to `path`, atomically. Open it in chrome://tracing or ui.perfetto.dev. A run that ends earlier writes what
-    was recorded, if anything was.
-
-    Attributes:
-        written: the file, once it is there; until then None.
-    """
-
-    def __init__(
-        self, path: Path, *, skip: int = 3, steps: int = 3, on_written: Callable[[Path], object] | None = None
-    ) -> None:
-        for name, value, least in (("skip", skip, 0), ("steps", steps, 1)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        self.path = path
-        self.written: Path | None = None
-        self._on_written = on_written
-        activities = [ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            activities.append(ProfilerActivity.CUDA)
-        self._profile = profile(
-            activities=activities,
-            schedule=schedule(wait=skip, warmup=1, active=steps, repeat=1),
-            on_trace_ready=self._write,
-            acc_events=True,
-        )
-        self._running = False
-
-    def __enter__(self) -> StepTrace:
-        global _traces_running
-        self._profile.__enter__()
-        self._running = True
-        _traces_running += 1
-        return self
-
-    def step(self) -> None:
-        """One training step is done. Free once the trace is written."""
-        if self._running:
-            self._profile.step()
-            if self.written is not None:
-                self._stop(None, None, None)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._running:
-            self._stop(kind, error, trace)
-
-    def _stop(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        global _traces_running
-        self._running = False
-        _traces_running -= 1
-        self._profile.__exit__(kind, error, trace)
-
-    def _write(self, recorded: Any) -> None:
-        if self.written is not None:
-            return
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")  # the profiler writes to a name only
-        try:
-            recorded.export_chrome_trace(str(temporary))
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        self.written = self.path
-        if self._on_written is not None:
-            self._on_written(self.path)
+def trace_starts() -> None:
+    """From now on ranges are for a torch.profiler trace; several traces may run."""
+    global _traces_running
+    _traces_running += 1
 
 
-@contextlib.contextmanager
-def trace_steps(path: Path | None, say: Callable[[str], object]) -> Iterator[Callable[[], None]]:
-    """A `StepTrace` for a training loop: gives the function to call after each step, and says what became of the trace.
-    With `path` None it does nothing.
-    """
-    if path is None:
-        yield lambda: None
-        return
-    with StepTrace(path, on_written=lambda path: say(f"wrote a trace of training steps: {path}")) as trace:
-        yield trace.step
-    if trace.written is None:
-        say("no trace was recorded: too few training steps were made")
+def trace_ends() -> None:
+    """One of the traces has ended."""
+    global _traces_running
+    _traces_running -= 1

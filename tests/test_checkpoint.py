@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from fastjepa.model.jepa import build_jepa, build_probes
 from fastjepa.storage.checkpoint import (
-    CheckpointError,
     capture,
     check_same_config,
     load_checkpoint,
@@ -23,6 +22,7 @@ from fastjepa.storage.checkpoint import (
     restore,
     save_checkpoint,
 )
+from fastjepa.storage.safe_files import CheckpointError
 
 CONFIG = {"lr": 1e-3, "steps": 2, "preset": "demo", "out": None}
 PROGRESS = {"epoch": 3, "step": 17, "best": 0.25}

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastjepa.model.jepa import JEPA, build_jepa
-from fastjepa.storage.checkpoint import CheckpointError
 from fastjepa.storage.eb_jepa_checkpoint import load_eb_jepa_checkpoint
+from fastjepa.storage.safe_files import CheckpointError
 
 GOLDEN = Path(__file__).parent / "data" / "golden_video_jepa.npz"
 SIZES = {"dobs": 2, "henc": 3, "hpre": 4, "dstc": 5}

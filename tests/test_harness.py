@@ -19,6 +19,7 @@ from bench.harness.run import Settings, render, run_case
 from bench.harness.variants import Tensors, Variant, channels_last, eager, eager_bf16, needs_cuda
 from fastjepa.environment import Environment
 from fastjepa.measuring.timing import HostTimer, quantile
+from fastjepa.storage.safe_files import CheckpointError
 
 CPU = torch.device("cpu")
 ENVIRONMENT = Environment(
@@ -379,7 +380,7 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError("disk full")
 
     monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match="disk full"):
         write_text(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

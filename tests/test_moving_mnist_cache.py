@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastjepa.moving_mnist.cache import atomic_file, cache_key, cached_array, default_cache_dir, fingerprint, open_npy
+from fastjepa.moving_mnist.cache import cache_key, cached_array, default_cache_dir, fingerprint, open_npy
 
 ARRAY = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)
 
@@ -127,25 +127,6 @@ def test_full_disk_names_the_option_and_leaves_nothing(tmp_path: Path, monkeypat
     with pytest.raises(OSError, match=r"No space left on device.*--cache_dir"):
         cached_array(tmp_path, "clips", "key", (3, 4, 5), Maker())
     assert not list(tmp_path.iterdir())
-
-
-def test_atomic_file_keeps_the_old_content_when_interrupted(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-
-    def write_half() -> None:
-        with atomic_file(path) as file:
-            file.write(b"half of the n")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_half()
-    assert path.read_bytes() == b"old"
-    with atomic_file(path) as file:
-        file.write(b"new")
-        assert path.read_bytes() == b"old"
-    assert path.read_bytes() == b"new"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_open_npy_never_unpickles(tmp_path: Path) -> None:

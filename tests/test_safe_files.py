@@ -17,7 +17,8 @@ from typing import BinaryIO
 import pytest
 import torch
 
-from fastjepa.storage.safe_files import CheckpointError, read_tensor_file, write_atomic, write_text_atomic
+from fastjepa.storage.safe_files import CheckpointError, atomic_file, atomic_path, write_atomic, write_text_atomic
+from fastjepa.storage.tensor_files import read_tensor_file
 
 OLD, NEW = b"old content", b"new content"
 
@@ -124,6 +125,37 @@ def test_a_folder_that_cannot_be_flushed_is_told_as_such(old_file: Path, monkeyp
     with pytest.raises(CheckpointError, match="the new file is in place"):
         write_atomic(old_file, write_new)
     assert old_file.read_bytes() == NEW
+
+
+def test_atomic_file_keeps_the_old_content_when_interrupted(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def write_half() -> None:
+        with atomic_file(path) as file:
+            file.write(b"half of the n")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert path.read_bytes() == b"old"
+    with atomic_file(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_writer_that_takes_names_only(old_file: Path) -> None:
+    with atomic_path(old_file) as name:
+        assert name.parent == old_file.parent
+        name.write_bytes(NEW)
+        assert old_file.read_bytes() == OLD
+    assert old_file.read_bytes() == NEW
+    with pytest.raises(FileNotFoundError), atomic_path(old_file):
+        pass  # nothing was written, so there is nothing to rename
+    assert old_file.read_bytes() == NEW
+    assert names_in(old_file.parent) == [old_file.name]
 
 
 def test_a_killed_writer_leaves_the_old_file_and_its_leftover_goes_with_time(old_file: Path) -> None:

@@ -6,14 +6,14 @@ import csv
 import io
 import json
 import math
-import os
-import tempfile
 import types
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from fastjepa.storage.safe_files import write_text_atomic
 
 # exact: within the policy. inexact: the error breaks it, so no speed-up is stated. unjudged: nothing to judge it by.
 STATUSES = ("exact", "inexact", "unjudged", "unavailable", "out of memory", "failed")
@@ -144,19 +144,9 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: readers see the old text or the new one."""
+    """Write a file whole or not at all, in a folder that is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_text_atomic(path, text)
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

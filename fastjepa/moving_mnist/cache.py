@@ -8,13 +8,13 @@ in the same folder and renamed: a reader sees a complete file or none, and sever
 import hashlib
 import logging
 import os
-import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 import numpy as np
+
+from fastjepa.storage.safe_files import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -88,21 +88,6 @@ def open_npy(path: Path) -> np.ndarray:
         # The header is parsed as Python text: a damaged one raises whatever its content leads to (SyntaxError,
         # TokenError, OverflowError, MemoryError, ...). All of them mean one thing here.
         raise ValueError(f"not a complete .npy file of plain numbers ({error})") from error
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to, which appears as `path` when the block ends well and leaves nothing behind otherwise."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:  # an interrupt too must not leave 800 MB of nothing
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from fastjepa.moving_mnist.cache import atomic_file, open_npy, writing_to
+from fastjepa.moving_mnist.cache import open_npy, writing_to
+from fastjepa.storage.safe_files import atomic_file
 
 logger = logging.getLogger(__name__)
 

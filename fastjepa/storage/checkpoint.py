@@ -13,22 +13,8 @@ from torch import Tensor, nn
 
 from fastjepa.storage.adam_state import plan_adam_restore
 from fastjepa.storage.rng_state import capture_rng, check_rng, restore_rng
-from fastjepa.storage.safe_files import CheckpointError, read_tensor_file, write_atomic, write_text_atomic
-
-__all__ = [
-    "CheckpointError",
-    "capture",
-    "check_same_config",
-    "check_tensors",
-    "load_checkpoint",
-    "load_modules",
-    "plain_state",
-    "restore",
-    "save_checkpoint",
-    "strip_compile_prefix",
-    "write_atomic",
-    "write_text_atomic",
-]
+from fastjepa.storage.safe_files import CheckpointError, write_atomic
+from fastjepa.storage.tensor_files import read_tensor_file
 
 FORMAT = "fastjepa checkpoint"
 VERSION = 1

@@ -26,13 +26,14 @@ from fastjepa.model.jepa import build_jepa, build_probes
 from fastjepa.model.step import StepLosses, TrainStep, build_optimizer
 from fastjepa.moving_mnist import default_cache_dir, epoch_indices, load_clips
 from fastjepa.moving_mnist.cache import fingerprint
-from fastjepa.profiling import TRACE_NAME, span, trace_steps
+from fastjepa.profiling import span
 from fastjepa.storage.checkpoint import capture, load_checkpoint, restore, save_checkpoint
 from fastjepa.storage.export import export_pretrained
 from fastjepa.storage.run_folder import CHECKPOINT_NAME, prepare_folder
 from fastjepa.storage.safe_files import CheckpointError, write_atomic, write_text_atomic
 from fastjepa.training.evaluation import Evaluation, evaluate
 from fastjepa.training.picture_arrays import rollout_arrays
+from fastjepa.training.step_trace import TRACE_NAME, trace_steps
 from fastjepa.training.stop_signals import Interrupted, stop_signals
 
 PICTURED_CLIPS = 4
