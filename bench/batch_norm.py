@@ -8,7 +8,7 @@ predictor 576 pairs of frames in one call.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from bench.harness import variants as ways
 from bench.harness.case import BACKWARD, BOTH, FORWARD, Case, Work, random_cotangents
-from bench.harness.variants import COMPILE_MAX, Computation, Tensors, Variant, needs_cuda, needs_kernels
+from bench.harness.variants import COMPILE_MAX, Computation, Tensors, Variant, needs_kernels
 from bench.recipe import Recipe
 from bench.recipe_suite import run_suite
-from fastjepa.kernels.batch_norm.fused import batch_norm_act
 
 PLAIN, RESIDUAL, NORMALIZED = "plain", "residual", "normalized residual"
 EAGER, EAGER_BF16 = "eager", "eager bf16"
@@ -93,6 +92,8 @@ class FusedBlock:
 
     def __call__(self, inputs: Tensors) -> Tensors:
         """See block_eager."""
+        from fastjepa.kernels.batch_norm.fused import batch_norm_act
+
         if not self.modules:
             prefixes = [prefix for prefix in ("", "residual_") if f"{prefix}weight" in inputs]
             self.modules = {prefix: _bound(inputs[f"{prefix}weight"], inputs[f"{prefix}bias"]) for prefix in prefixes}
@@ -144,14 +145,10 @@ def block_variants() -> list[Variant]:
     return [
         ways.eager(block_eager),
         ways.eager_bf16(block_eager),
-        _gpu_only(ways.compiled(block_eager, "torch.compile(max-autotune) bf16", COMPILE_MAX, bf16=True)),
+        ways.gpu_only(ways.compiled(block_eager, "torch.compile(max-autotune) bf16", COMPILE_MAX, bf16=True)),
         Variant("fused", build_fused_block, available=needs_kernels, prepare=ways.channels_last),
         Variant("fused bf16", build_fused_block, "bf16", torch.bfloat16, needs_kernels, ways.channels_last),
     ]
-
-
-def _gpu_only(variant: Variant) -> Variant:
-    return replace(variant, available=needs_cuda)
 
 
 def plans(recipe: Recipe, note: str = "") -> Iterator[tuple[Case, list[Variant]]]:

@@ -14,7 +14,6 @@ from bench.harness.case import BACKWARD, BOTH, FORWARD, Case, Work, random_cotan
 from bench.harness.variants import COMPILE_MAX, Tensors, Variant, needs_cuda, needs_kernels
 from bench.recipe import Recipe, arithmetic, build_model, count
 from bench.recipe_suite import run_suite
-from fastjepa.fused.networks import FusedResNet5, FusedResUNet
 
 EAGER, EAGER_BF16 = "eager", "eager bf16"
 
@@ -52,6 +51,8 @@ class Network:
         self.precision = precision
         module = network(recipe, part, device)
         if fused:
+            from fastjepa.fused.networks import FusedResNet5, FusedResUNet
+
             module = (FusedResNet5 if part == "encoder" else FusedResUNet).from_eager(module)
         self.module = module
         self.forward = self._forward

@@ -28,9 +28,11 @@ from bench.harness import suite
 from bench.harness.rows import format_table, write_text
 from bench.report.page import collect as collect_rows
 from fastjepa.environment import ROOT, collect
+from fastjepa.kernels import OPS
 
 PASSED, FAILED, OUT_OF_TIME, SKIPPED, PENDING = "passed", "failed", "out of time", "skipped", "not started"
-_OP_TESTS = "batch_norm moments projected_losses vc_loss fused accelerate graphs graphed_rollout".split()
+# Tests that run the kernels, besides those marked gpu.
+_KERNEL_TESTS = (*OPS, "fused_networks", "accelerate", "graphs", "graphed_rollout")
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def parts(out: Path, device: torch.device, quick: bool) -> list[Part]:
         return Part(name, command, seconds, reason)
 
     no_tests = no_gpu or _missing_package("pytest") or _missing_package("hypothesis")
-    tests = [str(path) for name in _OP_TESTS if (path := ROOT / "tests" / f"test_{name}.py").exists()]
+    tests = [str(_test_file(name)) for name in _KERNEL_TESTS]
     sanitizer = [
         python,
         "-m",
@@ -97,6 +99,7 @@ def parts(out: Path, device: torch.device, quick: bool) -> list[Part]:
         ),
         measured("tune", 40, reason=no_gpu),
         measured("projected_losses", 60 if quick else 40, *(["--batch", "64"] if gpu else [])),
+        measured("moments", 20, "--seconds", "1"),
         measured("layers", 60, "--only", "encoder", "predictor", "576x32x64x64", "--seconds", "1"),
         measured("rollout", 50, "--horizon", "1", "8", "50", "--seconds", "0.5"),
         measured("step", 100, "--seconds", "10"),
@@ -108,6 +111,14 @@ def parts(out: Path, device: torch.device, quick: bool) -> list[Part]:
         ),
         Part("report", [python, "-m", "bench", "report", str(out)], 30),
     ]  # fmt: skip
+
+
+def _test_file(stem: str) -> Path:
+    """The test of that name. Raises FileNotFoundError if there is none: a check that is left out proves nothing."""
+    path = ROOT / "tests" / f"test_{stem}.py"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is to be proved, but there is no such file")
+    return path
 
 
 def _missing(program: str) -> str | None:

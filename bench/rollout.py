@@ -20,7 +20,6 @@ from bench.harness.case import Case, Work
 from bench.harness.variants import Computation, Tensors, Variant, always, needs_cuda, needs_kernels
 from bench.recipe import TINY, Recipe, arithmetic, build_model, count
 from fastjepa.fused.folding import folded_batch_norm
-from fastjepa.fused.networks import FusedResUNet
 from fastjepa.graphs import GraphedRollout
 from fastjepa.model.networks import StateOnlyPredictor
 
@@ -59,6 +58,8 @@ def make_predictor(recipe: Recipe, way: Way, device: torch.device, dtype: torch.
             layer.to(dtype)
             layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
     if way.fused:
+        from fastjepa.fused.networks import FusedResUNet
+
         predictor = StateOnlyPredictor(FusedResUNet.from_eager(predictor.predictor), CONTEXT).eval()  # type: ignore[arg-type]
     return predictor
 

@@ -153,8 +153,7 @@ def _same(function: Computation, device: torch.device) -> Computation:
 
 def fused_losses(device: torch.device) -> Computation:
     """The fused projected losses."""
-    module = importlib.import_module("fastjepa.kernels.projected_losses.fused")
-    return partial(projected_losses.compute, module.projected_losses)
+    return projected_losses.compute_fused
 
 
 def plans(quick: bool) -> Iterator[tuple[Case, list[Variant]]]:

@@ -4,3 +4,6 @@ In the folder of an op, `reference` is its definition in plain torch, `fused` th
 other files are its parts. Torch and Triton are all that is imported here: nothing else of fastjepa. The folder lies at
 the top of the repository, where people look for it, and is imported as `fastjepa.kernels`.
 """
+
+# One folder, tests/test_<op>.py and bench/<op>.py each: tests/test_stems.py holds the rule.
+OPS = ("batch_norm", "moments", "projected_losses")

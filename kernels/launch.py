@@ -2,26 +2,24 @@
 
 `TRITON_INTERPRET=1` (read once, here and by Triton, when a kernel is decorated) runs every kernel in Triton's CPU
 interpreter, so the same tests run with and without a GPU. Everything an op file needs around its kernels is here:
-op registration, input checks, the dot helper, and the record from which the static audit compiles a kernel.
+op registration, the dot helper, and the record from which the static audit compiles a kernel.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from torch.library import custom_op, triton_op, wrap_triton
 
 INTERPRET: bool = os.environ.get("TRITON_INTERPRET") == "1"
 _INTERPRET = tl.constexpr(INTERPRET)
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_TYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -84,54 +82,6 @@ def load_rows(  # type: ignore[no-untyped-def]
     else:
         x = tl.load(ptrs, mask=(offs_n[:, None] < n_rows) & (offs_d[None, :] < D), other=0.0)
     return x
-
-
-def unavailable_reason(device: torch.device) -> str | None:
-    """Why fused kernels cannot run on tensors of `device`, or None if they can."""
-    if device.type == "cuda":
-        if INTERPRET:
-            return "TRITON_INTERPRET=1 is set, which runs kernels on the CPU; unset it to use the GPU"
-        return None
-    if device.type == "cpu":
-        return (
-            None if INTERPRET else "Triton kernels need a CUDA device (TRITON_INTERPRET=1 runs them on the CPU, slowly)"
-        )
-    return f"device type {device.type!r} is not supported: kernels run on 'cuda', or on 'cpu' with TRITON_INTERPRET=1"
-
-
-def require_available(op: str, device: torch.device) -> None:
-    """Raise RuntimeError with the reason if fused kernels cannot run on `device`."""
-    reason = unavailable_reason(device)
-    if reason is not None:
-        raise RuntimeError(f"{op}: {reason}")
-
-
-def check_tensor(
-    op: str,
-    name: str,
-    tensor: Tensor,
-    *,
-    shape: tuple[int | None, ...] | None = None,
-    dtypes: Iterable[torch.dtype] = FLOAT_DTYPES,
-    device: torch.device | None = None,
-) -> None:
-    """Raise a TypeError or ValueError that names the argument if `tensor` is not what `op` accepts.
-
-    `shape` has None where any size is accepted. `device`: the one all arguments must share.
-    """
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-    accepted = tuple(dtypes)
-    if tensor.dtype not in accepted:
-        raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; accepted: {', '.join(map(str, accepted))}")
-    if shape is not None and (
-        tensor.dim() != len(shape)
-        or any(want not in (None, got) for want, got in zip(shape, tensor.shape, strict=True))
-    ):
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; accepted: ({wanted})")
-    if device is not None and tensor.device != device:
-        raise ValueError(f"{op}: {name} is on {tensor.device}, but the other arguments are on {device}")
 
 
 def kernel_op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:

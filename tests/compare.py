@@ -47,3 +47,13 @@ def assert_close_to_truth(actual: Tensor, truth: Tensor, name: str, *, limit: fl
     assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     error, scale = max_error(actual, truth), largest_entry(truth)
     assert error <= limit * scale, f"{name}: error {error:.3e} > {limit:.1e} × largest entry {scale:.3e}"
+
+
+def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor], relative: float) -> None:
+    """Assert that each tensor differs by at most `relative` of its norm: for whole models, where errors add up."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        # The bias in front of a BatchNorm has gradient 0: what is left is rounding of the terms of the bias behind it.
+        like = name.replace("net.0.bias", "net.1.bias")
+        scale = expected[like].double().norm().item()
+        assert (actual[name].double() - value.double()).norm() <= relative * scale, name

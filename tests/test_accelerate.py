@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import fastjepa
+from compare import assert_near
 from fastjepa.fused.losses import ClosedFormVCLoss
-from fastjepa.fused.networks import FusedResidualBlock, FusedResNet5
-from fastjepa.model.networks import ResidualBlock
+from fastjepa.fused.networks import FusedResNet5
 from fastjepa.model.step import TrainStep
 from original import OriginalJEPA
 from tiny import tiny_batch, tiny_jepa, tiny_model
@@ -27,15 +27,6 @@ def original(seed: int = 0) -> OriginalJEPA:
 
 def gradients(jepa: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in jepa.named_parameters() if p.grad is not None}
-
-
-def assert_near(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], relative: float) -> None:
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        # The bias in front of a BatchNorm has gradient 0: what is left is rounding of the terms of the bias behind it.
-        like = name.replace("net.0.bias", "net.1.bias")
-        scale = expected[like].double().norm().item()
-        assert (actual[name].double() - value.double()).norm() <= relative * scale, name
 
 
 @pytest.mark.parametrize("size", [(16, 16), (11, 9)])
@@ -93,7 +84,7 @@ def test_the_deduplicated_step_takes_the_fused_path(device: str) -> None:
     assert_near(dict(fast.named_buffers()), dict(jepa.named_buffers()), LOSS)
 
 
-def test_freezing_copying_and_double_backward(device: str) -> None:
+def test_freezing_and_copying(device: str) -> None:
     fast = original().to(device)
     fastjepa.accelerate(fast, backend="fused", verbose=False)
     fast.encoder.requires_grad_(False)
@@ -111,26 +102,6 @@ def test_freezing_copying_and_double_backward(device: str) -> None:
     with torch.no_grad():
         twin.predictor.predictor.head.weight.zero_()
     assert fast.predictor.predictor.head.weight.any()
-
-    fast.requires_grad_(True)
-    x = torch.rand(1, 2, 8, 8, device=device, requires_grad=True)
-    block = FusedResidualBlock.from_eager(ResidualBlock(2, 2).to(device))
-    (gradient,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"cannot be differentiated again|double backward"):
-        gradient.sum().backward()
-
-
-def test_under_torch_compile(device: str) -> None:
-    """As one graph, with the gradients of the block it replaces."""
-    torch.manual_seed(0)
-    block = ResidualBlock(2, 3, stride=2).to(device)
-    compiled = torch.compile(FusedResidualBlock.from_eager(block), backend="aot_eager", fullgraph=True)
-    x = torch.rand(2, 2, 6, 6, device=device)
-    weight = torch.rand(2, 3, 3, 3, device=device)
-    found = torch.autograd.grad((compiled(x) * weight).sum(), list(block.parameters()))
-    expected = torch.autograd.grad((block(x) * weight).sum(), list(block.parameters()))
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=GRADIENT, atol=GRADIENT)
 
 
 def test_autocast_of_its_own(device: str) -> None:

@@ -143,8 +143,16 @@ def test_parts_of_a_cpu_skip_what_needs_a_gpu_with_the_reason(tmp_path: Path) ->
     assert list(every)[-1] == "report"
     on_gpu = {part.name: part for part in prove.parts(tmp_path, torch.device("cuda"), quick=False)}
     files = [Path(word).name for word in on_gpu["op tests"].command if word.endswith(".py")]
-    assert {"test_batch_norm.py", "test_projected_losses.py", "test_vc_loss.py"} <= set(files)
+    assert {"test_batch_norm.py", "test_moments.py", "test_projected_losses.py", "test_fused_networks.py"} <= set(files)
     assert sum(part.seconds for part in on_gpu.values() if part.name != "train") <= 600  # limits; most end far sooner
+
+
+def test_a_test_that_is_missing_ends_the_proof_and_is_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prove, "_KERNEL_TESTS", ("batch_norm", "no_such_op"))
+    with pytest.raises(FileNotFoundError, match=r"test_no_such_op\.py is to be proved, but there is no such file"):
+        prove.parts(tmp_path, CPU, quick=True)
 
 
 def test_a_proof_fails_if_a_part_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

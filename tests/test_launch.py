@@ -8,32 +8,6 @@ import triton.language as tl
 from fastjepa.kernels import launch
 
 
-def test_availability_is_explained() -> None:
-    assert "'mps' is not supported" in str(launch.unavailable_reason(torch.device("mps")))
-    if launch.INTERPRET:
-        assert launch.unavailable_reason(torch.device("cpu")) is None
-        with pytest.raises(RuntimeError, match="some_op: TRITON_INTERPRET=1 is set"):
-            launch.require_available("some_op", torch.device("cuda"))
-    else:
-        assert launch.unavailable_reason(torch.device("cuda")) is None
-        with pytest.raises(RuntimeError, match="some_op: Triton kernels need a CUDA device"):
-            launch.require_available("some_op", torch.device("cpu"))
-
-
-def test_check_tensor_names_argument_given_and_accepted() -> None:
-    x = torch.zeros(2, 3)
-    launch.check_tensor("op", "x", x, shape=(None, 3), device=x.device)
-    with pytest.raises(TypeError, match="op: x must be a tensor, got list"):
-        launch.check_tensor("op", "x", [1.0])  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"op: x has dtype torch.int64; accepted: torch.float32"):
-        launch.check_tensor("op", "x", x.long())
-    for shape in ((None, 4), (2,), (2, 3, 1)):
-        with pytest.raises(ValueError, match=r"op: x has shape \(2, 3\); accepted"):
-            launch.check_tensor("op", "x", x, shape=shape)
-    with pytest.raises(ValueError, match="op: x is on cpu, but the other arguments are on meta"):
-        launch.check_tensor("op", "x", x, device=torch.device("meta"))
-
-
 @pytest.mark.parametrize("n_rows", [1, 63, 64, 65, 640, 641, 2_621_440, 1_474_560, 2**31 + 1])
 @pytest.mark.parametrize("max_programs", [1, 7, 528])
 def test_row_split_covers_every_row_once(n_rows: int, max_programs: int) -> None:

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastjepa.model.losses import SquareLossSeq, VCLoss, state_rows, std_and_cov_loss
+from fastjepa.kernels.projected_losses.reference import std_and_cov_loss
+from fastjepa.model.losses import SquareLossSeq, VCLoss, state_rows
 from fastjepa.model.networks import Projector
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastjepa.fused import recompute
+from bench import saved
 from fastjepa.fused.networks import FusedResidualBlock, FusedResNet5, FusedResUNet
 from fastjepa.fused.swap import accelerate
 from fastjepa.model.networks import ResidualBlock, ResNet5, ResUNet
@@ -16,25 +16,10 @@ from fastjepa.model.step import TrainStep
 from tiny import tiny_batch, tiny_model
 
 
-def kept_bytes(monkeypatch: pytest.MonkeyPatch, function: Callable[[], Tensor], *modules: nn.Module) -> int:
-    """Bytes of distinct storage that autograd keeps, without parameters and buffers."""
-    owned = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
-    known = {tensor.untyped_storage().data_ptr() for tensor in owned}
-    found: dict[int, int] = {}
-    alive: list[Tensor] = []
-
-    def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            found[storage.data_ptr()] = storage.nbytes()
-        alive.append(tensor)  # a freed storage's address could come back and be counted once for two
-        return tensor
-
-    # Only the innermost hooks see a tensor: outside fused networks these, inside them those of fused.recompute.
-    with monkeypatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        patch.setattr(recompute, "keep", count)
-        function()
-    return sum(found.values())
+def kept_bytes(function: Callable[[], Tensor], *modules: nn.Module) -> int:
+    """Bytes that autograd keeps, without parameters and buffers."""
+    owned = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    return saved.kept_bytes(function, owned)
 
 
 def input_of(channels: int, device: str) -> Tensor:
@@ -49,7 +34,6 @@ def input_of(channels: int, device: str) -> Tensor:
 )
 def test_a_block_keeps_convolution_outputs_only(
     device: str,
-    monkeypatch: pytest.MonkeyPatch,
     channels: tuple[int, int],
     stride: int,
     fused_tensors: int,
@@ -61,7 +45,7 @@ def test_a_block_keeps_convolution_outputs_only(
     one = eager(x).nbytes
     small = 32 * channels[1] * 4  # vectors of one value per channel
     for block, tensors in ((fused, fused_tensors), (eager, eager_tensors)):
-        kept = kept_bytes(monkeypatch, lambda block=block: block(x), eager) - x.nbytes  # type: ignore[misc]
+        kept = kept_bytes(lambda block=block: block(x), eager) - x.nbytes  # type: ignore[misc]
         assert tensors * one <= kept <= tensors * one + small
 
 
@@ -70,15 +54,15 @@ def test_a_block_keeps_convolution_outputs_only(
     [(ResNet5(1, 8, 16), FusedResNet5, 1.7), (ResUNet(8, 8, 4), FusedResUNet, 1.6)],
     ids=["encoder", "predictor"],
 )
-def test_networks(device: str, monkeypatch: pytest.MonkeyPatch, eager: nn.Module, fused: type, least: float) -> None:
+def test_networks(device: str, eager: nn.Module, fused: type, least: float) -> None:
     """Identity blocks halve; a shortcut's output has to be kept beside the main path's, so 5 become 3."""
     eager = eager.to(device)
     x = input_of(1 if isinstance(eager, ResNet5) else 8, device)
-    kept = [kept_bytes(monkeypatch, lambda n=n: n(x), eager) - x.nbytes for n in (eager, fused.from_eager(eager))]  # type: ignore[attr-defined,misc]
+    kept = [kept_bytes(lambda n=n: n(x), eager) - x.nbytes for n in (eager, fused.from_eager(eager))]  # type: ignore[attr-defined,misc]
     assert kept[0] >= least * kept[1], kept
 
 
-def test_a_step_keeps_at_most_half(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_keeps_at_most_half(device: str) -> None:
     """With the published projector, whose eager activations are 4 times as wide as the state."""
 
     def of(fused: bool) -> int:
@@ -87,7 +71,18 @@ def test_a_step_keeps_at_most_half(device: str, monkeypatch: pytest.MonkeyPatch)
             accelerate(jepa, backend="fused", verbose=False)
         step = TrainStep(jepa, *heads, steps=2, projection="auto" if fused else "eager")
         video, digit_location = (t.to(device) for t in tiny_batch(1, 4, (16, 16)))
-        return kept_bytes(monkeypatch, lambda: step.losses(video, digit_location).total, jepa, *heads)
+        return kept_bytes(lambda: step.losses(video, digit_location).total, jepa, *heads)
 
     eager, fused = of(False), of(True)
     assert 2 * fused <= eager, (eager, fused)
+
+
+def test_counting_without_computing_whatever_the_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        eager, closed = (saved.saved_bytes(1, False, False, path) for path in ("eager", "closed_form"))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert 0 < closed < eager

@@ -136,14 +136,14 @@ def test_millions_of_rows() -> None:
         assert_close_to_truth(closed[name], truth[name], name)
 
 
-def test_vc_loss_of_uncorrelated_unit_rows() -> None:
+def test_std_and_cov_loss_of_uncorrelated_unit_rows() -> None:
     # Columns of a 4×4 Hadamard matrix without the constant one: mean 0, sum of squares 4, orthogonal.
     f = torch.tensor([[1, 1, 1], [-1, 1, -1], [1, -1, -1], [-1, -1, 1]], dtype=torch.float64) * 0.3
-    std_loss, cov_loss = reference.vc_loss(f)
+    std_loss, cov_loss = reference.std_and_cov_loss(f)
     assert cov_loss == pytest.approx(0.0, abs=1e-15)
     assert std_loss == pytest.approx(1 - (0.09 * 4 / 3 + 1e-4) ** 0.5, rel=1e-12)
     # Twice the same column: their covariance is the variance, in 2 of the 2 off-diagonal entries.
-    assert reference.vc_loss(f[:, [0, 0]])[1] == pytest.approx((0.09 * 4 / 3) ** 2, rel=1e-12)
+    assert reference.std_and_cov_loss(f[:, [0, 0]])[1] == pytest.approx((0.09 * 4 / 3) ** 2, rel=1e-12)
 
 
 @pytest.mark.parametrize("function", [closed_form.projected_losses])
@@ -161,5 +161,5 @@ def test_bad_shapes_are_named(function: object) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             function(*bad, 1e-5)  # type: ignore[operator]
-    with pytest.raises(ValueError, match="at least 2 rows"):
-        reference.vc_loss(z[:1])
+    with pytest.raises(ValueError, match="variance of 1 row"):
+        reference.std_and_cov_loss(z[:1])

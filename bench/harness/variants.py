@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from fastjepa.kernels.launch import unavailable_reason
+from fastjepa.kernels.checks import unavailable_reason
 
 Tensors = dict[str, Tensor]
 Computation = Callable[[Tensors], Tensors]
@@ -107,3 +107,8 @@ def fused(function: Computation, name: str = "fused", bf16: bool = False) -> Var
     if bf16:
         return Variant(name, partial(_plain, function), "bf16", torch.bfloat16, needs_kernels, channels_last)
     return Variant(name, partial(_plain, function), available=needs_kernels, prepare=channels_last)
+
+
+def gpu_only(variant: Variant) -> Variant:
+    """The same, where there is a GPU: for what takes too long elsewhere."""
+    return replace(variant, available=needs_cuda)

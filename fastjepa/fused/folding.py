@@ -7,8 +7,6 @@ import copy
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from fastjepa.fused.networks import FusedNetwork
-
 
 def folded_batch_norm(network: nn.Module) -> nn.Module:
     """A copy in eval mode with every BatchNorm folded into the convolution before it: w ← w·γ/σ, b = β - μ·γ/σ.
@@ -18,7 +16,7 @@ def folded_batch_norm(network: nn.Module) -> nn.Module:
 
     A fused network is returned as it is: it applies BatchNorm in the pass that adds and rectifies anyway.
     """
-    if any(isinstance(child, FusedNetwork) for child in network.modules()):
+    if any(getattr(child, "is_fused", False) for child in network.modules()):
         return network
     folded = copy.deepcopy(network).eval()
     for module in folded.modules():

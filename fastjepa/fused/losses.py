@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastjepa.model.projected_losses import HiddenLayer, Losses, hidden_layer, losses_from_moments
+from fastjepa.model.projected_losses import HiddenLayer, Losses, ProjectionPath, hidden_layer, losses_from_moments
 from fastjepa.model.running_stats import BatchStatistics, fold_updates
 
 
@@ -27,9 +27,14 @@ class _ClosedFormLoss(nn.Module):
         self._eager = (eager,)
         self.training = eager.training
 
+    @property
+    def projection_path(self) -> ProjectionPath:
+        """How the losses are computed; a `TrainStep` whose `projection` is "auto" follows it."""
+        return "fused" if self.fused else "closed_form"
+
     def extra_repr(self) -> str:
         """Which of the two implementations."""
-        return "fused" if self.fused else "closed form"
+        return self.projection_path
 
     def _compute(self, state: Tensor, predictions: list[Tensor]) -> tuple[Losses, list[BatchStatistics]] | None:
         layers = hidden_layer(self.proj)

@@ -1,6 +1,6 @@
 """Fused networks: the published ones with everything between the convolutions done in one pass each way.
 
-For the backward pass only raw outputs of convolutions are kept; what lies between is computed again (recompute.py).
+For the backward pass only raw outputs of convolutions are kept; what lies between is computed again (`recompute`).
 
 `from_eager` shares every parameter, buffer and submodule name with the module it replaces, so state_dicts, optimizers
 and freezing go on as before. Frames are kept channels-last (N, H, W, C in memory) throughout; results have the shapes
@@ -9,20 +9,26 @@ of the replaced module, and equal its results to rounding.
 
 from __future__ import annotations
 
-import contextlib
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastjepa.fused.recognition import (
+    BLOCKS_OF_ENCODER,
+    BLOCKS_OF_UNET,
+    CONVS_OF_UNET,
+    block_problem,
+    encoder_problem,
+    is_identity,
+    predictor_problem,
+    require,
+    unet_problem,
+)
 from fastjepa.fused.recompute import Recomputation, recompute_activations
 from fastjepa.kernels.batch_norm.fused import batch_norm_act_repeatable
 from fastjepa.model.networks import join_context, join_skip, per_frame
-
-BLOCKS_OF_ENCODER = ("layer1", "layer2", "layer3")
-BLOCKS_OF_UNET = ("enc1", "enc2", "enc3", "bott", "dec3", "dec2", "dec1")
-_CONVS_OF_UNET = ("up3", "up2", "up1", "head")
 
 
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
@@ -62,7 +68,7 @@ class FusedResidualBlock(nn.Module):
     @classmethod
     def from_eager(cls, block: nn.Module) -> FusedResidualBlock:
         """Share everything with `block`. Raises ValueError, saying why, if it is not of the published form."""
-        _require(block_problem(block))
+        require(block_problem(block))
         return cls(block)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,7 +80,7 @@ class FusedResidualBlock(nn.Module):
         """`forward` as a part of a network: x is channels-last, and its recipe may be in `memory`."""
         out = activate(memory, convolve(self.conv1, x), self.bn1)
         out = convolve(self.conv2, out)
-        if _is_identity(self.shortcut):
+        if is_identity(self.shortcut):
             return activate(memory, out, self.bn2, x.to(out.dtype))
         return activate(memory, out, self.bn2, convolve(self.shortcut[0], x), self.shortcut[1])
 
@@ -82,6 +88,7 @@ class FusedResidualBlock(nn.Module):
 class FusedNetwork(nn.Module):
     """Frames in, frames out, under an autocast of its own if it was given one."""
 
+    is_fused = True  # for whoever asks what a network is without importing this module, which needs Triton
     blocks: tuple[str, ...] = ()
 
     def __init__(self, network: nn.Module, autocast_dtype: torch.dtype | None) -> None:
@@ -126,7 +133,7 @@ class FusedResNet5(FusedNetwork):
     @classmethod
     def from_eager(cls, network: nn.Module, autocast_dtype: torch.dtype | None = None) -> FusedResNet5:
         """Share everything with `network`. Raises ValueError, saying why, if it is not of the published form."""
-        _require(encoder_problem(network))
+        require(encoder_problem(network))
         return cls(network, autocast_dtype)
 
     def _body(self, memory: Recomputation, x: Tensor) -> Tensor:
@@ -153,13 +160,13 @@ class FusedResUNet(FusedNetwork):
 
     def __init__(self, network: nn.Module, autocast_dtype: torch.dtype | None) -> None:
         super().__init__(network, autocast_dtype)
-        for name in _CONVS_OF_UNET:
+        for name in CONVS_OF_UNET:
             setattr(self, name, getattr(network, name))
 
     @classmethod
     def from_eager(cls, network: nn.Module, autocast_dtype: torch.dtype | None = None) -> FusedResUNet:
         """Share everything with `network`. Raises ValueError, saying why, if it is not of the published form."""
-        _require(unet_problem(network))
+        require(unet_problem(network))
         return cls(network, autocast_dtype)
 
     def _body(self, memory: Recomputation, x: Tensor) -> Tensor:
@@ -186,7 +193,7 @@ class FusedStateOnlyPredictor(nn.Module):
     @classmethod
     def from_eager(cls, predictor: nn.Module, autocast_dtype: torch.dtype | None = None) -> FusedStateOnlyPredictor:
         """Share everything with `predictor`. Raises ValueError, saying why, if it is not of the published form."""
-        _require(predictor_problem(predictor))
+        require(predictor_problem(predictor))
         return cls(predictor, autocast_dtype)
 
     def forward(self, states: Tensor, actions: Tensor | None = None) -> Tensor:
@@ -197,101 +204,3 @@ class FusedStateOnlyPredictor(nn.Module):
             return self.predictor.run(
                 memory, memory.announce(joined, lambda: join_context(remake(), self.context_length))
             )
-
-
-# ---- recognising the published networks by structure: None, or why a module is something else ------------------------
-
-
-def block_problem(block: nn.Module) -> str | None:
-    """Why `block` cannot be replaced by a `FusedResidualBlock`, or None if it can."""
-    problem = _children_problem(block, {"conv1", "bn1", "conv2", "bn2"}, optional={"shortcut"})
-    if problem:
-        return problem
-    source: Any = block
-    for name in ("bn1", "bn2"):
-        if type(getattr(source, name)) is not nn.BatchNorm2d:
-            return f"{name} is a {type(getattr(source, name)).__name__}, not a BatchNorm2d"
-    for name in ("conv1", "conv2"):
-        if type(getattr(source, name)) is not nn.Conv2d:
-            return f"{name} is a {type(getattr(source, name)).__name__}, not a Conv2d"
-    shortcut = getattr(source, "shortcut", None)
-    if shortcut is None or _is_identity(shortcut):
-        return None if shortcut is not None else "it has no `shortcut`"
-    kinds = [type(layer) for layer in shortcut] if isinstance(shortcut, nn.Sequential) else []
-    return None if kinds == [nn.Conv2d, nn.BatchNorm2d] else "its shortcut is not (Conv2d, BatchNorm2d)"
-
-
-def encoder_problem(network: nn.Module) -> str | None:
-    """Why `network` cannot be replaced by a `FusedResNet5`, or None if it can."""
-    return _network_problem(network, BLOCKS_OF_ENCODER, ())
-
-
-def unet_problem(network: nn.Module) -> str | None:
-    """Why `network` cannot be replaced by a `FusedResUNet`, or None if it can."""
-    return _network_problem(network, BLOCKS_OF_UNET, _CONVS_OF_UNET)
-
-
-def predictor_problem(predictor: nn.Module) -> str | None:
-    """Why `predictor` cannot be replaced by a `FusedStateOnlyPredictor`, or None if it can."""
-    names = [name for name, _ in predictor.named_children()]
-    if names != ["predictor"] or not isinstance(getattr(predictor, "context_length", None), int):
-        return f"{type(predictor).__name__} is not one network `predictor` over `context_length` frames"
-    return unet_problem(predictor.predictor)  # type: ignore[arg-type]
-
-
-def _network_problem(network: nn.Module, blocks: tuple[str, ...], convs: tuple[str, ...]) -> str | None:
-    problem = _children_problem(network, {"conv1", "bn1", *blocks, *convs}, optional=set())
-    if problem:
-        return problem
-    for name in blocks:
-        problem = block_problem(getattr(network, name))
-        if problem:
-            return f"{name}: {problem}"
-    return None
-
-
-def _children_problem(module: nn.Module, required: set[str], optional: set[str]) -> str | None:
-    children = dict(module.named_children())
-    if missing := sorted(required - children.keys()):
-        return f"{type(module).__name__} has no {', '.join(missing)}"
-    # The original may hold its activation as a module.
-    unknown = [name for name in children if name not in required | optional and type(children[name]) is not nn.ReLU]
-    if unknown:
-        return f"{type(module).__name__} has further layers: {', '.join(unknown)}"
-    for child in module.modules():
-        if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks:
-            return f"{type(child).__name__} has hooks, which a fused pass would not call"
-    return None
-
-
-def _is_identity(module: nn.Module) -> bool:
-    return isinstance(module, nn.Identity) or (isinstance(module, nn.Sequential) and len(module) == 0)
-
-
-def _require(problem: str | None) -> None:
-    if problem:
-        raise ValueError(f"not a network of the published form: {problem}")
-
-
-def difference(fused: nn.Module, eager: nn.Module, *inputs: Tensor | None) -> float:
-    """Largest difference of the two on these inputs, relative to the largest output, in eval mode.
-
-    The check behind structural recognition: a module may have the names of a published one and compute something else.
-    """
-    with contextlib.ExitStack() as stack:
-        for module in (fused, eager):
-            stack.enter_context(_eval(module))
-        stack.enter_context(torch.no_grad())
-        a, b = fused(*inputs), eager(*inputs)
-    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) if a.shape == b.shape else float("inf")
-
-
-@contextlib.contextmanager
-def _eval(module: nn.Module) -> Any:
-    modes = {child: child.training for child in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, mode in modes.items():
-            child.training = mode

@@ -13,17 +13,8 @@ import torch
 from torch import nn
 
 from fastjepa.fused.losses import ClosedFormSquareLoss, ClosedFormVCLoss
-from fastjepa.fused.networks import (
-    FusedResNet5,
-    FusedResUNet,
-    FusedStateOnlyPredictor,
-    difference,
-    encoder_problem,
-    predictor_problem,
-    unet_problem,
-)
-from fastjepa.kernels import launch
-from fastjepa.kernels.projected_losses.activations import MAX_D, MAX_HIDDEN
+from fastjepa.fused.recognition import difference, encoder_problem, predictor_problem, unet_problem
+from fastjepa.kernels.checks import unavailable_reason
 from fastjepa.measuring.wins import MEASURED_WINS
 from fastjepa.model.projected_losses import HiddenLayer, hidden_layer
 
@@ -105,8 +96,7 @@ def accelerate(
     if getattr(jepa, "acceleration", None) is not None:
         raise RuntimeError("this JEPA is accelerated already; fastjepa.restore(jepa) first")
     device = next(jepa.parameters()).device
-    unavailable = launch.unavailable_reason(device)
-    if backend == "fused" and unavailable is not None:
+    if backend == "fused" and (unavailable := unavailable_reason(device)) is not None:
         raise RuntimeError(f"backend 'fused' cannot be served: {unavailable}")
     if precision == "bf16" and backend != "fused":
         raise ValueError("precision 'bf16' belongs to the fused networks: ask for backend='fused' too")
@@ -173,12 +163,12 @@ def _plan(jepa: nn.Module, backend: Backend, autocast_dtype: torch.dtype | None)
     """What to do with each part, decided before anything is touched."""
     source: Any = jepa
     wrapper = source.predictor
-    parts = [_network(source.encoder, "encoder", FusedResNet5, encoder_problem, backend, autocast_dtype)]
+    parts = [_network(source.encoder, "encoder", "FusedResNet5", encoder_problem, backend, autocast_dtype)]
     if predictor_problem(wrapper) is None:
-        part = _network(wrapper, "predictor", FusedStateOnlyPredictor, predictor_problem, backend, autocast_dtype)
+        part = _network(wrapper, "predictor", "FusedStateOnlyPredictor", predictor_problem, backend, autocast_dtype)
     else:  # a wrapper of another kind stays, around a fused network
         inner = getattr(wrapper, "predictor", wrapper)
-        part = _network(inner, "predictor.predictor", FusedResUNet, unet_problem, backend, autocast_dtype)
+        part = _network(inner, "predictor.predictor", "FusedResUNet", unet_problem, backend, autocast_dtype)
     parts.append(part)
     for name, kind in (("regularizer", ClosedFormVCLoss), ("predcost", ClosedFormSquareLoss)):
         parts.append(_loss(getattr(jepa, name), name, kind, backend))
@@ -188,30 +178,34 @@ def _plan(jepa: nn.Module, backend: Backend, autocast_dtype: torch.dtype | None)
 def _network(
     module: nn.Module,
     name: str,
-    kind: type[FusedResNet5] | type[FusedResUNet] | type[FusedStateOnlyPredictor],
+    kind: Literal["FusedResNet5", "FusedResUNet", "FusedStateOnlyPredictor"],
     problem_of: Callable[[nn.Module], str | None],
     backend: Backend,
     autocast_dtype: torch.dtype | None,
 ) -> _Part:
+    """The plan for a network; `kind` is the class of `fused.networks` that would replace it."""
     reason = _not_chosen(backend, "batch_norm", next(module.parameters()).device) or problem_of(module)
     if reason:
         return _Part(name, module, None, reason)
-    weight = module.get_parameter("predictor.conv1.weight" if kind is FusedStateOnlyPredictor else "conv1.weight")
+    weight = module.get_parameter("predictor.conv1.weight" if name == "predictor" else "conv1.weight")
     if weight.dtype not in TOLERANCE:
         return _Part(name, module, None, f"its weights are {weight.dtype}; kernels take fp32, bf16 and fp16")
-    fused = kind.from_eager(module)  # in the caller's precision, for the check
+    from fastjepa.fused import networks  # only here: it needs Triton
+
+    from_eager: Callable[..., nn.Module] = getattr(networks, kind).from_eager
     channels, frames = weight.shape[1], 1
-    if isinstance(fused, FusedStateOnlyPredictor):  # which puts some frames into the channels
-        channels, frames = channels // fused.context_length, fused.context_length + 1
+    if name == "predictor":  # which puts some frames into the channels
+        context_length: Any = module.context_length
+        channels, frames = channels // context_length, context_length + 1
     # The form that every variant accepts: (B, C, T, H, W).
     example = torch.rand(1, channels, frames, 8, 8, generator=torch.Generator().manual_seed(0))
     example = example.to(weight.device, weight.dtype)
     # A predictor is called with actions, here none.
-    inputs = (example, None) if isinstance(fused, FusedStateOnlyPredictor) else (example,)
-    found = difference(fused, module, *inputs)
+    inputs = (example, None) if name == "predictor" else (example,)
+    found = difference(from_eager(module), module, *inputs)  # in the caller's precision
     if not found <= TOLERANCE[weight.dtype]:
         return _Part(name, module, None, f"it has the published names but computes something else ({found:.1e} off)")
-    return _Part(name, module, lambda: kind.from_eager(module, autocast_dtype))
+    return _Part(name, module, lambda: from_eager(module, autocast_dtype))
 
 
 def _loss(
@@ -242,10 +236,13 @@ def _not_chosen(backend: Backend, op: str, device: torch.device) -> str | None:
             return "on a CPU, eager is fastest; fused kernels need a GPU"
         if op not in MEASURED_WINS:
             return "no measurement on a GPU says yet that fused is faster; backend='fused' swaps it all the same"
+        return unavailable_reason(device)
     return None
 
 
 def _too_large(layers: HiddenLayer) -> str | None:
+    from fastjepa.kernels.projected_losses.activations import MAX_D, MAX_HIDDEN  # only here: it needs Triton
+
     (hidden, channels), out = layers.linear1.weight.shape, layers.linear2.out_features
     if channels > MAX_D or hidden > MAX_HIDDEN or not 2 <= out <= MAX_HIDDEN:
         return (

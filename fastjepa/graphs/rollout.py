@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fastjepa.fused.folding import folded_batch_norm
-from fastjepa.fused.networks import FusedNetwork
 from fastjepa.graphs.cache import MAX_RECORDINGS, RecordingCache, Watch
 from fastjepa.graphs.capture import Recording
-from fastjepa.kernels.launch import FLOAT_DTYPES, check_tensor
+from fastjepa.kernels.checks import FLOAT_DTYPES, check_tensor
 from fastjepa.model.modes import eval_mode
 from fastjepa.profiling import span
 
@@ -292,7 +291,7 @@ class _TailsPlan(_Plan):
 
 def _is_channels_last(network: nn.Module) -> bool:
     """Whether the network computes channels-last: it is fused, or its convolutions' weights lie so in memory."""
-    if any(isinstance(module, FusedNetwork) for module in network.modules()):
+    if any(getattr(module, "is_fused", False) for module in network.modules()):
         return True
     weights = [module.weight for module in network.modules() if isinstance(module, nn.Conv2d)]
     return any(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastjepa.graphs.cache import MAX_RECORDINGS, RecordingCache, Watch
 from fastjepa.graphs.capture import Recording
-from fastjepa.kernels.launch import check_tensor
+from fastjepa.kernels.checks import check_tensor
 from fastjepa.model.step import StepLosses, TrainStep
 from fastjepa.moving_mnist import ClipSet
 from fastjepa.profiling import span

@@ -1,6 +1,7 @@
 """The two losses of Video JEPA, eager and literal. Both read a state (B, D, T, H, W) as rows of D, one per pixel.
 
-Losses are computed in fp32 or better: rows of a bf16 state are upcast, and autocast is off inside.
+Losses are computed in fp32 or better: rows of a bf16 state are upcast, and autocast is off inside. The formula of the
+variance–covariance loss is `kernels.projected_losses.reference.std_and_cov_loss`.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-STD_EPS = 1e-4  # inside the square root of the standard deviation
+from fastjepa.kernels.projected_losses.reference import as_rows, std_and_cov_loss
 
 
 def state_rows(state: Tensor) -> Tensor:
     """(B, D, T, H, W) → (B·T·H·W, D); a view if the memory is channels-last. Raises ValueError on another rank."""
     if state.dim() != 5:
         raise ValueError(f"expected a state (B, D, T, H, W), got shape {tuple(state.shape)}")
-    return state.permute(0, 2, 3, 4, 1).flatten(0, 3)
+    return as_rows(state)
 
 
 def project(proj: nn.Module, state: Tensor) -> Tensor:
@@ -24,23 +25,6 @@ def project(proj: nn.Module, state: Tensor) -> Tensor:
     with torch.autocast(state.device.type, enabled=False):
         rows = state_rows(state)
         return proj(rows.to(torch.promote_types(rows.dtype, torch.float32)))
-
-
-def std_and_cov_loss(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Hinge on each feature's standard deviation, and mean square of the off-diagonal covariance (VICReg, eq. 1–4).
-
-    features (N, F), N ≥ 2 → two scalars. With a single feature there is no off-diagonal and the second is 0.
-    """
-    n, f = features.shape
-    if n < 2:
-        raise ValueError(f"the variance of {n} row is undefined; at least 2 are needed")
-    with torch.autocast(features.device.type, enabled=False):
-        centred = features - features.mean(dim=0)
-        cov = centred.T @ centred / (n - 1)
-    std = (centred.square().sum(dim=0) / (n - 1) + STD_EPS).sqrt()
-    std_loss = F.relu(1 - std).mean()
-    off_diagonal = cov - torch.diag(torch.diagonal(cov))
-    return std_loss, off_diagonal.square().sum() / max(f * (f - 1), 1)
 
 
 class VCLoss(nn.Module):

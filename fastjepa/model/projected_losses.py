@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastjepa.kernels.checks import require_available
 from fastjepa.kernels.projected_losses import closed_form
-from fastjepa.kernels.projected_losses.fused import projected_losses as fused_projected_losses
-from fastjepa.model.losses import project, std_and_cov_loss
+from fastjepa.kernels.projected_losses.reference import std_and_cov_loss
+from fastjepa.model.losses import project
 from fastjepa.model.running_stats import BatchStatistics, BatchStatisticsRecorder, fold_updates, updating_batch_norms
 
 ProjectionPath = Literal["auto", "eager", "closed_form", "fused"]
@@ -108,8 +109,11 @@ def losses_from_moments(
     layers: HiddenLayer, state: Tensor, predictions: Sequence[Tensor], *, fused: bool
 ) -> tuple[Losses, list[BatchStatistics]]:
     """The losses without materialised projections, and the batch statistics of z, p¹..pᴷ; buffers do not move."""
-    compute = fused_projected_losses if fused else closed_form.projected_losses
-    if not fused:
+    compute = closed_form.projected_losses
+    if fused:
+        require_available("projected_losses", state.device)
+        from fastjepa.kernels.projected_losses.fused import projected_losses as compute  # needs Triton
+    else:
         dtype = torch.promote_types(state.dtype, torch.float32)
         state, predictions = state.to(dtype), [prediction.to(dtype) for prediction in predictions]
     linear1, norm, linear2 = layers

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastjepa.fused.losses import ClosedFormVCLoss
 from fastjepa.model.jepa import JEPA, detection_loss
 from fastjepa.model.networks import DetHead, ImageDecoder
 from fastjepa.model.projected_losses import ProjectionPath, projected_losses
@@ -131,9 +130,9 @@ class TrainStep:
         return StepLosses(jepa + recon + det, jepa, vc, std + cov, std, cov, pred, recon, det)
 
     def _projection_path(self) -> ProjectionPath:
-        """What was asked for; "auto" follows what `accelerate` has chosen for the losses."""
-        if self.projection == "auto" and isinstance(self.jepa.regularizer, ClosedFormVCLoss):
-            return "fused" if self.jepa.regularizer.fused else "closed_form"
+        """What was asked for; "auto" is what the regularizer says, if it was swapped in and says something."""
+        if self.projection == "auto":
+            return getattr(self.jepa.regularizer, "projection_path", "auto")
         return self.projection
 
     def _predict(self, state: Tensor) -> list[Tensor]:

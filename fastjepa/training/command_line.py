@@ -16,7 +16,7 @@ import tyro
 from fastjepa.config import MAY_CHANGE_ON_RESUME, Config, preset_config, resolve_device, resolve_preset
 from fastjepa.environment import device_name
 from fastjepa.graphs.capture import use_cuda_graph
-from fastjepa.kernels.launch import unavailable_reason
+from fastjepa.kernels.checks import unavailable_reason
 from fastjepa.storage.checkpoint import check_same_config
 from fastjepa.storage.run_folder import read_run_config
 from fastjepa.storage.safe_files import CheckpointError

@@ -30,7 +30,8 @@ from fastjepa.kernels.batch_norm.tiling import (
     row_spans,
     span_of_program,
 )
-from fastjepa.kernels.launch import TRITON_TYPE, AuditCase, kernel_op, require_available
+from fastjepa.kernels.checks import require_available
+from fastjepa.kernels.launch import TRITON_TYPE, AuditCase, kernel_op
 
 
 @triton.jit

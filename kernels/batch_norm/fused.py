@@ -14,7 +14,7 @@ from fastjepa.kernels.batch_norm.statistics import (
     check_more_than_one_value,
     update_running_statistics,
 )
-from fastjepa.kernels.launch import check_tensor, require_available
+from fastjepa.kernels.checks import check_tensor, require_available
 
 
 def batch_norm_act(

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastjepa.kernels.launch import TRITON_TYPE, LaunchConfig, check_tensor, wrap
+from fastjepa.kernels.checks import check_tensor
+from fastjepa.kernels.launch import TRITON_TYPE, LaunchConfig, wrap
 
 MAX_CHANNELS = 1024
 

@@ -1,12 +1,4 @@
-"""Two passes over rows x (N, D) that several losses share: their mean and scatter, and a linear map of x − μ.
-
-    x (N, D) contiguous rows, fp32 or bf16;  μ = Σx/N;  M2 = Σ(x−μ)(x−μ)ᵀ, (D, D)
-
-Exact for any offset of the data. Each program centres its rows at the mean of its first tile, so what it sums has the
-size of the data's deviations, not of its mean: with T tiles, Σ(x−c)² ≤ (1+T)·Σ(x−μ_program)², since a first tile that
-lies far from its program's mean is itself 1/T of the program's scatter. The programs' partials are then combined in
-float64, in one order, by the exact formula for moments about different centres.
-"""
+"""The kernels of both passes, and the functions that launch them. The package has the maths."""
 
 from __future__ import annotations
 
@@ -241,7 +233,7 @@ def subtract_centred_linear(x: Tensor, operands: LinearOperands, t: int, base: T
 
 
 def audit_cases() -> list[AuditCase]:
-    """Both kernels at the projected losses' size (D = 16) and at the plain loss's (D = 64, 512), fp32 and bf16."""
+    """Both kernels at the projected losses' size (D = 16), the largest block and the largest size, fp32 and bf16."""
     n_rows = 64 * 10 * 64 * 64
     cases = []
     for dtype in (torch.float32, torch.bfloat16):

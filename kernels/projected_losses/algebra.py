@@ -68,15 +68,14 @@ def covariance(weight2: Tensor, scatter_r: Tensor, n_rows: int) -> Tensor:
     return w2 @ scatter_r @ w2.T / (n_rows - 1)
 
 
-def off_diagonal_mean_square(cov: Tensor) -> Tensor:
-    """Mean of the squares of the off-diagonal entries of a square matrix."""
+def std_and_cov_from_moments(variance: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
+    """(std_loss, cov_loss) = mean_j relu(1 − sqrt(var_j + 1e-4)), and the mean square of the off-diagonal covariance.
+
+    From `variance` (O,) and `cov` (O, O) (VICReg, eq. 1–4). With a single feature there is no off-diagonal: 0.
+    """
     n = cov.shape[0]
-    return (cov - torch.diag(cov.diagonal())).square().sum() / (n * (n - 1))
-
-
-def vc_from_covariance(cov: Tensor) -> tuple[Tensor, Tensor]:
-    """(std_loss, cov_loss) from a covariance: mean_j relu(1 − sqrt(var_j + 1e-4)), and the mean off-diagonal cov²."""
-    return torch.relu(1.0 - torch.sqrt(cov.diagonal() + STD_EPS)).mean(), off_diagonal_mean_square(cov)
+    off_diagonal = cov - torch.diag(cov.diagonal())
+    return torch.relu(1.0 - torch.sqrt(variance + STD_EPS)).mean(), off_diagonal.square().sum() / max(n * (n - 1), 1)
 
 
 def vc_covariance_gradient(cov: Tensor, grad_std: Tensor, grad_cov: Tensor) -> Tensor:

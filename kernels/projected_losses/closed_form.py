@@ -68,7 +68,8 @@ class _ClosedForm(torch.autograd.Function):
         mean, scatter = torch.stack(means), torch.stack(scatters)
         folded = algebra.fold(params, mean, scatter, n_rows, eps)
         mean_r, scatter_r, delta_moments = _activation_moments(columns, folded, mean, params.bn_bias, n_rows)
-        std_loss, cov_loss = algebra.vc_from_covariance(algebra.covariance(params.weight2, scatter_r, n_rows))
+        cov = algebra.covariance(params.weight2, scatter_r, n_rows)
+        std_loss, cov_loss = algebra.std_and_cov_from_moments(cov.diagonal(), cov)
         prediction = algebra.prediction_losses(params.weight2, delta_moments, n_rows)
         ctx.save_for_backward(*inputs, mean, scatter, mean_r, scatter_r, delta_moments)
         ctx.eps, ctx.n_inputs, ctx.n_rows = eps, len(inputs), n_rows

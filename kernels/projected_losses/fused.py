@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastjepa.kernels.launch import check_tensor, kernel_op, require_available
+from fastjepa.kernels.checks import check_tensor, require_available
+from fastjepa.kernels.launch import kernel_op
 from fastjepa.kernels.moments.fused import linear_operands, moments, subtract_centred_linear
 from fastjepa.kernels.projected_losses import algebra
 from fastjepa.kernels.projected_losses.activations import MAX_D, MAX_HIDDEN, operands
@@ -65,7 +66,8 @@ def _forward(
     mean_r, scatter_r, delta_moments = activation_moments(
         tensors, operands(folded, mean, bn_bias, z.dtype), folded.shift
     )
-    std_loss, cov_loss = algebra.vc_from_covariance(algebra.covariance(weight2, scatter_r, n_rows))
+    cov = algebra.covariance(weight2, scatter_r, n_rows)
+    std_loss, cov_loss = algebra.std_and_cov_from_moments(cov.diagonal(), cov)
     prediction = algebra.prediction_losses(weight2, delta_moments, n_rows)
     results = (std_loss, cov_loss, prediction, folded.hidden_mean, folded.hidden_var)
     # A padded matrix is cut to size by a view; outputs own their memory, contiguous as the fake op says.

@@ -30,12 +30,19 @@ def as_rows(x: Tensor) -> Tensor:
     return x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
-def vc_loss(f: Tensor) -> tuple[Tensor, Tensor]:
-    """(std_loss, cov_loss) of rows f (N, D): mean_j relu(1 − sqrt(var_j + 1e-4)), and the mean off-diagonal cov²."""
-    if f.shape[0] < 2 or f.shape[1] < 2:
-        raise ValueError(f"vc_loss: f has shape {tuple(f.shape)}; it needs at least 2 rows and 2 features")
-    centred = f - f.mean(dim=0)
-    return algebra.vc_from_covariance(centred.T @ centred / (f.shape[0] - 1))
+def std_and_cov_loss(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Hinge on each feature's standard deviation, and mean square of the off-diagonal covariance (VICReg, eq. 1–4).
+
+    features (N, F), N ≥ 2 → two scalars. With a single feature there is no off-diagonal and the second is 0.
+    """
+    n = features.shape[0]
+    if n < 2:
+        raise ValueError(f"the variance of {n} row is undefined; at least 2 are needed")
+    with torch.autocast(features.device.type, enabled=False):
+        centred = features - features.mean(dim=0)
+        cov = centred.T @ centred / (n - 1)
+    # Not the diagonal of cov: a matrix product may be in TF32.
+    return algebra.std_and_cov_from_moments(centred.square().sum(dim=0) / (n - 1), cov)
 
 
 def projected_losses(
@@ -70,7 +77,7 @@ def projected_losses(
             eps=eps,
         )
         projections.append(F.linear(F.relu(y), weight2.to(dtype)).to(wide))
-    std_loss, cov_loss = vc_loss(projections[0])
+    std_loss, cov_loss = std_and_cov_loss(projections[0])
     differences = [F.mse_loss(projections[0], p) for p in projections[1:]]
     return ProjectedLosses(
         std_loss,

@@ -1,0 +1,100 @@
+"""Recognising the published networks by structure: None, or why a module is something else. No Triton is needed.
+
+Modules are known by the names and types of their children, never by their class, so that those of other code are found
+too; then `difference` compares numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastjepa.model.modes import eval_mode
+
+BLOCKS_OF_ENCODER = ("layer1", "layer2", "layer3")
+BLOCKS_OF_UNET = ("enc1", "enc2", "enc3", "bott", "dec3", "dec2", "dec1")
+CONVS_OF_UNET = ("up3", "up2", "up1", "head")
+
+
+def block_problem(block: nn.Module) -> str | None:
+    """Why `block` cannot be replaced by a `FusedResidualBlock`, or None if it can."""
+    problem = _children_problem(block, {"conv1", "bn1", "conv2", "bn2"}, optional={"shortcut"})
+    if problem:
+        return problem
+    source: Any = block
+    for name in ("bn1", "bn2"):
+        if type(getattr(source, name)) is not nn.BatchNorm2d:
+            return f"{name} is a {type(getattr(source, name)).__name__}, not a BatchNorm2d"
+    for name in ("conv1", "conv2"):
+        if type(getattr(source, name)) is not nn.Conv2d:
+            return f"{name} is a {type(getattr(source, name)).__name__}, not a Conv2d"
+    shortcut = getattr(source, "shortcut", None)
+    if shortcut is None or is_identity(shortcut):
+        return None if shortcut is not None else "it has no `shortcut`"
+    kinds = [type(layer) for layer in shortcut] if isinstance(shortcut, nn.Sequential) else []
+    return None if kinds == [nn.Conv2d, nn.BatchNorm2d] else "its shortcut is not (Conv2d, BatchNorm2d)"
+
+
+def encoder_problem(network: nn.Module) -> str | None:
+    """Why `network` cannot be replaced by a `FusedResNet5`, or None if it can."""
+    return _network_problem(network, BLOCKS_OF_ENCODER, ())
+
+
+def unet_problem(network: nn.Module) -> str | None:
+    """Why `network` cannot be replaced by a `FusedResUNet`, or None if it can."""
+    return _network_problem(network, BLOCKS_OF_UNET, CONVS_OF_UNET)
+
+
+def predictor_problem(predictor: nn.Module) -> str | None:
+    """Why `predictor` cannot be replaced by a `FusedStateOnlyPredictor`, or None if it can."""
+    names = [name for name, _ in predictor.named_children()]
+    if names != ["predictor"] or not isinstance(getattr(predictor, "context_length", None), int):
+        return f"{type(predictor).__name__} is not one network `predictor` over `context_length` frames"
+    return unet_problem(predictor.predictor)  # type: ignore[arg-type]
+
+
+def _network_problem(network: nn.Module, blocks: tuple[str, ...], convs: tuple[str, ...]) -> str | None:
+    problem = _children_problem(network, {"conv1", "bn1", *blocks, *convs}, optional=set())
+    if problem:
+        return problem
+    for name in blocks:
+        problem = block_problem(getattr(network, name))
+        if problem:
+            return f"{name}: {problem}"
+    return None
+
+
+def _children_problem(module: nn.Module, required: set[str], optional: set[str]) -> str | None:
+    children = dict(module.named_children())
+    if missing := sorted(required - children.keys()):
+        return f"{type(module).__name__} has no {', '.join(missing)}"
+    # The original may hold its activation as a module.
+    unknown = [name for name in children if name not in required | optional and type(children[name]) is not nn.ReLU]
+    if unknown:
+        return f"{type(module).__name__} has further layers: {', '.join(unknown)}"
+    for child in module.modules():
+        if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks:
+            return f"{type(child).__name__} has hooks, which a fused pass would not call"
+    return None
+
+
+def is_identity(module: nn.Module) -> bool:
+    """Whether a shortcut does nothing, as this or the original's code spells it."""
+    return isinstance(module, nn.Identity) or (isinstance(module, nn.Sequential) and len(module) == 0)
+
+
+def require(problem: str | None) -> None:
+    """Raise ValueError if there is a problem."""
+    if problem:
+        raise ValueError(f"not a network of the published form: {problem}")
+
+
+def difference(fused: nn.Module, eager: nn.Module, *inputs: Tensor | None) -> float:
+    """Largest difference of the two on these inputs, relative to the largest output, in eval mode.
+
+    The check behind structural recognition: a module may have the names of a published one and compute something else.
+    """
+    with eval_mode(fused, eager):
+        a, b = fused(*inputs), eager(*inputs)
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) if a.shape == b.shape else float("inf")
