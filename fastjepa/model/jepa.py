@@ -121,7 +121,7 @@ class JEPA(nn.Module):
         state = self.encoder(observations)
         vc = self.regularizer(state, actions) if compute_loss else None
         if unroll_mode == "parallel":
-            states, pred_loss = self._unroll_parallel(state, encoded_actions, nsteps, context_length, compute_loss)
+            states, pred_loss = self._unroll_parallel(state, encoded_actions, nsteps, compute_loss)
         else:
             states, pred_loss = self._unroll_autoregressive(
                 state, encoded_actions, nsteps, ctxt_window_time, compute_loss
@@ -134,15 +134,13 @@ class JEPA(nn.Module):
         return states, _total(vc, pred_loss)
 
     def _unroll_parallel(
-        self, state: Tensor, actions: Tensor | None, nsteps: int, context_length: int, compute_loss: bool
+        self, state: Tensor, actions: Tensor | None, nsteps: int, compute_loss: bool
     ) -> tuple[list[Tensor], Tensor]:
         steps, loss = [], state.new_zeros(())
         current = state
         for _ in range(nsteps):
-            # The last entry predicts the frame after the video: it is dropped, but it did count in BatchNorm.
-            prediction = self.predictor(current, actions)[:, :, :-1]
+            prediction, current = parallel_step(self.predictor, state, current, actions)
             steps.append(prediction)
-            current = torch.cat((state[:, :, :context_length], prediction), dim=2)
             if compute_loss:
                 loss = loss + self.predcost(state, current) / nsteps
         return steps, loss
@@ -160,6 +158,25 @@ class JEPA(nn.Module):
             if compute_loss:
                 loss = loss + self.predcost(state[:, :, window + i : window + i + 1], prediction) / nsteps
         return steps, loss
+
+
+def parallel_step(
+    predictor: nn.Module, state: Tensor, current: Tensor, actions: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One step of a parallel unroll, with c = the predictor's `context_length` (0 if it has none).
+
+    Args:
+        state: z (B, D, T, H, W), whose first c frames every step keeps.
+        current: pᵏ⁻¹, of the same shape, from which all frames are predicted.
+        actions: encoded, or None.
+
+    Returns:
+        The predictions of frames c … T - 1, (B, D, T - c, H, W), and pᵏ, which puts the c kept frames before them.
+    """
+    context_length = getattr(predictor, "context_length", 0)
+    # The last entry predicts the frame after the video: it is dropped, but it did count in BatchNorm.
+    prediction = predictor(current, actions)[:, :, :-1]
+    return prediction, torch.cat((state[:, :, :context_length], prediction), dim=2)
 
 
 def _check_frames(mode: str, frames: int, nsteps: int, context: int, window: int, compute_loss: bool) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastjepa.model.jepa import JEPA, detection_loss
+from fastjepa.model.jepa import JEPA, detection_loss, parallel_step
 from fastjepa.model.networks import DetHead, ImageDecoder
 from fastjepa.model.projected_losses import ProjectionPath, projected_losses
 from fastjepa.model.running_stats import repeated_updates
@@ -137,12 +137,10 @@ class TrainStep:
 
     def _predict(self, state: Tensor) -> list[Tensor]:
         """The predicted sequences p¹..pᴷ, each (B, D, T, H, W), of the parallel unroll."""
-        context = self.jepa.predictor.context_length
         predictions, current = [], state
         for step in range(1, self.steps + 1):
             with span(f"prediction step {step}"):
-                prediction = self.jepa.predictor(current, None)[:, :, :-1]  # see JEPA.unroll
-            current = torch.cat((state[:, :, :context], prediction), dim=2)
+                _, current = parallel_step(self.jepa.predictor, state, current, None)
             predictions.append(current)
         return predictions
 
