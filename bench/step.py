@@ -68,7 +68,7 @@ class Step:
             autocast_dtype=torch.bfloat16 if half else None,
         )
         if way.compile:
-            # The whole forward as one graph: the networks, the unroll, the losses and the folding of the buffers.
+            # The whole forward as one graph: the networks, the unroll, the losses and the buffers' advance.
             torch._dynamo.reset()
             compiled = torch.compile(self.step.losses, mode=COMPILE_MAX, fullgraph=True, dynamic=False)
             self.step.losses = compiled  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""A restored run continues bit for bit; a state that does not fit changes nothing."""
+"""A resumed run continues bit for bit; a state that does not fit changes nothing."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from fastjepa.model.jepa import build_jepa, build_probes
 from fastjepa.storage.checkpoint import (
-    capture,
     check_same_config,
     load_checkpoint,
+    load_snapshot,
     plain_state,
-    restore,
     save_checkpoint,
+    snapshot,
 )
 from fastjepa.storage.safe_files import CheckpointError
 
@@ -57,11 +57,11 @@ class Run:
             loss.backward()
             self.optimizer.step()
 
-    def capture(self) -> dict[str, Any]:
-        return capture(self.modules, self.optimizer, PROGRESS, CONFIG)
+    def snapshot(self) -> dict[str, Any]:
+        return snapshot(self.modules, self.optimizer, PROGRESS, CONFIG)
 
-    def restore(self, state: dict[str, Any]) -> dict[str, int | float]:
-        return restore(state, self.modules, self.optimizer)
+    def load_snapshot(self, state: dict[str, Any]) -> dict[str, int | float]:
+        return load_snapshot(state, self.modules, self.optimizer)
 
 
 def assert_same(a: Any, b: Any, where: str = "state") -> None:
@@ -90,21 +90,21 @@ ADAMS: list[dict[str, Any]] = [{}, {"fused": True}, {"foreach": True}, {"amsgrad
 def test_a_run_continues_bit_for_bit(tmp_path: Path, adam: dict[str, Any], steps_before: int) -> None:
     run = Run(0, **copy.deepcopy(adam))
     run.train(2)
-    save_checkpoint(tmp_path / "latest.pt", run.capture())
+    save_checkpoint(tmp_path / "latest.pt", run.snapshot())
     run.train(3)
 
     resumed = Run(1, **copy.deepcopy(adam))
     resumed.train(steps_before)
-    progress = resumed.restore(load_checkpoint(tmp_path / "latest.pt"))
+    progress = resumed.load_snapshot(load_checkpoint(tmp_path / "latest.pt"))
     assert_same(progress, PROGRESS)
     resumed.train(3)
-    assert_same(resumed.capture(), run.capture())
+    assert_same(resumed.snapshot(), run.snapshot())
 
 
 def test_a_captured_state_is_a_copy() -> None:
     run = Run(0)
     run.train(1)
-    state = run.capture()
+    state = run.snapshot()
     before = copy.deepcopy(state)
     run.train(1)
     assert_same(state, before)
@@ -114,7 +114,7 @@ def test_restoring_keeps_all_memory() -> None:
     """CUDA graphs and views go on working: every tensor stays where it was."""
     run = Run(0, lr=torch.tensor(1e-2))
     run.train(1)
-    state = run.capture()
+    state = run.snapshot()
     run.train(1)
 
     def tensors() -> list[Tensor]:
@@ -123,20 +123,20 @@ def test_restoring_keeps_all_memory() -> None:
         return [*groups, *moments, *(t for m in run.modules.values() for t in plain_state(m).values())]
 
     before = [(tensor.data_ptr(), tensor.stride()) for tensor in tensors()]
-    run.restore(state)
+    run.load_snapshot(state)
     assert [(tensor.data_ptr(), tensor.stride()) for tensor in tensors()] == before
-    assert_same(run.capture(), state)
+    assert_same(run.snapshot(), state)
 
 
 def test_a_state_from_before_the_first_step_resets_adam() -> None:
     run = Run(0)
-    state = run.capture()
+    state = run.snapshot()
     assert not state["optimizer"]["state"]
     run.train(2)
-    expected = run.capture()
-    run.restore(state)
+    expected = run.snapshot()
+    run.load_snapshot(state)
     run.train(2)
-    assert_same(run.capture(), expected)
+    assert_same(run.snapshot(), expected)
 
 
 def test_how_adam_is_computed_belongs_to_the_machine() -> None:
@@ -144,11 +144,11 @@ def test_how_adam_is_computed_belongs_to_the_machine() -> None:
     run.train(1)
     resumed = Run(1, foreach=True)
     resumed.optimizer.param_groups[1]["lr"] = 123.0
-    resumed.restore(run.capture())
+    resumed.load_snapshot(run.snapshot())
     assert [group["fused"] for group in resumed.optimizer.param_groups] == [None] * 3
     assert [group["foreach"] for group in resumed.optimizer.param_groups] == [True] * 3
     assert [group["lr"] for group in resumed.optimizer.param_groups] == [1e-2, 1e-3, 1e-2]
-    assert_same(resumed.capture()["optimizer"]["state"], run.capture()["optimizer"]["state"])
+    assert_same(resumed.snapshot()["optimizer"]["state"], run.snapshot()["optimizer"]["state"])
 
 
 def test_a_new_optimizer_gets_moments_laid_out_like_the_parameters() -> None:
@@ -156,7 +156,7 @@ def test_a_new_optimizer_gets_moments_laid_out_like_the_parameters() -> None:
     run.train(1)
     resumed = Run(1)
     resumed.modules["jepa"].to(memory_format=torch.channels_last)
-    resumed.restore(run.capture())
+    resumed.load_snapshot(run.snapshot())
     for param, entry in resumed.optimizer.state.items():
         assert entry["exp_avg"].stride() == param.stride()
 
@@ -166,8 +166,8 @@ def test_a_compiled_module_has_the_same_state_as_a_plain_one() -> None:
     run.modules["jepa"].encoder = torch.compile(run.modules["jepa"].encoder)  # wraps; nothing is compiled before a call
     run.modules["decoder"] = torch.compile(run.modules["decoder"])
     assert any("_orig_mod." in key for key in run.modules["jepa"].state_dict())
-    other.restore(run.capture())
-    assert_same(other.capture(), run.capture())
+    other.load_snapshot(run.snapshot())
+    assert_same(other.snapshot(), run.snapshot())
 
 
 @pytest.mark.gpu
@@ -175,20 +175,20 @@ def test_a_compiled_module_has_the_same_state_as_a_plain_one() -> None:
 def test_a_run_on_a_gpu_continues(adam: dict[str, Any]) -> None:
     run = Run(0, "cuda", **adam)
     run.train(2)
-    state = run.capture()
+    state = run.snapshot()
     draw = torch.rand(5, device="cuda")
     resumed = Run(1, "cuda", **adam)
     resumed.train(1)
     before = [t.data_ptr() for entry in resumed.optimizer.state.values() for t in entry.values()]
-    resumed.restore(state)
+    resumed.load_snapshot(state)
     assert [t.data_ptr() for entry in resumed.optimizer.state.values() for t in entry.values()] == before
-    assert_same(resumed.capture(), state)
+    assert_same(resumed.snapshot(), state)
     assert torch.equal(torch.rand(5, device="cuda"), draw)
     step = next(iter(resumed.optimizer.state.values()))["step"]
     fresh = Run(2, "cuda", **adam)
-    fresh.restore(state)
+    fresh.load_snapshot(state)
     assert next(iter(fresh.optimizer.state.values()))["step"].device == step.device
-    assert_same(fresh.capture(), state)
+    assert_same(fresh.snapshot(), state)
 
 
 # ---- what does not fit ----
@@ -255,7 +255,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 def saved() -> dict[str, Any]:
     run = Run(0)
     run.train(1)
-    return run.capture()
+    return run.snapshot()
 
 
 @pytest.fixture(scope="module")
@@ -270,10 +270,10 @@ def test_a_state_that_does_not_fit_changes_nothing(saved: dict[str, Any], victim
     spoil, message = DAMAGES[damage]
     state = copy.deepcopy(saved)
     spoil(state)
-    before = victim.capture()
+    before = victim.snapshot()
     with pytest.raises(CheckpointError, match=message):
-        victim.restore(state)
-    assert_same(victim.capture(), before)
+        victim.load_snapshot(state)
+    assert_same(victim.snapshot(), before)
 
 
 def test_restoring_a_new_optimizer_that_fails_leaves_it_new(saved: dict[str, Any]) -> None:
@@ -281,7 +281,7 @@ def test_restoring_a_new_optimizer_that_fails_leaves_it_new(saved: dict[str, Any
     state = copy.deepcopy(saved)
     state["rng"]["numpy"]["pos"] = -1
     with pytest.raises(CheckpointError):
-        run.restore(state)
+        run.load_snapshot(state)
     assert not run.optimizer.state
 
 

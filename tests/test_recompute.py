@@ -8,28 +8,28 @@ from torch import Tensor
 
 from fastjepa.fused import networks as fused_module
 from fastjepa.fused.networks import FusedResUNet
-from fastjepa.fused.recompute import Recipe, Recomputation, recompute_activations
+from fastjepa.fused.recompute import Maker, Recomputation, recompute_activations
 from fastjepa.model.networks import ResUNet
 
 
-def test_a_recipe_is_made_once_for_its_users_and_then_freed() -> None:
+def test_a_maker_is_made_once_for_its_users_and_then_freed() -> None:
     made = []
 
     def make() -> Tensor:
         made.append(1)
         return torch.rand(3)
 
-    recipe = Recipe(make)
-    recipe.add_user()
-    recipe.add_user()
+    maker = Maker(make)
+    maker.add_user()
+    maker.add_user()
     for _ in range(2):  # two backward passes
-        first = recipe.take()
-        assert recipe.once() is first
-        assert recipe.take() is first
-        assert recipe._tensor is None
+        first = maker.take()
+        assert maker.once() is first
+        assert maker.take() is first
+        assert maker._tensor is None
     assert len(made) == 2
-    recipe.once()
-    assert recipe._tensor is None
+    maker.once()
+    assert maker._tensor is None
 
 
 def test_views_come_back_as_they_were() -> None:
@@ -47,11 +47,11 @@ def test_a_reused_address_is_not_mistaken_for_the_announced_tensor() -> None:
     tensor = memory.announce(torch.zeros(1000), lambda: torch.zeros(1000))
     key = tensor.untyped_storage()._cdata
     other = torch.ones(1000)
-    memory._recipes[other.untyped_storage()._cdata] = memory._recipes.pop(key)
-    assert memory.recipe_of(other) is not None
+    memory._makers[other.untyped_storage()._cdata] = memory._makers.pop(key)
+    assert memory.maker_of(other) is not None
     del tensor
     gc.collect()
-    assert memory.recipe_of(other) is None
+    assert memory.maker_of(other) is None
 
 
 def test_nothing_is_recorded_without_gradients() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastjepa.model.running_stats import BatchStatisticsRecorder, fold_updates, repeated_updates
+from fastjepa.model.running_stats import BatchStatisticsRecorder, advance_buffers, repeated_updates
 
 
 def layer(momentum: float | None, **options: bool) -> nn.BatchNorm1d:
@@ -49,7 +49,7 @@ def test_folded_calls(momentum: float | None) -> None:
     assert all(torch.equal(buffer, before[name]) for name, buffer in single.named_buffers())
     assert single.momentum == momentum
     (sz,), (s1,), (s2,) = statistics
-    fold_updates(single, [sz, sz, s1, sz, s2])
+    advance_buffers(single, [sz, sz, s1, sz, s2])
     expected = [literal(x) for x in (z, z, p1, z, p2)]
     assert_same_buffers(single, literal)
     for output, index in zip(outputs, (0, 2, 4), strict=True):
@@ -61,7 +61,7 @@ def test_recording_leaves_autograd_intact() -> None:
     x = rows(1).requires_grad_()
     with BatchStatisticsRecorder(bn) as recorder:
         out, statistics = recorder.call(lambda: bn(x))
-    fold_updates(bn, [statistics[0]] * 2)
+    advance_buffers(bn, [statistics[0]] * 2)
     out.square().sum().backward()
     assert x.grad is not None
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastjepa.model.projected_losses import HiddenLayer, Losses, ProjectionPath, hidden_layer, losses_from_moments
-from fastjepa.model.running_stats import BatchStatistics, fold_updates
+from fastjepa.model.running_stats import BatchStatistics, advance_buffers
 
 
 class _ClosedFormLoss(nn.Module):
@@ -41,7 +41,7 @@ class _ClosedFormLoss(nn.Module):
         if not isinstance(layers, HiddenLayer):
             return None
         losses, calls = losses_from_moments(layers, state, predictions, fused=self.fused)
-        fold_updates(layers.batch_norm, calls)
+        advance_buffers(layers.batch_norm, calls)
         return losses, calls
 
 

@@ -48,7 +48,7 @@ def activate(
 
 
 def join(memory: Recomputation, x: Tensor, skip: Tensor) -> Tensor:
-    """`join_skip`, keeping the upsampled half and a recipe for the other."""
+    """`join_skip`, keeping the upsampled half and a maker for the other."""
     out = join_skip(x, skip)
     remake_x, remake_skip = memory.remake(x), memory.remake(skip)
     return memory.announce(out, lambda: join_skip(remake_x(), remake_skip()))
@@ -77,7 +77,7 @@ class FusedResidualBlock(nn.Module):
             return self.frames(memory, x.contiguous(memory_format=torch.channels_last))
 
     def frames(self, memory: Recomputation, x: Tensor) -> Tensor:
-        """`forward` as a part of a network: x is channels-last, and its recipe may be in `memory`."""
+        """`forward` as a part of a network: x is channels-last, and its maker may be in `memory`."""
         out = activate(memory, convolve(self.conv1, x), self.bn1)
         out = convolve(self.conv2, out)
         if is_identity(self.shortcut):
@@ -108,7 +108,7 @@ class FusedNetwork(nn.Module):
             return self.run(memory, x)
 
     def run(self, memory: Recomputation, x: Tensor) -> Tensor:
-        """`forward` as a part of something larger: the recipe of x may be in `memory`."""
+        """`forward` as a part of something larger: the maker of x may be in `memory`."""
         if self.autocast_dtype is None:
             return per_frame(partial(self._frames, memory), x)
         with torch.autocast(x.device.type, dtype=self.autocast_dtype):

@@ -2,8 +2,8 @@
 
 What lies between two convolutions follows, in one cheap pass, from the raw output of the first: relu(BN(y) + r). The
 second convolution's gradient needs it, and plain autograd keeps it. Inside `recompute_activations`, autograd keeps a
-recipe instead, for every tensor announced with `announce`: convolution outputs stay, everything else is made anew.
-The recipe runs the same kernel on the same numbers, so gradients are the same bit for bit.
+maker instead, for every tensor announced with `announce`: convolution outputs stay, everything else is made anew.
+The maker runs the same kernel on the same numbers, so gradients are the same bit for bit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 
-class Recipe:
+class Maker:
     """How to make a tensor again. While several users in a backward pass wait for it, it is made once and shared."""
 
     def __init__(self, make: Callable[[], Tensor]) -> None:
@@ -46,56 +46,56 @@ class Recipe:
 
 
 class Recomputation:
-    """The recipes of one forward pass. A tensor without a recipe is kept as autograd always does."""
+    """The makers of one forward pass. A tensor without a maker is kept as autograd always does."""
 
     def __init__(self) -> None:
         # By storage; the weak reference tells whether the storage is still the announced tensor's.
-        self._recipes: dict[int, tuple[weakref.ref[Tensor], Recipe]] = {}
+        self._makers: dict[int, tuple[weakref.ref[Tensor], Maker]] = {}
 
     def announce(self, tensor: Tensor, make: Callable[[], Tensor]) -> Tensor:
         """Say how `tensor` can be made again, with the same layout; returns it."""
         if torch.compiler.is_compiling():
             return tensor
-        self._recipes[tensor.untyped_storage()._cdata] = (weakref.ref(tensor), Recipe(make))
+        self._makers[tensor.untyped_storage()._cdata] = (weakref.ref(tensor), Maker(make))
         return tensor
 
     def remake(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """A function that gives `tensor` again: by its recipe if it has one, else by keeping it."""
-        recipe = None if torch.compiler.is_compiling() else self.recipe_of(tensor)
-        if recipe is None:
+        """A function that gives `tensor` again: by its maker if it has one, else by keeping it."""
+        maker = None if torch.compiler.is_compiling() else self.maker_of(tensor)
+        if maker is None:
             kept = keep(tensor.detach())
             return lambda: kept
-        return recipe.once
+        return maker.once
 
-    def recipe_of(self, tensor: Tensor) -> Recipe | None:
-        """The recipe of the announced tensor that shares the storage of `tensor`, or None."""
-        announced, recipe = self._recipes.get(tensor.untyped_storage()._cdata, (None, None))
-        return recipe if announced is not None and announced() is not None else None
+    def maker_of(self, tensor: Tensor) -> Maker | None:
+        """The maker of the announced tensor that shares the storage of `tensor`, or None."""
+        announced, maker = self._makers.get(tensor.untyped_storage()._cdata, (None, None))
+        return maker if announced is not None and announced() is not None else None
 
     def pack(self, tensor: Tensor) -> Any:
         """What autograd keeps for `tensor`, which may be a view."""
-        recipe = self.recipe_of(tensor)
-        if recipe is None:
+        maker = self.maker_of(tensor)
+        if maker is None:
             return keep(tensor)
-        recipe.add_user()
-        return recipe, tensor.size(), tensor.stride(), tensor.storage_offset()
+        maker.add_user()
+        return maker, tensor.size(), tensor.stride(), tensor.storage_offset()
 
     @staticmethod
     def unpack(packed: Any) -> Tensor:
         """The tensor again."""
         if isinstance(packed, Tensor):
             return packed
-        recipe, size, stride, offset = packed
-        return recipe.take().as_strided(size, stride, offset)
+        maker, size, stride, offset = packed
+        return maker.take().as_strided(size, stride, offset)
 
 
 def keep(tensor: Tensor) -> Tensor:
-    """What is kept of a tensor without a recipe: itself. A function of its own so that tests can count."""
+    """What is kept of a tensor without a maker: itself. A function of its own so that tests can count."""
     return tensor
 
 
 def recompute_activations() -> AbstractContextManager[Recomputation]:
-    """Inside, autograd keeps recipes for the tensors announced to the object that the context gives.
+    """Inside, autograd keeps makers for the tensors announced to the object that the context gives.
 
     Does nothing where nothing is kept (no gradients), nor under torch.compile, which plans its own memory.
     """

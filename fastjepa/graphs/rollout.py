@@ -66,7 +66,7 @@ class GraphedRollout:
         self._predictor: Any = predictor
         self._folded = folded_batch_norm(predictor) if fold_batch_norm else None
         self._recording_options = {"warmup_runs": warmup_runs, "pool": pool}
-        self._cache: RecordingCache[_Plan] = RecordingCache(max_recordings)
+        self._cache: RecordingCache[_Recorded] = RecordingCache(max_recordings)
 
     @property
     def recordings_made(self) -> int:
@@ -95,8 +95,8 @@ class GraphedRollout:
         self._follow_jepa()
         context = self._check_states(states, least=self._predictor.context_length)
         given = states[:, :, -context:]
-        plan = self._plan(("rollout", tuple(given.shape), states.dtype, steps), given, _RolloutPlan, steps)
-        result = plan.run(given)[0]
+        recorded = self._recorded(("rollout", tuple(given.shape), states.dtype, steps), given, _RecordedRollout, steps)
+        result = recorded.run(given)[0]
         return result.clone(memory_format=torch.contiguous_format) if copy else result
 
     def tails(self, states: Tensor, steps: int, *, copy: bool = True) -> list[Tensor]:
@@ -118,8 +118,8 @@ class GraphedRollout:
         most = states.shape[2] - context
         if not 1 <= steps <= most:
             raise ValueError(f"steps must be between 1 and T - {context} = {most}, got {steps}")
-        plan = self._plan(("tails", tuple(states.shape), states.dtype, steps), states, _TailsPlan, steps)
-        results = plan.run(states)
+        recorded = self._recorded(("tails", tuple(states.shape), states.dtype, steps), states, _RecordedTails, steps)
+        results = recorded.run(states)
         return [tail.clone(memory_format=torch.contiguous_format) for tail in results] if copy else list(results)
 
     def refresh(self) -> None:
@@ -158,16 +158,16 @@ class GraphedRollout:
             raise ValueError(f"states is empty: {tuple(states.shape)}")
         return int(context)
 
-    def _plan(self, signature: Hashable, states: Tensor, kind: type[_Plan], steps: int) -> _Plan:
+    def _recorded(self, signature: Hashable, states: Tensor, kind: type[_Recorded], steps: int) -> _Recorded:
         predictor = self._predictor if self._folded is None else self._folded
 
-        def make() -> _Plan:
+        def make() -> _Recorded:
             return kind(predictor, states, steps, self.autocast_dtype, self._recording_options)
 
         return self._cache.get(signature, states.device, make)
 
 
-class _Plan:
+class _Recorded:
     """One recording: its windows, its results, and how they are filled."""
 
     results: list[Tensor]
@@ -231,7 +231,7 @@ class _Plan:
         raise NotImplementedError
 
 
-class _RolloutPlan(_Plan):
+class _RecordedRollout(_Recorded):
     """Autoregressive: window k holds frames k … k + c - 1 and predicts frame k + c. The last c windows are only partly
     used, so that every frame f also stands first in window f, and the result is a view of the windows.
     """
@@ -256,7 +256,7 @@ class _RolloutPlan(_Plan):
                 self._put(step + self.context, self.frames(self.windows[step]))
 
 
-class _TailsPlan(_Plan):
+class _RecordedTails(_Recorded):
     """Parallel: window w holds frames w … w + c - 1 of the clip and predicts frame w + c. Step s runs the windows from
     s on, all at once; what they predict replaces the frames that the next step reads.
     """

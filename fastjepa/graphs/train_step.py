@@ -69,7 +69,7 @@ class GraphedTrainStep:
         self.optimizer = make_capturable(step.optimizer)
         self._lr_ratios = [rate / first for rate in rates]
         self._recording_options = {"warmup_runs": warmup_runs, "pool": pool}
-        self._cache: RecordingCache[_Plan] = RecordingCache(max_recordings)
+        self._cache: RecordingCache[_RecordedStep] = RecordingCache(max_recordings)
 
     @property
     def recordings_made(self) -> int:
@@ -102,7 +102,7 @@ class GraphedTrainStep:
             tuple(indices.shape), step.steps, step.literal, step.autocast_dtype, step.projection,
             getattr(regularizer, "std_coeff", None), getattr(regularizer, "cov_coeff", None),
         )  # fmt: skip
-        losses = self._cache.get(signature, indices.device, lambda: _Plan(self, indices)).run(indices)
+        losses = self._cache.get(signature, indices.device, lambda: _RecordedStep(self, indices)).run(indices)
         values = losses.clone() if copy else losses
         return StepLosses(*values.unbind(-1))
 
@@ -139,7 +139,7 @@ def make_capturable(optimizer: torch.optim.Optimizer) -> torch.optim.Adam:
     return optimizer
 
 
-class _Plan:
+class _RecordedStep:
     """One recording, with the indices that it reads and the losses that it leaves."""
 
     def __init__(self, owner: GraphedTrainStep, indices: Tensor) -> None:

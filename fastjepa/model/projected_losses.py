@@ -17,7 +17,7 @@ from fastjepa.kernels.checks import require_available
 from fastjepa.kernels.projected_losses import closed_form
 from fastjepa.kernels.projected_losses.reference import std_and_cov_loss
 from fastjepa.model.losses import project
-from fastjepa.model.running_stats import BatchStatistics, BatchStatisticsRecorder, fold_updates, updating_batch_norms
+from fastjepa.model.running_stats import BatchStatistics, BatchStatisticsRecorder, advance_buffers, updating_batch_norms
 
 ProjectionPath = Literal["auto", "eager", "closed_form", "fused"]
 
@@ -101,7 +101,7 @@ def projected_losses(
     order = [calls[0]]  # VC(z)
     for prediction in calls[1:]:
         order += [calls[0], prediction]
-    fold_updates(layers.batch_norm, order)
+    advance_buffers(layers.batch_norm, order)
     return losses
 
 
@@ -139,5 +139,5 @@ def _eager(vc_proj: nn.Module, pred_proj: nn.Module, state: Tensor, predictions:
         calls = [target_stats[i]] if shared else []  # VC(z)
         for statistics in prediction_stats:
             calls += [target_stats[i], statistics[i]]
-        fold_updates(layer, calls)
+        advance_buffers(layer, calls)
     return Losses(std_loss, cov_loss, torch.stack(losses) if losses else target.new_zeros(0))

@@ -67,7 +67,7 @@ class BatchStatisticsRecorder:
     """Lets a module be called without moving its running buffers, and keeps the batch statistics of each call.
 
     Used as a context manager: inside, each call gets scratch buffers of its own, and at the end the layers have their
-    own buffers back, to be moved by `fold_updates`. (Restoring values in place would not do: autograd keeps the
+    own buffers back, to be moved by `advance_buffers`. (Restoring values in place would not do: autograd keeps the
     buffers of each call and rejects a backward once they have changed.)
     """
 
@@ -98,7 +98,7 @@ class BatchStatisticsRecorder:
 
 
 @torch.no_grad()
-def fold_updates(layer: _BatchNorm, calls: Sequence[BatchStatistics]) -> None:
+def advance_buffers(layer: _BatchNorm, calls: Sequence[BatchStatistics]) -> None:
     """Move the buffers of `layer` as the given calls would, in this order; equal calls may be the same object.
 
     After n calls r = (1 - m)^n·r₀ + Σᵢ m·(1 - m)^(n - i)·sᵢ, and with momentum None (c + n)·r = c·r₀ + Σᵢ sᵢ.

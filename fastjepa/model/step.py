@@ -43,7 +43,7 @@ class TrainStep:
     """One optimisation step; usable without the trainer: `losses = step(video, digit_location)`.
 
     The default does each thing once: one encoding serves the JEPA and both probes, the state is projected once, and
-    BatchNorm's running buffers are folded to end where the original's repeated calls leave them. `literal=True`
+    BatchNorm's running buffers are advanced to where the original's repeated calls leave them. `literal=True`
     repeats everything as the original does. Both compute the same losses, gradients and buffers. Nothing here waits
     for the device: the losses come back as tensors.
 

@@ -1,4 +1,4 @@
-"""Restoring Adam in place: checked completely first, and into the memory that it already uses."""
+"""Putting Adam's state back in place: checked completely first, and into the memory that it already uses."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 _EXECUTION_KEYS = {"foreach", "fused", "capturable", "differentiable"}
 
 
-def plan_adam_restore(optimizer: torch.optim.Adam, saved: Mapping[str, Any]) -> Callable[[], None]:
-    """Check a state_dict of Adam against an optimizer and return what will restore it; nothing is changed yet.
+def plan_adam_load(optimizer: torch.optim.Adam, saved: Mapping[str, Any]) -> Callable[[], None]:
+    """Check a state_dict of Adam against an optimizer and return what will put it back; nothing is changed yet.
 
     `torch.optim.Optimizer.load_state_dict` neither checks the shapes nor keeps the memory of the state, which a
     captured CUDA graph goes on writing to. Saved tensors may be on any device.
@@ -67,7 +67,7 @@ def _plan_settings(
     copies: list[tuple[Tensor, Tensor]],
     settings: list[tuple[dict[str, Any], str, Any]],
 ) -> None:
-    # A learning rate schedule adds initial_lr; whether it is made before or after restoring does not matter.
+    # A learning rate schedule adds initial_lr; whether it is made before or after loading does not matter.
     differing = (group.keys() ^ saved.keys()) - {"initial_lr"}
     if differing:
         raise ValueError(f"{where} and the saved one do not have the same settings: {', '.join(sorted(differing))}")

@@ -1,4 +1,4 @@
-"""Checkpoints that survive: written whole or not at all, read without running code, restored exactly or not at all."""
+"""Checkpoints that survive: written whole or not at all, read without running code, put back exactly or not at all."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastjepa.storage.adam_state import plan_adam_restore
-from fastjepa.storage.rng_state import capture_rng, check_rng, restore_rng
+from fastjepa.storage.adam_state import plan_adam_load
+from fastjepa.storage.rng_state import check_rng_snapshot, load_rng_snapshot, rng_snapshot
 from fastjepa.storage.safe_files import CheckpointError, write_atomic
 from fastjepa.storage.tensor_files import read_tensor_file
 
@@ -70,7 +70,7 @@ def _check_plain(value: Any, where: str) -> None:
         raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint takes tensors and plain Python values")
 
 
-def capture(
+def snapshot(
     modules: Mapping[str, nn.Module],
     optimizer: torch.optim.Adam,
     progress: Mapping[str, int | float],
@@ -84,16 +84,16 @@ def capture(
     return {
         "modules": {name: _copy(plain_state(module)) for name, module in modules.items()},
         "optimizer": _copy(optimizer.state_dict()),
-        "rng": capture_rng(),
+        "rng": rng_snapshot(),
         "progress": dict(progress),
         "config": dict(config),
     }
 
 
-def restore(
+def load_snapshot(
     state: Mapping[str, Any], modules: Mapping[str, nn.Module], optimizer: torch.optim.Adam
 ) -> dict[str, int | float]:
-    """Put a captured state back, in place, and return its `progress`. All or nothing.
+    """Put a snapshot back, in place, and return its `progress`. All or nothing.
 
     Parameters, buffers and existing optimizer state keep their memory (CUDA graphs and views stay valid). How Adam is
     computed (fused, foreach, capturable) is left as the optimizer has it. The random number generators come last.
@@ -109,22 +109,22 @@ def restore(
             raise CheckpointError(f"progress[{key!r}] in the checkpoint is not a number")
     copies = _module_copies(state, modules)
     try:
-        restore_optimizer = plan_adam_restore(optimizer, state["optimizer"])
+        load_optimizer = plan_adam_load(optimizer, state["optimizer"])
     except ValueError as error:
         raise CheckpointError(f"the optimizer in the checkpoint does not fit: {error}") from error
     try:
-        check_rng(state["rng"])
+        check_rng_snapshot(state["rng"])
     except Exception as error:  # each library complains in its own way
         raise CheckpointError(f"the random number generator state in the checkpoint is damaged: {error}") from error
 
     _copy_all(copies)
-    restore_optimizer()
-    restore_rng(state["rng"])
+    load_optimizer()
+    load_rng_snapshot(state["rng"])
     return dict(state["progress"])
 
 
 def load_modules(state: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
-    """Put only the modules of a captured state back, in place, to evaluate them or look at them. All or nothing.
+    """Put only the modules of a snapshot back, in place, to evaluate them or look at them. All or nothing.
 
     Raises:
         CheckpointError: the modules or their tensors do not fit; then nothing has changed.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 
-def capture_rng() -> dict[str, Any]:
+def rng_snapshot() -> dict[str, Any]:
     """The generators of Python's `random`, numpy's legacy global one, torch on the CPU and on every CUDA device.
 
     CUDA generators are recorded only if this process uses CUDA: asking would otherwise initialise it.
@@ -33,8 +33,8 @@ def capture_rng() -> dict[str, Any]:
     }
 
 
-def check_rng(state: Mapping[str, Any]) -> None:
-    """Raise (ValueError, TypeError, KeyError, RuntimeError, ...) if `restore_rng` could not take this state.
+def check_rng_snapshot(state: Mapping[str, Any]) -> None:
+    """Raise (ValueError, TypeError, KeyError, RuntimeError, ...) if `load_rng_snapshot` could not take this state.
 
     Each state is tried on a generator made for the purpose, so that the global ones stay as they are.
     """
@@ -45,8 +45,8 @@ def check_rng(state: Mapping[str, Any]) -> None:
         torch.Generator(device=f"cuda:{index}").set_state(cuda_state)
 
 
-def restore_rng(state: Mapping[str, Any]) -> None:
-    """Set the global generators to what `capture_rng` returned. CUDA devices that are not here now are skipped."""
+def load_rng_snapshot(state: Mapping[str, Any]) -> None:
+    """Set the global generators to what `rng_snapshot` returned. CUDA devices that are not here now are skipped."""
     random.setstate(_python_state(state["python"]))
     np.random.set_state(_numpy_state(state["numpy"]))  # noqa: NPY002
     torch.set_rng_state(state["torch"])

@@ -27,7 +27,7 @@ from fastjepa.model.step import StepLosses, TrainStep, build_optimizer
 from fastjepa.moving_mnist import default_cache_dir, epoch_indices, load_clips
 from fastjepa.moving_mnist.cache import fingerprint
 from fastjepa.profiling import span
-from fastjepa.storage.checkpoint import capture, load_checkpoint, restore, save_checkpoint
+from fastjepa.storage.checkpoint import load_checkpoint, load_snapshot, save_checkpoint, snapshot
 from fastjepa.storage.export import export_pretrained
 from fastjepa.storage.run_folder import CHECKPOINT_NAME, prepare_folder
 from fastjepa.storage.safe_files import CheckpointError, write_atomic, write_text_atomic
@@ -245,7 +245,7 @@ class Trainer:
         progress = {
             "epoch": self.epoch, "batch": self.batch, "global_step": self.global_step, "seconds": self.seconds
         }  # fmt: skip
-        state = capture(self.modules, self.optimizer, progress, self.config.to_json())
+        state = snapshot(self.modules, self.optimizer, progress, self.config.to_json())
         for name, tensor in state["modules"]["jepa"].items():
             if not torch.isfinite(tensor).all():
                 raise NonFiniteLossError(
@@ -262,7 +262,7 @@ class Trainer:
         state = load_checkpoint(path)
         if state["data"] != self.data_fingerprint:
             raise CheckpointError(f"{path} was trained on other clips: the data options or the data files have changed")
-        progress = restore(state, self.modules, self.optimizer)
+        progress = load_snapshot(state, self.modules, self.optimizer)
         self.epoch, self.batch = int(progress["epoch"]), int(progress["batch"])
         self.global_step, self.seconds = int(progress["global_step"]), float(progress["seconds"])
         self.epoch_losses.copy_(state["losses"]["epoch"])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastjepa.kernels.launch import dot, load_rows, round_to
 from fastjepa.kernels.moments.fused import padded
-from fastjepa.kernels.projected_losses.algebra import Folded
+from fastjepa.kernels.projected_losses.algebra import HiddenAffine
 
 MAX_D = 64
 MAX_HIDDEN = 128
@@ -62,7 +62,7 @@ def activations(  # type: ignore[no-untyped-def]
 
 
 class Operands(NamedTuple):
-    """Each tensor's folded projector, padded and rounded as the kernels read it."""
+    """Each tensor's map to the hidden features, padded and rounded as the kernels read it."""
 
     centre: Tensor  # (T, 2, BLOCK_D) fp32: μ as a sum of two
     slope: Tensor  # (T, 2 or 1, BLOCK_D, BLOCK_H) in the rows' dtype: Aᵀ, as a sum of two if that is bf16
@@ -74,11 +74,11 @@ def block_sizes(n_channels: int, n_hidden: int) -> tuple[int, int]:
     return max(16, triton.next_power_of_2(n_channels)), 64 if n_hidden <= 64 else 128
 
 
-def operands(folded: Folded, mean: Tensor, bn_bias: Tensor, dtype: torch.dtype) -> Operands:
-    """Round the folded projector. The offset is made with the rounded A: its rounding does not shift y."""
-    n_tensors, n_hidden, n_channels = folded.slope.shape
+def operands(affine: HiddenAffine, mean: Tensor, bn_bias: Tensor, dtype: torch.dtype) -> Operands:
+    """Round the map. The offset is made with the rounded A: its rounding does not shift y."""
+    n_tensors, n_hidden, n_channels = affine.slope.shape
     block_d, block_h = block_sizes(n_channels, n_hidden)
-    slope = folded.slope.transpose(1, 2)
+    slope = affine.slope.transpose(1, 2)
     centre = mean.float()
     centre = torch.stack([centre, (mean - centre.double()).float()], 1)
     parts = [slope.to(dtype)]

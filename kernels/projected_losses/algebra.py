@@ -30,8 +30,8 @@ class Projector(NamedTuple):
     weight2: Tensor  # (O, H)
 
 
-class Folded(NamedTuple):
-    """Each tensor's BatchNorm folded into the first layer; float64."""
+class HiddenAffine(NamedTuple):
+    """Each tensor's first Linear and BatchNorm as one map y = A(x − μ) + β, with its statistics; float64."""
 
     slope: Tensor  # (T, H, D): A
     inv_std: Tensor  # (T, H)
@@ -40,7 +40,7 @@ class Folded(NamedTuple):
     shift: Tensor  # (H,): a guess of the mean of r(z)
 
 
-def fold(params: Projector, mean: Tensor, scatter: Tensor, n_rows: int, eps: float) -> Folded:
+def hidden_affine(params: Projector, mean: Tensor, scatter: Tensor, n_rows: int, eps: float) -> HiddenAffine:
     """BatchNorm statistics of the hidden layer from the mean (T, D) and scatter (T, D, D) of its input.
 
     `shift` is what the mean of r would be if y were Gaussian. Summing r − shift instead of r keeps Σrrᵀ free of
@@ -53,7 +53,7 @@ def fold(params: Projector, mean: Tensor, scatter: Tensor, n_rows: int, eps: flo
     y_std = (gamma.abs() * inv_std[0] * var[0].sqrt()).clamp_min(1e-30)
     ratio = beta / y_std
     gaussian_density = torch.exp(-0.5 * ratio.square()) * 0.3989422804014327
-    return Folded(
+    return HiddenAffine(
         slope=(gamma * inv_std).unsqueeze(-1) * w1,
         inv_std=inv_std,
         hidden_mean=mean @ w1.T + b1,
@@ -138,7 +138,13 @@ class InputGradients(NamedTuple):
 
 
 def input_gradients(
-    params: Projector, folded: Folded, scatter: Tensor, sum_dy: Tensor, dy_x: Tensor, slope_sum: Tensor, n_rows: int
+    params: Projector,
+    affine: HiddenAffine,
+    scatter: Tensor,
+    sum_dy: Tensor,
+    dy_x: Tensor,
+    slope_sum: Tensor,
+    n_rows: int,
 ) -> InputGradients:
     """Differentiate BatchNorm and the first layer.
 
@@ -147,16 +153,16 @@ def input_gradients(
     Σdy·x̂ = inv·rowsum(W1∘Q) and Σx̂(x−μ)ᵀ = inv∘(W1·M2), so no other sum over the rows is needed.
     """
     w1, gamma = params.weight1.double(), params.bn_weight.double()
-    sum_dy_xhat = folded.inv_std * (w1 * dy_x).sum(-1)  # (T, H)
-    gain = gamma * folded.inv_std  # (T, H)
-    xhat_x = folded.inv_std.unsqueeze(-1) * (w1 @ scatter)  # (T, H, D)
+    sum_dy_xhat = affine.inv_std * (w1 * dy_x).sum(-1)  # (T, H)
+    gain = gamma * affine.inv_std  # (T, H)
+    xhat_x = affine.inv_std.unsqueeze(-1) * (w1 @ scatter)  # (T, H, D)
     grad_w1 = gain.unsqueeze(-1) * (dy_x - (sum_dy_xhat / n_rows).unsqueeze(-1) * xhat_x)
-    slope_t = folded.slope.transpose(1, 2)  # (T, D, H)
+    slope_t = affine.slope.transpose(1, 2)  # (T, D, H)
     return InputGradients(
         weight1=grad_w1.sum(0),
         bias1=torch.zeros_like(gamma),
         bn_weight=sum_dy_xhat.sum(0),
         bn_bias=sum_dy,
         constant=slope_sum / n_rows,
-        linear=slope_t @ ((folded.inv_std * sum_dy_xhat / n_rows).unsqueeze(-1) * w1),
+        linear=slope_t @ ((affine.inv_std * sum_dy_xhat / n_rows).unsqueeze(-1) * w1),
     )

@@ -66,15 +66,15 @@ class _ClosedForm(torch.autograd.Function):
         columns = [_columns(x) for x in _same_layout(tensors)]
         means, scatters = zip(*(_moments(c) for c in columns), strict=True)
         mean, scatter = torch.stack(means), torch.stack(scatters)
-        folded = algebra.fold(params, mean, scatter, n_rows, eps)
-        mean_r, scatter_r, delta_moments = _activation_moments(columns, folded, mean, params.bn_bias, n_rows)
+        affine = algebra.hidden_affine(params, mean, scatter, n_rows, eps)
+        mean_r, scatter_r, delta_moments = _activation_moments(columns, affine, mean, params.bn_bias, n_rows)
         cov = algebra.covariance(params.weight2, scatter_r, n_rows)
         std_loss, cov_loss = algebra.std_and_cov_from_moments(cov.diagonal(), cov)
         prediction = algebra.prediction_losses(params.weight2, delta_moments, n_rows)
         ctx.save_for_backward(*inputs, mean, scatter, mean_r, scatter_r, delta_moments)
         ctx.eps, ctx.n_inputs, ctx.n_rows = eps, len(inputs), n_rows
         wide = _compute_dtype(tensors[0].dtype)
-        results = tuple(x.to(wide) for x in (std_loss, cov_loss, prediction, folded.hidden_mean, folded.hidden_var))
+        results = tuple(x.to(wide) for x in (std_loss, cov_loss, prediction, affine.hidden_mean, affine.hidden_var))
         ctx.mark_non_differentiable(*results[3:])
         return results
 
@@ -84,14 +84,14 @@ class _ClosedForm(torch.autograd.Function):
         inputs, saved = ctx.saved_tensors[: ctx.n_inputs], ctx.saved_tensors[ctx.n_inputs :]
         mean, scatter, mean_r, scatter_r, delta_moments = saved
         params, tensors = algebra.Projector(*inputs[:5]), inputs[5:]
-        folded = algebra.fold(params, mean, scatter, ctx.n_rows, ctx.eps)
+        affine = algebra.hidden_affine(params, mean, scatter, ctx.n_rows, ctx.eps)
         out = algebra.output_gradients(params.weight2, scatter_r, delta_moments, ctx.n_rows, *grads[:3])
         same = _same_layout(tensors)
         columns = [_columns(x) for x in same]
         results = [torch.empty_like(x) for x in same]
         grad_columns = [_columns(x) for x in results]
-        sums = _slope_gradients(columns, grad_columns, folded, mean, params.bn_bias, mean_r, out)
-        grad = algebra.input_gradients(params, folded, scatter, *sums, ctx.n_rows)
+        sums = _slope_gradients(columns, grad_columns, affine, mean, params.bn_bias, mean_r, out)
+        grad = algebra.input_gradients(params, affine, scatter, *sums, ctx.n_rows)
         _subtract_correction(columns, grad_columns, mean, grad.constant, grad.linear)
         grad_params = (grad.weight1, grad.bias1, grad.bn_weight, grad.bn_bias, out.weight2)
         grad_tensors = [_from_rows(g, x) if g.shape != x.shape else g for g, x in zip(results, tensors, strict=True)]
@@ -153,7 +153,7 @@ def _moments(columns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return mean, torch.stack(scatters).sum(0) + (n * apart).T @ apart
 
 
-class _Affine(NamedTuple):
+class _ChunkAffine(NamedTuple):
     """y = slope·(x − centre) + offset at the compute precision; offset carries what rounding took from the centre."""
 
     centre: Tensor  # (D, 1)
@@ -166,23 +166,23 @@ class _Affine(NamedTuple):
         return x, torch.addmm(self.offset, self.slope, x).relu_()
 
 
-def _affines(folded: algebra.Folded, mean: Tensor, bn_bias: Tensor, dtype: torch.dtype) -> list[_Affine]:
+def _affines(affine: algebra.HiddenAffine, mean: Tensor, bn_bias: Tensor, dtype: torch.dtype) -> list[_ChunkAffine]:
     wide = _compute_dtype(dtype)
     centre = mean.to(wide)
-    offset = bn_bias.double() - torch.einsum("thd,td->th", folded.slope, mean - centre.double())
+    offset = bn_bias.double() - torch.einsum("thd,td->th", affine.slope, mean - centre.double())
     return [
-        _Affine(c.unsqueeze(1), s, o.unsqueeze(1))
-        for c, s, o in zip(centre, folded.slope.to(wide), offset.to(wide), strict=True)
+        _ChunkAffine(c.unsqueeze(1), s, o.unsqueeze(1))
+        for c, s, o in zip(centre, affine.slope.to(wide), offset.to(wide), strict=True)
     ]
 
 
 def _activation_moments(
-    columns: Sequence[Sequence[Tensor]], folded: algebra.Folded, mean: Tensor, bn_bias: Tensor, n_rows: int
+    columns: Sequence[Sequence[Tensor]], affine: algebra.HiddenAffine, mean: Tensor, bn_bias: Tensor, n_rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean (H,) and scatter (H, H) of r(z), and ΣΔΔᵀ (K, H, H); float64."""
-    affines = _affines(folded, mean, bn_bias, columns[0][0].dtype)
+    affines = _affines(affine, mean, bn_bias, columns[0][0].dtype)
     wide = affines[0].slope.dtype
-    shift = folded.shift.to(wide).unsqueeze(1)
+    shift = affine.shift.to(wide).unsqueeze(1)
     hidden = shift.shape[0]
 
     def moments_of_group(group: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,22 +207,22 @@ def _activation_moments(
 def _slope_gradients(
     columns: Sequence[Sequence[Tensor]],
     grad_columns: Sequence[Sequence[Tensor]],
-    folded: algebra.Folded,
+    affine: algebra.HiddenAffine,
     mean: Tensor,
     bn_bias: Tensor,
     mean_r: Tensor,
     out: algebra.OutputGradients,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Write Aᵀdy of every tensor to `grad_columns`; return what `algebra.input_gradients` takes, in float64."""
-    affines = _affines(folded, mean, bn_bias, columns[0][0].dtype)
+    affines = _affines(affine, mean, bn_bias, columns[0][0].dtype)
     wide = affines[0].slope.dtype
     variance, gram = out.variance.to(wide), out.gram.to(wide)
     scaled_grams = [c * gram for c in out.prediction.to(wide)]
     centre_r = mean_r.to(wide).unsqueeze(1)
 
     def gradients_of_group(group: Sequence[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]) -> tuple[Tensor, Tensor]:
-        sum_dy = torch.zeros_like(folded.inv_std)
-        dy_x = torch.zeros_like(folded.slope)
+        sum_dy = torch.zeros_like(affine.inv_std)
+        dy_x = torch.zeros_like(affine.slope)
 
         def reduce(t: int, dy: Tensor, x: Tensor, grad_chunk: Tensor) -> None:
             grad_chunk.copy_(affines[t].slope.T @ dy)
@@ -245,7 +245,7 @@ def _slope_gradients(
     # The chunks were centred at the rounded mean.
     rounding = mean - torch.stack([a.centre[:, 0].double() for a in affines])
     dy_x -= sum_dy.unsqueeze(-1) * rounding.unsqueeze(1)
-    return sum_dy.sum(0), dy_x, torch.einsum("th,thd->td", sum_dy, folded.slope)
+    return sum_dy.sum(0), dy_x, torch.einsum("th,thd->td", sum_dy, affine.slope)
 
 
 def _subtract_correction(

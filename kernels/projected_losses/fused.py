@@ -62,14 +62,14 @@ def _forward(
     params = algebra.Projector(weight1, bias1, bn_weight, bn_bias, weight2)
     tensors, n_rows = [z, *predictions], z.shape[0]
     mean, scatter = moments(tensors)
-    folded = algebra.fold(params, mean, scatter, n_rows, eps)
+    affine = algebra.hidden_affine(params, mean, scatter, n_rows, eps)
     mean_r, scatter_r, delta_moments = activation_moments(
-        tensors, operands(folded, mean, bn_bias, z.dtype), folded.shift
+        tensors, operands(affine, mean, bn_bias, z.dtype), affine.shift
     )
     cov = algebra.covariance(weight2, scatter_r, n_rows)
     std_loss, cov_loss = algebra.std_and_cov_from_moments(cov.diagonal(), cov)
     prediction = algebra.prediction_losses(weight2, delta_moments, n_rows)
-    results = (std_loss, cov_loss, prediction, folded.hidden_mean, folded.hidden_var)
+    results = (std_loss, cov_loss, prediction, affine.hidden_mean, affine.hidden_var)
     # A padded matrix is cut to size by a view; outputs own their memory, contiguous as the fake op says.
     saved = (mean, scatter, mean_r, scatter_r, delta_moments)
     return [
@@ -115,9 +115,9 @@ def _backward(
     mean, scatter, mean_r, scatter_r, delta_moments = saved
     tensors, n_rows = [z, *predictions], z.shape[0]
     out = algebra.output_gradients(weight2, scatter_r, delta_moments, n_rows, grad_std, grad_cov, grad_prediction)
-    folded = algebra.fold(params, mean, scatter, n_rows, eps)
-    slopes, sum_dy, dy_x, slope_sum = slope_gradients(tensors, operands(folded, mean, bn_bias, z.dtype), mean_r, out)
-    grad = algebra.input_gradients(params, folded, scatter, sum_dy, dy_x, slope_sum, n_rows)
+    affine = algebra.hidden_affine(params, mean, scatter, n_rows, eps)
+    slopes, sum_dy, dy_x, slope_sum = slope_gradients(tensors, operands(affine, mean, bn_bias, z.dtype), mean_r, out)
+    grad = algebra.input_gradients(params, affine, scatter, sum_dy, dy_x, slope_sum, n_rows)
     grad_params = (grad.weight1, grad.bias1, grad.bn_weight, grad.bn_bias, out.weight2)
     correction = linear_operands(mean, grad.constant, grad.linear, z.dtype)
     grad_tensors = [
