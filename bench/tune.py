@@ -25,7 +25,7 @@ from fastjepa.kernels.launch import LaunchConfig
 from fastjepa.kernels.projected_losses import closed_form
 
 EAGER = "eager bf16"
-_LEAST_PROGRAMS, _MOST_SUMS = 128, 1024  # what a merging kernel takes: kernels/batch_norm/tiling.py: MAX_SPANS
+_LEAST_PROGRAMS, _MOST_SUMS = 128, 1024  # what a merging kernel takes: kernels/batch_norm/tiling.py: MAX_PARTIALS
 
 
 @dataclass(frozen=True)

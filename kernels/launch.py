@@ -10,12 +10,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch.library import custom_op, triton_op, wrap_triton
+
+P = ParamSpec("P")
+R = TypeVar("R", covariant=True)
 
 INTERPRET: bool = os.environ.get("TRITON_INTERPRET") == "1"
 _INTERPRET = tl.constexpr(INTERPRET)
@@ -84,7 +87,21 @@ def load_rows(  # type: ignore[no-untyped-def]
     return x
 
 
-def kernel_op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+class KernelOp(Protocol[P, R]):
+    """A registered op: called like the function that it was made from."""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the op."""
+        ...
+
+    def register_autograd(
+        self, backward: Callable[..., Any], /, *, setup_context: Callable[..., None] | None = None
+    ) -> None:
+        """See torch.library.register_autograd."""
+        ...
+
+
+def kernel_op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[P, R]], KernelOp[P, R]]:
     """Register a function that launches kernels as the `torch.library` op `name` ("fastjepa::...").
 
     Compiled, it is a `triton_op`, so that torch.compile sees the kernels inside; interpreted, a `custom_op`, because
@@ -92,10 +109,11 @@ def kernel_op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
     outputs' shapes and dtypes from the same arguments.
     """
 
-    def register(function: Callable[..., Any]) -> Any:
+    def register(function: Callable[P, R]) -> KernelOp[P, R]:
         op: Any = (custom_op if INTERPRET else triton_op)(name, function, mutates_args=())
         op.register_fake(fake)
-        return op
+        registered: KernelOp[P, R] = op
+        return registered
 
     return register
 
@@ -114,24 +132,36 @@ class LaunchConfig:
     blocks: dict[str, int] = field(default_factory=dict)  # BLOCK_* constexprs
 
 
+def launch_kernel(kernel: Any, grid: tuple[int, ...], config: LaunchConfig, **arguments: Any) -> None:
+    """Launch `kernel` over `grid` with the blocks, warps and stages of `config`.
+
+    `arguments` by keyword, in the order of the kernel's signature, in which the config's BLOCK_* come last.
+    """
+    wrap(kernel)[grid](**arguments, **config.blocks, num_warps=config.num_warps, num_stages=config.num_stages)
+
+
 @dataclass(frozen=True)
 class RowSplit:
-    """How a kernel's programs share N rows: each takes `tiles` consecutive tiles of `block_n` rows."""
+    """How the programs of a kernel share N rows: each takes `tiles` consecutive tiles of `block_n` rows."""
 
     programs: int
     tiles: int
-    even: bool  # programs · tiles · block_n == N: no row needs a mask
+    rows_per_program: int  # tiles · block_n
+    even: bool  # programs · rows_per_program == N: no row needs a mask
 
     @staticmethod
-    def of(n_rows: int, block_n: int, max_programs: int) -> RowSplit:
-        """At most `max_programs` programs; up to twice fewer if the tiles then divide evenly.
+    def of(n_rows: int, block_n: int, max_programs: int, *, prefer_even: bool = False) -> RowSplit:
+        """At most `max_programs` programs, of as few tiles each as that allows.
 
-        The split depends on sizes only, never on the device, so that sums have one order everywhere.
+        `prefer_even`: up to twice as many tiles each if the tiles then divide evenly, for kernels that are compiled
+        without masks where they do. The split depends on sizes only, never on the device, so that sums have one order,
+        and give the same bits, everywhere.
         """
         n_tiles = -(-n_rows // block_n)
-        fewest = -(-n_tiles // max_programs)
-        tiles = next((t for t in range(fewest, 2 * fewest + 1) if n_tiles % t == 0), fewest)
-        return RowSplit(-(-n_tiles // tiles), tiles, n_rows % (tiles * block_n) == 0)
+        tiles = fewest = -(-n_tiles // max_programs)
+        if prefer_even:
+            tiles = next((t for t in range(fewest, 2 * fewest + 1) if n_tiles % t == 0), fewest)
+        return RowSplit(-(-n_tiles // tiles), tiles, tiles * block_n, n_rows % (tiles * block_n) == 0)
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ def test_each_batch_norm_has_its_own_mode(training: tuple[bool, bool], device: s
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("max_programs", [1, 3])
-def test_spans_of_several_tiles(form: str, max_programs: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_of_several_tiles(form: str, max_programs: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_into(monkeypatch, max_programs)
     check(random_inputs((3, 5, 11, 13), form, device=device))
 
@@ -500,13 +500,14 @@ def test_cut_of_the_recipes_shapes_fills_the_gpu() -> None:
         for size, n_channels in shapes:
             for dtype in DTYPES:
                 n_rows = 576 * size * size
-                spans = batch_norm_tiling.row_spans(key, n_rows, n_channels, dtype)
-                assert 132 <= spans.grid[0] * spans.grid[1] <= tiling.max_programs
-                assert (spans.n_spans - 1) * spans.rows_per_span < n_rows <= spans.n_spans * spans.rows_per_span
+                rows = batch_norm_tiling.row_launch(key, n_rows, n_channels, dtype)
+                programs, rows_each = rows.split.programs, rows.split.rows_per_program
+                assert 132 <= rows.grid[0] * rows.grid[1] <= tiling.max_programs
+                assert (programs - 1) * rows_each < n_rows <= programs * rows_each
                 if key.startswith(("statistics", "reduce")):
-                    assert spans.n_spans <= batch_norm_tiling.MAX_SPANS
+                    assert programs <= batch_norm_tiling.MAX_PARTIALS
                     sums = 3 if key == "reduce/normalized_residual" else 2
-                    assert 4 * sums * spans.n_spans * n_channels <= n_rows * n_channels * dtype.itemsize / 32
+                    assert 4 * sums * programs * n_channels <= n_rows * n_channels * dtype.itemsize / 32
 
 
 @pytest.mark.gpu

@@ -1,28 +1,38 @@
 from __future__ import annotations
 
+import importlib
+import pkgutil
+from typing import Any
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 
+import fastjepa.kernels
 from fastjepa.kernels import launch
+from fastjepa.kernels.batch_norm.fused import batch_norm_act
+from fastjepa.kernels.projected_losses.fused import projected_losses
+from projector_cases import loss_and_gradients, make_case
 
 
 @pytest.mark.parametrize("n_rows", [1, 63, 64, 65, 640, 641, 2_621_440, 1_474_560, 2**31 + 1])
 @pytest.mark.parametrize("max_programs", [1, 7, 528])
-def test_row_split_covers_every_row_once(n_rows: int, max_programs: int) -> None:
-    split = launch.RowSplit.of(n_rows, 64, max_programs)
-    rows_per_program = split.tiles * 64
+@pytest.mark.parametrize("prefer_even", [True, False])
+def test_row_split_covers_every_row_once(n_rows: int, max_programs: int, prefer_even: bool) -> None:
+    split = launch.RowSplit.of(n_rows, 64, max_programs, prefer_even=prefer_even)
+    rows_per_program = split.rows_per_program
+    assert rows_per_program == split.tiles * 64
     assert 1 <= split.programs <= max_programs
     assert (split.programs - 1) * rows_per_program < n_rows <= split.programs * rows_per_program
     assert split.even == (split.programs * rows_per_program == n_rows)
-    # Balance: no more than twice the fewest tiles a program could have.
-    assert split.tiles <= 2 * -(-n_rows // (64 * max_programs))
+    # Balance: no more than the fewest tiles a program could have; twice that where they then divide evenly.
+    assert split.tiles <= (2 if prefer_even else 1) * -(-n_rows // (64 * max_programs))
 
 
 def test_row_split_of_the_default_recipe_needs_no_mask() -> None:
     for batch in (1, 8, 64):
-        assert launch.RowSplit.of(batch * 10 * 64 * 64, 64, 528).even
+        assert launch.RowSplit.of(batch * 10 * 64 * 64, 64, 528, prefer_even=True).even
 
 
 @triton.jit
@@ -65,3 +75,43 @@ def test_add_dot(ordered: bool, dtype: torch.dtype, device: str) -> None:
 def test_dot_precision() -> None:
     assert launch.dot_precision(torch.float32) == "tf32x3"
     assert launch.dot_precision(torch.bfloat16) == "ieee"
+
+
+def test_every_launch_is_by_keyword_in_the_order_of_the_kernels_signature(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: dict[str, list[str]] = {}
+    wrap = launch.wrap
+
+    class Recorded:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def run(*positional: Any, **named: Any) -> None:
+                assert not positional, self.kernel
+                launched[self.kernel.__name__] = [name for name in named if name not in ("num_warps", "num_stages")]
+                assert launched[self.kernel.__name__] == list(self.kernel.arg_names), self.kernel
+                wrap(self.kernel)[grid](**named)
+
+            return run
+
+    monkeypatch.setattr(launch, "wrap", Recorded)
+    case = make_case((70, 6), 3, hidden=8, out=8, dtype=torch.bfloat16, device=device)
+    loss_and_gradients(projected_losses, case)
+    norms = [torch.nn.BatchNorm1d(6).to(device) for _ in range(2)]
+    for residual_bn in (None, norms[1]):
+        x, residual = (torch.rand(40, 6, device=device, requires_grad=True) for _ in range(2))
+        batch_norm_act(x, norms[0], residual, residual_bn).sum().backward()
+    kernels = {kernel for name in kernel_modules() for kernel in kernels_of(name)}
+    assert launched.keys() == kernels  # none is left out
+
+
+def kernel_modules() -> list[str]:
+    found = pkgutil.walk_packages(fastjepa.kernels.__path__, "fastjepa.kernels.")
+    return [module.name for module in found if not module.ispkg]
+
+
+def kernels_of(module: str) -> list[str]:
+    """Names of the kernels (not the device functions) that a module defines."""
+    return [name for name in vars(importlib.import_module(module)) if name.startswith("_") and name.endswith("_kernel")]

@@ -19,19 +19,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastjepa.kernels.batch_norm.channel_vectors import RESIDUAL_POINTERS, ChannelVectors
 from fastjepa.kernels.batch_norm.reduce import reduce_gradients
 from fastjepa.kernels.batch_norm.tiling import (
     audit_signature,
     check_inputs,
     form,
-    launch,
     load_affine,
     recipe_cases,
-    row_spans,
-    span_of_program,
+    row_launch,
+    rows_of_program,
 )
 from fastjepa.kernels.checks import require_available
-from fastjepa.kernels.launch import TRITON_TYPE, AuditCase, kernel_op
+from fastjepa.kernels.launch import TRITON_TYPE, AuditCase, kernel_op, launch_kernel
 
 
 @triton.jit
@@ -54,18 +54,18 @@ def _batch_norm_grad_kernel(  # type: ignore[no-untyped-def]
     residual_eps,
     n_rows,
     n_channels,
-    rows_per_span,
+    rows_per_program,
     BATCH_STATISTICS: tl.constexpr,
     RESIDUAL_BATCH_STATISTICS: tl.constexpr,
     RELU: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    offs_row = tl.arange(0, BLOCK_ROWS)
+    offs_n = tl.arange(0, BLOCK_N)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < n_channels
-    offs_tile = offs_row[:, None] * n_channels + offs_c[None, :]
-    first_row, rows = span_of_program(n_rows, rows_per_span)
+    offs_tile = offs_n[:, None] * n_channels + offs_c[None, :]
+    first_row, rows = rows_of_program(n_rows, rows_per_program)
     mean, rstd, scale, bias = load_affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, offs_c, mask_c)
     mean_g = tl.load(sums_ptr + offs_c, mask=mask_c, other=0.0) / n_rows
     slope = tl.load(sums_ptr + n_channels + offs_c, mask=mask_c, other=0.0) / n_rows * rstd
@@ -80,7 +80,7 @@ def _batch_norm_grad_kernel(  # type: ignore[no-untyped-def]
     row = 0
     while row < rows:
         offs = (first_row + row) * n_channels + offs_tile
-        mask = (offs_row < rows - row)[:, None] & mask_c[None, :]
+        mask = (offs_n < rows - row)[:, None] & mask_c[None, :]
         g = tl.load(grad_out_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         c = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
         if residual_ptr is not None:
@@ -101,7 +101,7 @@ def _batch_norm_grad_kernel(  # type: ignore[no-untyped-def]
                 grad_residual = (g - mean_g[None, :]) - r * residual_slope[None, :]
             grad_residual *= residual_scale[None, :]
             tl.store(grad_residual_ptr + offs, grad_residual.to(grad_residual_ptr.dtype.element_ty), mask=mask)
-        row += BLOCK_ROWS
+        row += BLOCK_N
 
 
 def _fake_backward(
@@ -162,39 +162,30 @@ def batch_norm_backward(
     """
     op = "batch_norm_backward"
     require_available(op, x.device)
-    vectors = {
-        "mean": mean,
-        "var": var,
-        "weight": weight,
-        "bias": bias,
-        "residual_mean": residual_mean,
-        "residual_var": residual_var,
-        "residual_weight": residual_weight,
-        "residual_bias": residual_bias,
-    }
+    vectors = ChannelVectors(mean, var, weight, bias, residual_mean, residual_var, residual_weight, residual_bias)
     n_rows, n_channels = check_inputs(op, x, {"grad_out": grad_out, "residual": residual}, vectors)
-    eps_by_name = {"eps": eps, "residual_eps": residual_eps}
-    g, sums = reduce_gradients(grad_out, x, residual, relu=relu, vectors=vectors, **eps_by_name)
+    g, sums = reduce_gradients(grad_out, x, residual, vectors, eps, residual_eps, relu=relu)
     if g is not None:  # the residual is done, and so is the mask
         grad_out, residual, relu = g, None, False
     grad_x = torch.empty_like(x)
     grad_residual = None if residual is None else torch.empty_like(x)
-    spans = row_spans(f"grad/{form(residual, residual_mean)}", n_rows, n_channels, x.dtype)
-    launch(
+    rows = row_launch(f"grad/{form(residual, residual_mean)}", n_rows, n_channels, x.dtype)
+    launch_kernel(
         _batch_norm_grad_kernel,
-        spans.grid,
-        spans.config,
+        rows.grid,
+        rows.config,
         grad_out_ptr=grad_out,
         x_ptr=x,
         residual_ptr=residual,
         grad_x_ptr=grad_x,
         grad_residual_ptr=grad_residual,
         sums_ptr=sums,
-        **{f"{name}_ptr": vector for name, vector in vectors.items()},
-        **eps_by_name,
+        **vectors.pointers(),
+        eps=eps,
+        residual_eps=residual_eps,
         n_rows=n_rows,
         n_channels=n_channels,
-        rows_per_span=spans.rows_per_span,
+        rows_per_program=rows.split.rows_per_program,
         BATCH_STATISTICS=batch_statistics,
         RESIDUAL_BATCH_STATISTICS=residual_batch_statistics,
         RELU=relu,
@@ -218,7 +209,7 @@ def audit_cases() -> list[AuditCase]:
     """The second pass in its forms at the recipe's shapes, for the static audit."""
     kernel = _batch_norm_grad_kernel
     full_size = ("grad_out_ptr", "x_ptr", "residual_ptr", "grad_x_ptr", "grad_residual_ptr")
-    residual = tuple(name for name in kernel.arg_names if "residual" in name and name.endswith("_ptr"))
+    residual = ("residual_ptr", "grad_residual_ptr", *RESIDUAL_POINTERS)
     # (case, TILINGS key, full-size tensors moved, RELU, flops per element, absent pointers); after a reduction that
     # stored g the second pass has no ReLU.
     forms: list[tuple[str, str, int, bool, int, tuple[str, ...]]] = [
@@ -236,10 +227,10 @@ def audit_cases() -> list[AuditCase]:
                     kernel=kernel,
                     signature=audit_signature(kernel, dtype, full_size, absent),
                     constexprs=constexprs | {"BATCH_STATISTICS": True, "RESIDUAL_BATCH_STATISTICS": True},
-                    config=row_spans(f"grad/{key}", n_rows, n_channels, dtype).config,
+                    config=row_launch(f"grad/{key}", n_rows, n_channels, dtype).config,
                     bytes_moved=n_tensors * n_rows * n_channels * dtype.itemsize,
                     flops=flops * n_rows * n_channels,
-                    divisible_by_16=("n_rows", "n_channels", "rows_per_span"),
+                    divisible_by_16=("n_rows", "n_channels", "rows_per_program"),
                 )
             )
     return cases

@@ -13,18 +13,18 @@ import triton.language as tl
 from torch import Tensor
 
 from fastjepa.kernels.batch_norm.backward import batch_norm_backward
+from fastjepa.kernels.batch_norm.channel_vectors import RESIDUAL_POINTERS, ChannelVectors
 from fastjepa.kernels.batch_norm.tiling import (
     audit_signature,
     check_inputs,
     form,
-    launch,
     load_affine,
     recipe_cases,
-    row_spans,
-    span_of_program,
+    row_launch,
+    rows_of_program,
 )
 from fastjepa.kernels.checks import require_available
-from fastjepa.kernels.launch import TRITON_TYPE, AuditCase, kernel_op
+from fastjepa.kernels.launch import TRITON_TYPE, AuditCase, kernel_op, launch_kernel
 
 
 @triton.jit
@@ -44,16 +44,16 @@ def _batch_norm_forward_kernel(  # type: ignore[no-untyped-def]
     residual_eps,
     n_rows,
     n_channels,
-    rows_per_span,
+    rows_per_program,
     RELU: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    offs_row = tl.arange(0, BLOCK_ROWS)
+    offs_n = tl.arange(0, BLOCK_N)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < n_channels
-    offs_tile = offs_row[:, None] * n_channels + offs_c[None, :]
-    first_row, rows = span_of_program(n_rows, rows_per_span)
+    offs_tile = offs_n[:, None] * n_channels + offs_c[None, :]
+    first_row, rows = rows_of_program(n_rows, rows_per_program)
     mean, _, scale, bias = load_affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, offs_c, mask_c)
     if residual_mean_ptr is not None:
         residual_mean, _, residual_scale, residual_bias = load_affine(
@@ -64,7 +64,7 @@ def _batch_norm_forward_kernel(  # type: ignore[no-untyped-def]
     row = 0
     while row < rows:
         offs = (first_row + row) * n_channels + offs_tile
-        mask = (offs_row < rows - row)[:, None] & mask_c[None, :]
+        mask = (offs_n < rows - row)[:, None] & mask_c[None, :]
         x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         out = (x - mean[None, :]) * scale[None, :] + bias[None, :]
         if residual_ptr is not None:
@@ -75,7 +75,7 @@ def _batch_norm_forward_kernel(  # type: ignore[no-untyped-def]
         if RELU:
             out = tl.where(out <= 0.0, 0.0, out)  # a NaN stays a NaN
         tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
-        row += BLOCK_ROWS
+        row += BLOCK_N
 
 
 def _fake_forward(
@@ -141,70 +141,63 @@ def batch_norm_forward(
     """
     op = "batch_norm_forward"
     require_available(op, x.device)
-    vectors = {
-        "mean": mean,
-        "var": var,
-        "weight": weight,
-        "bias": bias,
-        "residual_mean": residual_mean,
-        "residual_var": residual_var,
-        "residual_weight": residual_weight,
-        "residual_bias": residual_bias,
-    }
+    vectors = ChannelVectors(mean, var, weight, bias, residual_mean, residual_var, residual_weight, residual_bias)
     n_rows, n_channels = check_inputs(op, x, {"residual": residual}, vectors)
-    spans = row_spans(f"forward/{form(residual, residual_mean)}", n_rows, n_channels, x.dtype)
+    rows = row_launch(f"forward/{form(residual, residual_mean)}", n_rows, n_channels, x.dtype)
     out = torch.empty_like(x)
-    launch(
+    launch_kernel(
         _batch_norm_forward_kernel,
-        spans.grid,
-        spans.config,
+        rows.grid,
+        rows.config,
         x_ptr=x,
         residual_ptr=residual,
         out_ptr=out,
-        **{f"{name}_ptr": vector for name, vector in vectors.items()},
+        **vectors.pointers(),
         eps=eps,
         residual_eps=residual_eps,
         n_rows=n_rows,
         n_channels=n_channels,
-        rows_per_span=spans.rows_per_span,
+        rows_per_program=rows.split.rows_per_program,
         RELU=relu,
     )
     return out
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, residual, *vectors, eps, residual_eps, batch_statistics, residual_batch_statistics, relu = inputs
-    residual_mean = vectors[4]
+    x, residual, *rest, eps, residual_eps, batch_statistics, residual_batch_statistics, relu = inputs
+    vectors = ChannelVectors(*rest)
     ctx.has_residual = residual is not None
     # A final residual is needed for the ReLU's mask only.
-    kept_residual = residual if relu or residual_mean is not None else None
+    kept_residual = residual if relu or vectors.residual_mean is not None else None
     ctx.save_for_backward(x, kept_residual, *vectors)
     ctx.scalars = (eps, residual_eps, batch_statistics, residual_batch_statistics, relu)
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    x, residual, *vectors = ctx.saved_tensors
-    weight, bias, residual_weight, residual_bias = vectors[2], vectors[3], vectors[6], vectors[7]
+    x, residual, *rest = ctx.saved_tensors
+    vectors = ChannelVectors(*rest)
     grad_out = grad_out.contiguous()
-    grad_x, grad_residual, sums = batch_norm_backward(grad_out, x, residual, *vectors, *ctx.scalars)
+    grad_x, found, sums = batch_norm_backward(grad_out, x, residual, *vectors, *ctx.scalars)
+    grad_residual: Tensor | None = found
     if not ctx.has_residual:
         grad_residual = None
     elif residual is None:  # a final residual and no ReLU: its gradient is that of the output
         grad_residual = grad_out
-    grad_bias, grad_weight = sums[0], sums[1]
+    weight, bias = vectors.weight, vectors.bias
+    residual_weight, residual_bias = vectors.residual_weight, vectors.residual_bias
     return (
         grad_x,
         grad_residual,
+        None,  # mean and var: part of grad_x
         None,
-        None,
-        None if weight is None else grad_weight.to(weight.dtype),
-        None if bias is None else grad_bias.to(bias.dtype),
+        None if weight is None else sums[1].to(weight.dtype),
+        None if bias is None else sums[0].to(bias.dtype),
         None,
         None,
         None if residual_weight is None else sums[2].to(residual_weight.dtype),
         # A copy: two parameters must not be given one gradient tensor.
-        None if residual_bias is None else grad_bias.to(residual_bias.dtype, copy=True),
-        *(None,) * 5,
+        None if residual_bias is None else sums[0].to(residual_bias.dtype, copy=True),
+        *(None for _ in ctx.scalars),
     )
 
 
@@ -214,10 +207,9 @@ batch_norm_forward.register_autograd(_backward, setup_context=_setup_context)
 def audit_cases() -> list[AuditCase]:
     """The forward kernel in its three forms at the recipe's shapes, for the static audit."""
     kernel = _batch_norm_forward_kernel
-    residual_statistics = tuple(n for n in kernel.arg_names if n.startswith("residual_") and n.endswith("_ptr"))[1:]
-    absent = {
-        "plain": ("residual_ptr", *residual_statistics),
-        "residual": residual_statistics,
+    absent: dict[str, tuple[str, ...]] = {
+        "plain": ("residual_ptr", *RESIDUAL_POINTERS),
+        "residual": RESIDUAL_POINTERS,
         "normalized_residual": (),
     }
     cases = []
@@ -230,10 +222,10 @@ def audit_cases() -> list[AuditCase]:
                     kernel=kernel,
                     signature=audit_signature(kernel, dtype, ("x_ptr", "residual_ptr", "out_ptr"), absent_pointers),
                     constexprs={**dict.fromkeys(absent_pointers), "RELU": True},
-                    config=row_spans(f"forward/{name}", n_rows, n_channels, dtype).config,
+                    config=row_launch(f"forward/{name}", n_rows, n_channels, dtype).config,
                     bytes_moved=n_tensors * n_rows * n_channels * dtype.itemsize,
                     flops=(8 if name == "normalized_residual" else 3 + n_tensors) * n_rows * n_channels,
-                    divisible_by_16=("n_rows", "n_channels", "rows_per_span"),
+                    divisible_by_16=("n_rows", "n_channels", "rows_per_program"),
                 )
             )
     return cases

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fastjepa.kernels.batch_norm.channel_vectors import ChannelVectors
 from fastjepa.kernels.batch_norm.forward import batch_norm_forward
 from fastjepa.kernels.batch_norm.statistics import (
     batch_norm_statistics,
@@ -67,12 +68,12 @@ def batch_norm_act_repeatable(
     x_rows = _as_rows(op, "x", x)
     residual_rows = None if residual is None else _as_rows(op, "residual", residual)
     mean, var, batch_statistics = _statistics_of(bn, x_rows)
-    residual_mean = residual_var = residual_weight = residual_bias = None
+    vectors = ChannelVectors(mean, var, bn.weight, bn.bias, None, None, None, None)
     residual_eps, residual_batch_statistics = 0.0, False
     if residual_bn is not None and residual_rows is not None:
         residual_mean, residual_var, residual_batch_statistics = _statistics_of(residual_bn, residual_rows)
-        residual_weight, residual_bias, residual_eps = residual_bn.weight, residual_bn.bias, residual_bn.eps
-    vectors = (mean, var, bn.weight, bn.bias, residual_mean, residual_var, residual_weight, residual_bias)
+        vectors = ChannelVectors(*vectors[:4], residual_mean, residual_var, residual_bn.weight, residual_bn.bias)
+        residual_eps = residual_bn.eps
     options = (bn.eps, residual_eps, batch_statistics, residual_batch_statistics, relu)
     shape = x.shape
 

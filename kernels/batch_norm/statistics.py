@@ -1,10 +1,10 @@
 """Per-channel mean and variance of channels-last rows in one pass, and the running statistics of nn.BatchNorm.
 
-Every program leaves the (mean, M2) of its span of rows, M2 = Σ(x − mean)², and a second, small kernel merges them:
+Every program leaves the (mean, M2) of its rows, M2 = Σ(x − mean)², and a second, small kernel merges them:
 
     n = Σ n_i,   mean = Σ n_i·mean_i / n,   M2 = Σ M2_i + Σ n_i·(mean_i − mean)²
 
-(Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance", for all parts at once). Within a span,
+(Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance", for all parts at once). Within a program,
 every position of the tile runs Welford's update. Nothing is squared before it is centred. All of this is done on
 x − x₀, where x₀ is the channel's first value: that difference is exact in fp32 for values near each other, whereas a
 running mean of 1e3 would be rounded by 3e-5 at every step, too much beside a standard deviation of 1e-2. No atomics:
@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from fastjepa.kernels.batch_norm.tiling import (
     audit_signature,
     check_rows,
-    launch,
     merge_config,
     recipe_cases,
-    row_spans,
-    span_of_program,
+    row_launch,
+    rows_of_program,
 )
 from fastjepa.kernels.checks import require_available
-from fastjepa.kernels.launch import TRITON_TYPE, AuditCase, kernel_op
+from fastjepa.kernels.launch import TRITON_TYPE, AuditCase, kernel_op, launch_kernel
 
 _OP = "batch_norm_statistics"
 
@@ -50,33 +49,33 @@ def _merge(mean, m2, count, total):  # type: ignore[no-untyped-def]
 @triton.jit
 def _batch_norm_statistics_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # (n_rows, n_channels)
-    partial_mean_ptr,  # (n_spans, n_channels): mean of x − x₀
-    partial_m2_ptr,  # (n_spans, n_channels)
+    partial_mean_ptr,  # (n_partials, n_channels): mean of x − x₀
+    partial_m2_ptr,  # (n_partials, n_channels)
     n_rows,
     n_channels,
-    rows_per_span,
-    BLOCK_ROWS: tl.constexpr,
+    rows_per_program,
+    BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    offs_row = tl.arange(0, BLOCK_ROWS)
+    offs_n = tl.arange(0, BLOCK_N)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < n_channels
-    offs_tile = offs_row[:, None] * n_channels + offs_c[None, :]
-    first_row, rows = span_of_program(n_rows, rows_per_span)
+    offs_tile = offs_n[:, None] * n_channels + offs_c[None, :]
+    first_row, rows = rows_of_program(n_rows, rows_per_program)
 
     pivot = tl.load(x_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    mean = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
-    m2 = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
+    mean = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    m2 = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     # The next tile is loaded while this one is summed: one input alone keeps too few loads in flight.
-    mask = (offs_row < rows)[:, None] & mask_c[None, :]
+    mask = (offs_n < rows)[:, None] & mask_c[None, :]
     x = tl.load(x_ptr + first_row * n_channels + offs_tile, mask=mask, other=0.0)
     row = 0
     tile = 0.0
     while row < rows:  # not range(): some versions of the interpreter cannot take its runtime bounds
-        next_row = row + BLOCK_ROWS
-        mask = (offs_row < rows - next_row)[:, None] & mask_c[None, :]
+        next_row = row + BLOCK_N
+        mask = (offs_n < rows - next_row)[:, None] & mask_c[None, :]
         next_x = tl.load(x_ptr + (first_row + next_row) * n_channels + offs_tile, mask=mask, other=0.0)
-        weight = tl.where(offs_row < rows - row, 1.0 / (tile + 1.0), 0.0)  # 0 for rows beyond the end
+        weight = tl.where(offs_n < rows - row, 1.0 / (tile + 1.0), 0.0)  # 0 for rows beyond the end
         delta = (x.to(tl.float32) - pivot[None, :]) - mean
         mean += delta * weight[:, None]
         m2 += delta * delta * (weight * tile)[:, None]
@@ -84,7 +83,7 @@ def _batch_norm_statistics_kernel(  # type: ignore[no-untyped-def]
         row = next_row
         tile += 1.0
 
-    count = tl.maximum((rows - offs_row + BLOCK_ROWS - 1) // BLOCK_ROWS, 0)
+    count = tl.maximum((rows - offs_n + BLOCK_N - 1) // BLOCK_N, 0)
     mean_c, m2_c = _merge(mean, m2, count.to(tl.float32), rows.to(tl.float32))
     offs_partial = tl.program_id(0) * n_channels + offs_c
     tl.store(partial_mean_ptr + offs_partial, mean_c, mask=mask_c)
@@ -94,26 +93,26 @@ def _batch_norm_statistics_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _batch_norm_statistics_merge_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # (n_rows, n_channels)
-    partial_mean_ptr,  # (n_spans, n_channels): mean of x − x₀
-    partial_m2_ptr,  # (n_spans, n_channels)
+    partial_mean_ptr,  # (n_partials, n_channels): mean of x − x₀
+    partial_m2_ptr,  # (n_partials, n_channels)
     mean_ptr,  # (n_channels,)
     var_ptr,  # (n_channels,)
     unbiased_var_ptr,  # (n_channels,)
     n_rows,
     n_channels,
-    n_spans,
-    rows_per_span,
-    BLOCK_SPANS: tl.constexpr,
+    n_partials,
+    rows_per_program,
+    BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    offs_span = tl.arange(0, BLOCK_SPANS)
+    offs_p = tl.arange(0, BLOCK_P)
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < n_channels
-    offs_tile = offs_span[:, None] * n_channels + offs_c[None, :]
-    mask = (offs_span < n_spans)[:, None] & mask_c[None, :]
+    offs_tile = offs_p[:, None] * n_channels + offs_c[None, :]
+    mask = (offs_p < n_partials)[:, None] & mask_c[None, :]
     mean = tl.load(partial_mean_ptr + offs_tile, mask=mask, other=0.0)
     m2 = tl.load(partial_m2_ptr + offs_tile, mask=mask, other=0.0)
-    count = tl.maximum(tl.minimum(n_rows - offs_span.to(tl.int64) * rows_per_span, rows_per_span), 0)
+    count = tl.maximum(tl.minimum(n_rows - offs_p.to(tl.int64) * rows_per_program, rows_per_program), 0)
     mean_c, m2_c = _merge(mean, m2, count.to(tl.float32), n_rows * 1.0)
     pivot = tl.load(x_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
     tl.store(mean_ptr + offs_c, pivot + mean_c, mask=mask_c)
@@ -144,24 +143,24 @@ def batch_norm_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     require_available(_OP, x.device)
     n_rows, n_channels = check_rows(_OP, x)
     check_more_than_one_value(x.shape)
-    spans = row_spans("statistics", n_rows, n_channels, x.dtype)
+    rows = row_launch("statistics", n_rows, n_channels, x.dtype)
     partial_mean, partial_m2 = (
-        torch.empty((spans.n_spans, n_channels), dtype=torch.float32, device=x.device) for _ in range(2)
+        torch.empty((rows.split.programs, n_channels), dtype=torch.float32, device=x.device) for _ in range(2)
     )
     mean, var, unbiased_var = (torch.empty(n_channels, dtype=torch.float32, device=x.device) for _ in range(3))
-    launch(
+    launch_kernel(
         _batch_norm_statistics_kernel,
-        spans.grid,
-        spans.config,
+        rows.grid,
+        rows.config,
         x_ptr=x,
         partial_mean_ptr=partial_mean,
         partial_m2_ptr=partial_m2,
         n_rows=n_rows,
         n_channels=n_channels,
-        rows_per_span=spans.rows_per_span,
+        rows_per_program=rows.split.rows_per_program,
     )
-    config = merge_config(spans.n_spans)
-    launch(
+    config = merge_config(rows.split.programs)
+    launch_kernel(
         _batch_norm_statistics_merge_kernel,
         (triton.cdiv(n_channels, config.blocks["BLOCK_C"]),),
         config,
@@ -173,8 +172,8 @@ def batch_norm_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         unbiased_var_ptr=unbiased_var,
         n_rows=n_rows,
         n_channels=n_channels,
-        n_spans=spans.n_spans,
-        rows_per_span=spans.rows_per_span,
+        n_partials=rows.split.programs,
+        rows_per_program=rows.split.rows_per_program,
     )
     return mean, var, unbiased_var
 
@@ -214,17 +213,17 @@ def audit_cases() -> list[AuditCase]:
     """The statistics kernels at the recipe's shapes, for the static audit."""
     cases = []
     for n_rows, n_channels, dtype in recipe_cases():
-        spans = row_spans("statistics", n_rows, n_channels, dtype)
+        rows = row_launch("statistics", n_rows, n_channels, dtype)
         shape = f"{TRITON_TYPE[dtype]}/{n_rows}x{n_channels}"
-        partials = 2 * spans.n_spans * n_channels
-        divisible = ("n_rows", "n_channels", "rows_per_span")
+        partials = 2 * rows.split.programs * n_channels
+        divisible = ("n_rows", "n_channels", "rows_per_program")
         cases.append(
             AuditCase(
                 name=f"{_OP}/{shape}",
                 kernel=_batch_norm_statistics_kernel,
                 signature=audit_signature(_batch_norm_statistics_kernel, dtype, ("x_ptr",)),
                 constexprs={},
-                config=spans.config,
+                config=rows.config,
                 bytes_moved=n_rows * n_channels * dtype.itemsize + 4 * partials,
                 flops=6 * n_rows * n_channels,
                 divisible_by_16=divisible,
@@ -237,9 +236,9 @@ def audit_cases() -> list[AuditCase]:
                     kernel=_batch_norm_statistics_merge_kernel,
                     signature=audit_signature(_batch_norm_statistics_merge_kernel, dtype, ("x_ptr",)),
                     constexprs={},
-                    config=merge_config(spans.n_spans),
+                    config=merge_config(rows.split.programs),
                     bytes_moved=4 * (partials + 3 * n_channels),
-                    flops=8 * spans.n_spans * n_channels,
+                    flops=8 * rows.split.programs * n_channels,
                     divisible_by_16=divisible,
                 )
             )

@@ -1,8 +1,8 @@
 """How every BatchNorm kernel cuts channels-last rows into programs, and the launch table.
 
-A channels-last tensor (N, C, H, W) is a matrix of rows (M = N·H·W, C) in memory. One program walks a span of rows of a
-block of channels, one tile (BLOCK_ROWS, BLOCK_C) at a time. The cut depends on the shape and the dtype alone, never on
-the GPU, so sums are made in the same order, and give the same bits, everywhere.
+A channels-last tensor (N, C, H, W) is a matrix of rows (n_rows = N·H·W, C) in memory. One program walks over rows that
+follow each other, of a block of channels, one tile (BLOCK_N, BLOCK_C) at a time. The cut depends on the shape and the
+dtype alone, never on the GPU, so sums are made in the same order, and give the same bits, everywhere.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastjepa.kernels.batch_norm.channel_vectors import ChannelVectors
 from fastjepa.kernels.checks import check_tensor
-from fastjepa.kernels.launch import TRITON_TYPE, LaunchConfig, wrap
+from fastjepa.kernels.launch import TRITON_TYPE, LaunchConfig, RowSplit
 
 MAX_CHANNELS = 1024
 
@@ -32,8 +33,8 @@ class Tiling:
 
 # A program has 128 threads, so 4096 tile bytes are two 128-bit loads in flight per thread and tensor. Where sums are
 # kept, max_programs is what an H200 holds at once: 132 SMs × the programs that the compiled registers (bf16, in the
-# comment) allow on each, rounded down, so that no second wave runs half empty; and at most MAX_SPANS.
-# Where none are kept, smaller spans even out the end of the launch. Chosen from compiled code, not yet measured.
+# comment) allow on each, rounded down, so that no second wave runs half empty; and at most MAX_PARTIALS.
+# Where none are kept, smaller programs even out the end of the launch. Chosen from compiled code, not yet measured.
 TILINGS = {
     "statistics": Tiling(tile_bytes=4096, max_programs=896),  # 72 registers: 7 per SM
     "forward/plain": Tiling(tile_bytes=8192, max_programs=4096),  # 68
@@ -45,7 +46,7 @@ TILINGS = {
     "grad/plain": Tiling(tile_bytes=4096, max_programs=4096),  # 72
     "grad/normalized_residual": Tiling(tile_bytes=4096, max_programs=4096),  # 122
 }
-MAX_SPANS = 1024  # the partials of all spans fit one tile of a merging kernel
+MAX_PARTIALS = 1024  # the partials of all programs fit one tile of a merging kernel
 
 # (rows, channels, dtypes) for the static audit: 64 clips × 9 frame pairs of 64×64 maps, as in the default recipe. Wider
 # layers (64 channels at 32×32, 128 at 16×16, 256 at 8×8) run the code of 64 channels, a block of 64 at a time.
@@ -62,20 +63,15 @@ def form(residual: object, residual_mean: object) -> str:
 
 
 @dataclass(frozen=True)
-class RowSpans:
-    """A launch over (n_rows, n_channels): grid (n_spans, channel blocks), `rows_per_span` rows to a program."""
+class RowLaunch:
+    """A launch over (n_rows, n_channels): a grid of (programs that share the rows, channel blocks)."""
 
     config: LaunchConfig
     grid: tuple[int, int]
-    rows_per_span: int
-
-    @property
-    def n_spans(self) -> int:
-        """The number of spans that the rows are cut into."""
-        return self.grid[0]
+    split: RowSplit
 
 
-def row_spans(key: str, n_rows: int, n_channels: int, dtype: torch.dtype) -> RowSpans:
+def row_launch(key: str, n_rows: int, n_channels: int, dtype: torch.dtype) -> RowLaunch:
     """Cut (n_rows, n_channels) of `dtype` into programs of whole tiles, as TILINGS[key] says.
 
     A tile is at most 64 channels wide: a whole 128-byte line of bf16. Wider ones would leave the 8×8 maps of the recipe
@@ -83,26 +79,20 @@ def row_spans(key: str, n_rows: int, n_channels: int, dtype: torch.dtype) -> Row
     """
     tiling = TILINGS[key]
     block_c = min(triton.next_power_of_2(n_channels), 64)
-    block_rows = tiling.tile_bytes // (dtype.itemsize * block_c)
+    block_n = tiling.tile_bytes // (dtype.itemsize * block_c)
     channel_blocks = triton.cdiv(n_channels, block_c)
-    most_spans = max(1, tiling.max_programs // channel_blocks)
-    rows_per_span = triton.cdiv(triton.cdiv(n_rows, block_rows), most_spans) * block_rows
-    config = LaunchConfig(num_warps=4, blocks={"BLOCK_ROWS": block_rows, "BLOCK_C": block_c})
-    return RowSpans(config, (triton.cdiv(n_rows, rows_per_span), channel_blocks), rows_per_span)
+    split = RowSplit.of(n_rows, block_n, max(1, tiling.max_programs // channel_blocks))
+    config = LaunchConfig(num_warps=4, blocks={"BLOCK_N": block_n, "BLOCK_C": block_c})
+    return RowLaunch(config, (split.programs, channel_blocks), split)
 
 
-def merge_config(n_spans: int) -> LaunchConfig:
-    """The launch of a kernel that merges the partials of `n_spans` spans: one tile of all spans × 8 channels.
+def merge_config(n_partials: int) -> LaunchConfig:
+    """The launch of a kernel that merges the partials of `n_partials` programs: one tile of all of them × 8 channels.
 
     8 channels of fp32 are one 32-byte sector, the least that a load fetches.
     """
-    blocks = {"BLOCK_SPANS": triton.next_power_of_2(n_spans), "BLOCK_C": 8}
-    return LaunchConfig(num_warps=8 if n_spans > 256 else 4, blocks=blocks)
-
-
-def launch(kernel: Any, grid: tuple[int, ...], config: LaunchConfig, **arguments: Any) -> None:
-    """Launch `kernel` over `grid` with the blocks, warps and stages of `config`."""
-    wrap(kernel)[grid](**arguments, **config.blocks, num_warps=config.num_warps, num_stages=config.num_stages)
+    blocks = {"BLOCK_P": triton.next_power_of_2(n_partials), "BLOCK_C": 8}
+    return LaunchConfig(num_warps=8 if n_partials > 256 else 4, blocks=blocks)
 
 
 def check_rows(op: str, x: Tensor) -> tuple[int, int]:
@@ -118,9 +108,7 @@ def check_rows(op: str, x: Tensor) -> tuple[int, int]:
     return n_rows, n_channels
 
 
-def check_inputs(
-    op: str, x: Tensor, tensors: dict[str, Tensor | None], vectors: dict[str, Tensor | None]
-) -> tuple[int, int]:
+def check_inputs(op: str, x: Tensor, tensors: dict[str, Tensor | None], vectors: ChannelVectors) -> tuple[int, int]:
     """(n_rows, n_channels) of `x`; an error naming the argument if one does not fit it.
 
     `tensors` that are given must be like x. `vectors` that are given have one entry per channel, in fp32 or x's dtype;
@@ -132,14 +120,15 @@ def check_inputs(
             check_tensor(op, name, tensor, shape=(n_rows, n_channels), dtypes=(x.dtype,), device=x.device)
             if not tensor.is_contiguous():
                 raise ValueError(f"{op}: {name} has strides {tensor.stride()}; accepted: contiguous rows")
-    for name, vector in vectors.items():
+    named = vectors._asdict()
+    for name, vector in named.items():
         if vector is not None:
             dtypes = dict.fromkeys((torch.float32, x.dtype))
             check_tensor(op, name, vector, shape=(n_channels,), dtypes=dtypes, device=x.device)
             if not vector.is_contiguous():
                 raise ValueError(f"{op}: {name} has stride {vector.stride()}; accepted: contiguous")
     for name, partner in _PAIRS:
-        if (vectors[name] is None) != (vectors[partner] is None):
+        if (named[name] is None) != (named[partner] is None):
             raise ValueError(f"{op}: {name} and {partner} must both be given, or both be None")
     return n_rows, n_channels
 
@@ -153,10 +142,10 @@ _PAIRS = (
 
 
 @triton.jit
-def span_of_program(n_rows, rows_per_span):  # type: ignore[no-untyped-def]
-    """(first row, number of rows) of this program's span. int64, because n_rows · n_channels may exceed 2^31."""
-    first_row = tl.program_id(0).to(tl.int64) * rows_per_span
-    return first_row, tl.minimum(n_rows - first_row, rows_per_span).to(tl.int32)
+def rows_of_program(n_rows, rows_per_program):  # type: ignore[no-untyped-def]
+    """(first row, number of rows) of this program. int64, because n_rows · n_channels may exceed 2^31."""
+    first_row = tl.program_id(0).to(tl.int64) * rows_per_program
+    return first_row, tl.minimum(n_rows - first_row, rows_per_program).to(tl.int32)
 
 
 @triton.jit

@@ -18,9 +18,9 @@ from fastjepa.kernels.launch import (
     add_dot,
     dot,
     dot_precision,
+    launch_kernel,
     load_rows,
     round_to,
-    wrap,
 )
 
 MAX_D = 512
@@ -35,11 +35,11 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
     n_rows,
     D: tl.constexpr,
     N_BLOCKS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     TILES: tl.constexpr,
     EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     pid = tl.program_id(0)
     block_i = tl.program_id(1)
@@ -85,11 +85,11 @@ def _centred_linear_kernel(  # type: ignore[no-untyped-def]
     n_rows,
     D: tl.constexpr,
     N_BLOCKS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     EVEN_N: tl.constexpr,
     HAS_BASE: tl.constexpr,
     PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     EVEN_D: tl.constexpr = D == N_BLOCKS * BLOCK_D
     SIZE: tl.constexpr = N_BLOCKS * BLOCK_D
@@ -151,30 +151,28 @@ def moments(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     config, size = _MOMENTS_CONFIGS[block_d_for(n_channels)], padded_size(n_channels)
     block_n, block_d = config.blocks["BLOCK_N"], config.blocks["BLOCK_D"]
     n_blocks = size // block_d
-    split = RowSplit.of(n_rows, block_n, max(1, _MAX_PROGRAMS // n_blocks**2))
+    split = RowSplit.of(n_rows, block_n, max(1, _MAX_PROGRAMS // n_blocks**2), prefer_even=True)
     centre = torch.empty(len(tensors), split.programs, size, device=device, dtype=torch.float32)
     residual = torch.empty_like(centre)
     scatter = torch.empty(len(tensors), split.programs, size, size, device=device, dtype=torch.float32)
     for t, x in enumerate(tensors):
-        wrap(_moments_kernel)[(split.programs, n_blocks, n_blocks)](
-            x,
-            centre[t],
-            residual[t],
-            scatter[t],
-            n_rows,
+        launch_kernel(
+            _moments_kernel,
+            (split.programs, n_blocks, n_blocks),
+            config,
+            x_ptr=x,
+            centre_ptr=centre[t],
+            residual_ptr=residual[t],
+            scatter_ptr=scatter[t],
+            n_rows=n_rows,
             D=n_channels,
             N_BLOCKS=n_blocks,
-            BLOCK_N=block_n,
-            BLOCK_D=block_d,
             TILES=split.tiles,
             EVEN_N=split.even,
             PRECISION="tf32x3",
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
         )
-    rows = split.tiles * block_n
-    counts = torch.full((split.programs, 1), rows, device=device, dtype=torch.float64)
-    counts[-1] = n_rows - (split.programs - 1) * rows
+    counts = torch.full((split.programs, 1), split.rows_per_program, device=device, dtype=torch.float64)
+    counts[-1] = n_rows - (split.programs - 1) * split.rows_per_program
     offset = residual.double() / counts
     program_mean = centre.double() + offset
     mean = (counts * program_mean).sum(1) / n_rows
@@ -211,23 +209,22 @@ def subtract_centred_linear(x: Tensor, operands: LinearOperands, t: int, base: T
     n_rows, n_channels = x.shape
     config, size = _LINEAR_CONFIGS[block_d_for(n_channels)], padded_size(n_channels)
     block_n, block_d = config.blocks["BLOCK_N"], config.blocks["BLOCK_D"]
-    wrap(_centred_linear_kernel)[(triton.cdiv(n_rows, block_n), size // block_d)](
-        x,
-        out if base is None else base,
-        out,
-        operands.centre[t],
-        operands.constant[t],
-        operands.linear[t],
-        n_rows,
+    launch_kernel(
+        _centred_linear_kernel,
+        (triton.cdiv(n_rows, block_n), size // block_d),
+        config,
+        x_ptr=x,
+        base_ptr=out if base is None else base,
+        out_ptr=out,
+        centre_ptr=operands.centre[t],
+        constant_ptr=operands.constant[t],
+        linear_ptr=operands.linear[t],
+        n_rows=n_rows,
         D=n_channels,
         N_BLOCKS=size // block_d,
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
         EVEN_N=n_rows % block_n == 0,
         HAS_BASE=base is not None,
         PRECISION=dot_precision(x.dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
     )
     return out
 
@@ -248,7 +245,7 @@ def audit_cases() -> list[AuditCase]:
                 "EVEN_N": True,
             }
             block_n, max_programs = moments_config.blocks["BLOCK_N"], max(1, _MAX_PROGRAMS // shape["N_BLOCKS"] ** 2)
-            split = RowSplit.of(n_rows, block_n, max_programs)
+            split = RowSplit.of(n_rows, block_n, max_programs, prefer_even=True)
             fp32 = "*fp32"
             cases += [
                 AuditCase(

@@ -30,6 +30,16 @@ class Projector(NamedTuple):
     weight2: Tensor  # (O, H)
 
 
+class Moments(NamedTuple):
+    """What the passes over the rows forward leave, and those backward need; float64."""
+
+    mean: Tensor  # (T, D) of the rows
+    scatter: Tensor  # (T, D, D) of the rows
+    mean_r: Tensor  # (H,) of r(z)
+    scatter_r: Tensor  # (H, H) of r(z)
+    delta_moments: Tensor  # (K, H, H): ΣΔΔᵀ
+
+
 class HiddenAffine(NamedTuple):
     """Each tensor's first Linear and BatchNorm as one map y = A(x − μ) + β, with its statistics; float64."""
 

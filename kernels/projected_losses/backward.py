@@ -26,9 +26,9 @@ from fastjepa.kernels.launch import (
     add_dot,
     dot,
     dot_precision,
+    launch_kernel,
     load_rows,
     round_to,
-    wrap,
 )
 from fastjepa.kernels.moments.fused import padded
 from fastjepa.kernels.projected_losses.activations import MAX_PROGRAMS, Operands, activations, block_sizes
@@ -93,15 +93,15 @@ def _slope_gradients_kernel(  # type: ignore[no-untyped-def]
     zero,  # the integer 0, unknown to the compiler: pointers that depend on it are read again for each tile, which
     # saves the registers that loop-invariant matrices would take
     D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_H: tl.constexpr,
     TILES: tl.constexpr,
     EVEN_N: tl.constexpr,
     N_PREDICTIONS: tl.constexpr,
     FIRST: tl.constexpr,  # this launch adds G(r − r̄) and starts vz; later groups of predictions add to it
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     n_programs = tl.num_programs(0)
@@ -229,7 +229,7 @@ def slope_gradients(
     n_hidden, dtype = mean_r.shape[0], z.dtype
     block_d, block_h = ops.centre.shape[2], ops.offset.shape[1]
     config, group_size = _CONFIGS[block_h, dtype == torch.float32]
-    split = RowSplit.of(n_rows, config.blocks["BLOCK_N"], MAX_PROGRAMS)
+    split = RowSplit.of(n_rows, config.blocks["BLOCK_N"], MAX_PROGRAMS, prefer_even=True)
     results = [torch.empty_like(z, dtype=torch.float32 if len(predictions) > group_size else dtype)]
     results += [torch.empty_like(p) for p in predictions]
     variance, gram = (padded(m, (block_h, block_h), dtype) for m in (out.variance, out.gram))
@@ -238,41 +238,39 @@ def slope_gradients(
     for start in range(0, max(1, len(predictions)), group_size):
         group = list(range(start + 1, min(start + group_size, len(predictions)) + 1))
         index = [0, *group]
-        unused = [z] * (_POINTERS - len(group))
+        places = group + [0] * (_POINTERS - len(group))  # z stands in where there is no further prediction
         sum_dy = torch.empty(split.programs, block_h, device=z.device, dtype=torch.float32)
         slope_sum = torch.empty(len(index), split.programs, block_d, device=z.device, dtype=torch.float32)
         x_dy = torch.empty(len(index), split.programs, block_d, block_h, device=z.device, dtype=torch.float32)
-        wrap(_slope_gradients_kernel)[(split.programs,)](
-            z,
-            *[tensors[t] for t in group],
-            *unused,
-            results[0],
-            *[results[t] for t in group],
-            *unused,
-            _rows_of(ops.centre, index),
-            _rows_of(ops.slope, index),
-            _rows_of(ops.offset, index),
-            padded(mean_r, (block_h,), torch.float32),
-            variance,
-            gram,
-            coefficients[start : start + group_size] if group else mean_r.new_zeros(1, dtype=torch.float32),
-            sum_dy,
-            x_dy,
-            slope_sum,
-            n_rows,
-            0,
+        coefficient = coefficients[start : start + group_size] if group else mean_r.new_zeros(1, dtype=torch.float32)
+        launch_kernel(
+            _slope_gradients_kernel,
+            (split.programs,),
+            config,
+            z_ptr=z,
+            **{f"p{k}_ptr": tensors[t] for k, t in enumerate(places)},
+            vz_ptr=results[0],
+            **{f"v{k}_ptr": results[t] if t else z for k, t in enumerate(places)},
+            centre_ptr=_rows_of(ops.centre, index),
+            slope_ptr=_rows_of(ops.slope, index),
+            offset_ptr=_rows_of(ops.offset, index),
+            mean_r_ptr=padded(mean_r, (block_h,), torch.float32),
+            variance_ptr=variance,
+            gram_ptr=gram,
+            coefficient_ptr=coefficient,
+            sum_dy_ptr=sum_dy,
+            x_dy_ptr=x_dy,
+            slope_sum_ptr=slope_sum,
+            n_rows=n_rows,
+            zero=0,
             D=n_channels,
-            BLOCK_N=config.blocks["BLOCK_N"],
-            BLOCK_D=block_d,
-            BLOCK_H=block_h,
             TILES=split.tiles,
             EVEN_N=split.even,
             N_PREDICTIONS=len(group),
             FIRST=start == 0,
             HALF=dtype != torch.float32,
             PRECISION=dot_precision(tensors[0].dtype),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            BLOCK_D=block_d,
         )
         sum_dys.append(sum_dy.sum(0, dtype=torch.float64)[:n_hidden])
         slope_sums.append(slope_sum.sum(1, dtype=torch.float64)[:, :n_channels])
@@ -298,7 +296,7 @@ def audit_cases() -> list[AuditCase]:
             half, (block_d, block_h) = dtype != torch.float32, block_sizes(d, h)
             config, group_size = _CONFIGS[block_h, not half]
             k = min(k, group_size)
-            split = RowSplit.of(n_rows, config.blocks["BLOCK_N"], MAX_PROGRAMS)
+            split = RowSplit.of(n_rows, config.blocks["BLOCK_N"], MAX_PROGRAMS, prefer_even=True)
             rows, fp32 = f"*{TRITON_TYPE[dtype]}", "*fp32"
             names = [
                 "z_ptr",

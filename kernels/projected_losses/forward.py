@@ -24,8 +24,8 @@ from fastjepa.kernels.launch import (
     RowSplit,
     add_dot,
     dot_precision,
+    launch_kernel,
     round_to,
-    wrap,
 )
 from fastjepa.kernels.moments.fused import padded
 from fastjepa.kernels.projected_losses.activations import MAX_PROGRAMS, Operands, activations, block_sizes
@@ -46,14 +46,14 @@ def _activation_moments_kernel(  # type: ignore[no-untyped-def]
     second_ptr,  # (programs, BLOCK_H, BLOCK_H)
     n_rows,
     D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_H: tl.constexpr,
     TILES: tl.constexpr,
     EVEN_N: tl.constexpr,
     PAIR: tl.constexpr,
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
     pid = tl.program_id(0)
     offs_n = pid.to(tl.int64) * (TILES * BLOCK_N) + tl.arange(0, BLOCK_N)
@@ -103,35 +103,34 @@ def activation_moments(tensors: Sequence[Tensor], ops: Operands, shift: Tensor) 
     n_hidden = shift.shape[0]
     fp32 = tensors[0].dtype == torch.float32
     config = _CONFIGS[block_h, fp32]
-    split = RowSplit.of(n_rows, config.blocks["BLOCK_N"], MAX_PROGRAMS)
+    split = RowSplit.of(n_rows, config.blocks["BLOCK_N"], MAX_PROGRAMS, prefer_even=True)
     rounded_shift = padded(shift, (block_h,), torch.float32)
     total = torch.empty(split.programs, block_h, device=shift.device, dtype=torch.float32)
     second = torch.empty(len(tensors), split.programs, block_h, block_h, device=shift.device, dtype=torch.float32)
     for t, x in enumerate(tensors):
-        wrap(_activation_moments_kernel)[(split.programs,)](
-            tensors[0],
-            x,
-            ops.centre[0],
-            ops.centre[t],
-            ops.slope[0],
-            ops.slope[t],
-            ops.offset[0],
-            ops.offset[t],
-            rounded_shift,
-            total,
-            second[t],
-            n_rows,
+        launch_kernel(
+            _activation_moments_kernel,
+            (split.programs,),
+            config,
+            x_ptr=tensors[0],
+            y_ptr=x,
+            centre_x_ptr=ops.centre[0],
+            centre_y_ptr=ops.centre[t],
+            slope_x_ptr=ops.slope[0],
+            slope_y_ptr=ops.slope[t],
+            offset_x_ptr=ops.offset[0],
+            offset_y_ptr=ops.offset[t],
+            shift_ptr=rounded_shift,
+            sum_ptr=total,
+            second_ptr=second[t],
+            n_rows=n_rows,
             D=n_channels,
-            BLOCK_N=config.blocks["BLOCK_N"],
-            BLOCK_D=block_d,
-            BLOCK_H=block_h,
             TILES=split.tiles,
             EVEN_N=split.even,
             PAIR=t > 0,
             HALF=not fp32,
             PRECISION=dot_precision(tensors[0].dtype),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            BLOCK_D=block_d,
         )
     moments = second.sum(1, dtype=torch.float64)[:, :n_hidden, :n_hidden]
     residual = total.sum(0, dtype=torch.float64)[:n_hidden] / n_rows
@@ -150,7 +149,7 @@ def audit_cases() -> list[AuditCase]:
         for d, h in ((16, 64), (64, 128)):
             half = dtype != torch.float32
             config, (block_d, block_h) = _CONFIGS[block_sizes(d, h)[1], not half], block_sizes(d, h)
-            split = RowSplit.of(n_rows, config.blocks["BLOCK_N"], MAX_PROGRAMS)
+            split = RowSplit.of(n_rows, config.blocks["BLOCK_N"], MAX_PROGRAMS, prefer_even=True)
             rows, fp32 = f"*{TRITON_TYPE[dtype]}", "*fp32"
             signature = {"x_ptr": rows, "y_ptr": rows, "centre_x_ptr": fp32, "centre_y_ptr": fp32}
             signature |= {"slope_x_ptr": rows, "slope_y_ptr": rows, "offset_x_ptr": fp32, "offset_y_ptr": fp32}

@@ -13,6 +13,7 @@ from fastjepa.kernels.launch import kernel_op
 from fastjepa.kernels.moments.fused import linear_operands, moments, subtract_centred_linear
 from fastjepa.kernels.projected_losses import algebra
 from fastjepa.kernels.projected_losses.activations import MAX_D, MAX_HIDDEN, operands
+from fastjepa.kernels.projected_losses.algebra import Moments, Projector
 from fastjepa.kernels.projected_losses.backward import slope_gradients
 from fastjepa.kernels.projected_losses.forward import activation_moments
 from fastjepa.kernels.projected_losses.reference import ProjectedLosses, as_rows, check_shapes
@@ -56,10 +57,8 @@ def _forward(
     weight2: Tensor,
     eps: float,
 ) -> list[Tensor]:
-    """Rows (N, D) in; the five results, and five small float64 tensors that the backward op needs: the mean (T, D) and
-    scatter (T, D, D) of the rows, the mean (H,) and scatter (H, H) of r(z), and ΣΔΔᵀ (K, H, H).
-    """
-    params = algebra.Projector(weight1, bias1, bn_weight, bn_bias, weight2)
+    """Rows (N, D) in; the fields of `ProjectedLosses`, then those of `algebra.Moments`, which the backward op needs."""
+    params = Projector(weight1, bias1, bn_weight, bn_bias, weight2)
     tensors, n_rows = [z, *predictions], z.shape[0]
     mean, scatter = moments(tensors)
     affine = algebra.hidden_affine(params, mean, scatter, n_rows, eps)
@@ -69,9 +68,9 @@ def _forward(
     cov = algebra.covariance(weight2, scatter_r, n_rows)
     std_loss, cov_loss = algebra.std_and_cov_from_moments(cov.diagonal(), cov)
     prediction = algebra.prediction_losses(weight2, delta_moments, n_rows)
-    results = (std_loss, cov_loss, prediction, affine.hidden_mean, affine.hidden_var)
+    results = ProjectedLosses(std_loss, cov_loss, prediction, affine.hidden_mean, affine.hidden_var)
+    saved = Moments(mean, scatter, mean_r, scatter_r, delta_moments)
     # A padded matrix is cut to size by a view; outputs own their memory, contiguous as the fake op says.
-    saved = (mean, scatter, mean_r, scatter_r, delta_moments)
     return [
         *(x.float().contiguous() for x in results),
         *(x.clone(memory_format=torch.contiguous_format) for x in saved),
@@ -110,15 +109,15 @@ def _backward(
     eps: float,
     saved: list[Tensor],
 ) -> list[Tensor]:
-    """Gradients of the five parameters, of z and of each prediction, in their dtypes."""
-    params = algebra.Projector(weight1, bias1, bn_weight, bn_bias, weight2)
-    mean, scatter, mean_r, scatter_r, delta_moments = saved
+    """Gradients of the fields of `Projector`, of z and of each prediction, in their dtypes; `saved` are `Moments`."""
+    params = Projector(weight1, bias1, bn_weight, bn_bias, weight2)
+    mean, scatter, mean_r, scatter_r, delta_moments = Moments(*saved)
     tensors, n_rows = [z, *predictions], z.shape[0]
     out = algebra.output_gradients(weight2, scatter_r, delta_moments, n_rows, grad_std, grad_cov, grad_prediction)
     affine = algebra.hidden_affine(params, mean, scatter, n_rows, eps)
     slopes, sum_dy, dy_x, slope_sum = slope_gradients(tensors, operands(affine, mean, bn_bias, z.dtype), mean_r, out)
     grad = algebra.input_gradients(params, affine, scatter, sum_dy, dy_x, slope_sum, n_rows)
-    grad_params = (grad.weight1, grad.bias1, grad.bn_weight, grad.bn_bias, out.weight2)
+    grad_params = Projector(grad.weight1, grad.bias1, grad.bn_weight, grad.bn_bias, out.weight2)
     correction = linear_operands(mean, grad.constant, grad.linear, z.dtype)
     grad_tensors = [
         subtract_centred_linear(x, correction, t, v, v if v.dtype == x.dtype else torch.empty_like(x))
@@ -130,15 +129,20 @@ def _backward(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     z, predictions, *params, eps = inputs
     ctx.n_predictions, ctx.eps = len(predictions), eps
-    ctx.save_for_backward(z, *predictions, *params, *output[5:])
+    saved = Moments(*output[len(ProjectedLosses._fields) :])
+    ctx.save_for_backward(z, *predictions, *Projector(*params), *saved)
 
 
 def _autograd_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    k = ctx.n_predictions
+    n_predictions, n_params = ctx.n_predictions, len(Projector._fields)
     z, *rest = ctx.saved_tensors
-    predictions, params, saved = rest[:k], rest[k : k + 5], rest[k + 5 :]
-    *grad_params, grad_z = (results := _backward(*grads[:3], z, predictions, *params, ctx.eps, saved))[:6]
-    return (grad_z, results[6:], *grad_params, None)
+    predictions, rest = rest[:n_predictions], rest[n_predictions:]
+    params, saved = Projector(*rest[:n_params]), rest[n_params:]
+    # Nothing flows through the batch statistics, nor through what was saved.
+    grad_std, grad_cov, grad_prediction = grads[:3]
+    found = _backward(grad_std, grad_cov, grad_prediction, z, predictions, *params, ctx.eps, saved)
+    grad_params, grad_z, grad_predictions = Projector(*found[:n_params]), found[n_params], found[n_params + 1 :]
+    return (grad_z, grad_predictions, *grad_params, None)
 
 
 def _no_double_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
@@ -198,13 +202,14 @@ def projected_losses(
     ):
         if not 1 <= size <= limit:
             raise ValueError(f"{_OP}: {name} is {size}; the fused kernels accept 1 to {limit}")
-    vectors = []
+    vectors = {}
     for name, vector, fill in (("bias1", bias1, 0.0), ("bn_weight", bn_weight, 1.0), ("bn_bias", bn_bias, 0.0)):
         if vector is None:
             vector = weight1.new_full((hidden,), fill)
         check_tensor(_OP, name, vector, shape=(hidden,), dtypes=param_dtypes, device=z.device)
-        vectors.append(vector)
+        vectors[name] = vector
+    params = Projector(weight1=weight1, weight2=weight2, **vectors)
     rows = [as_rows(x).contiguous() for x in (z, *predictions)]
-    results = _forward(rows[0], rows[1:], weight1, *vectors, weight2, float(eps))
-    std_loss, cov_loss, prediction_losses, batch_means, batch_vars = results[:5]
-    return ProjectedLosses(std_loss, cov_loss, prediction_losses, batch_means.detach(), batch_vars.detach())
+    found = _forward(rows[0], rows[1:], *params, float(eps))
+    losses = ProjectedLosses(*found[: len(ProjectedLosses._fields)])
+    return losses._replace(batch_means=losses.batch_means.detach(), batch_vars=losses.batch_vars.detach())
