@@ -2,12 +2,16 @@
 
 `TRITON_INTERPRET` is read when a kernel is decorated, so it is set here, before any test module imports one. A value
 that is already set is kept: TRITON_INTERPRET=1 on a GPU machine tests the interpreter, TRITON_INTERPRET=0 the compiler.
+
+Where Triton is not installed, tests of the plain path run, and those of kernels are skipped with that reason: a test
+that takes the fixture `device` or `needs_triton`, and a whole module that imports kernels.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
@@ -15,6 +19,7 @@ import torch
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 INTERPRETING = os.environ["TRITON_INTERPRET"] == "1"
+NO_TRITON = None if importlib.util.find_spec("triton") else "needs Triton, which is not installed"
 
 
 def _no_gpu_reason() -> str | None:
@@ -22,7 +27,18 @@ def _no_gpu_reason() -> str | None:
         return "needs a CUDA device, and there is none"
     if INTERPRETING:
         return "needs compiled kernels, and TRITON_INTERPRET=1 is set"
-    return None
+    return NO_TRITON
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if NO_TRITON and report.failed and "import triton" in str(report.longrepr):
+        report.outcome = "skipped"
+        report.longrepr = (str(collector.path), 0, f"Skipped: {NO_TRITON}")
+    return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,7 +51,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def device() -> str:
+def needs_triton() -> None:
+    """Skips the test where Triton is not installed."""
+    if NO_TRITON:
+        pytest.skip(NO_TRITON)
+
+
+@pytest.fixture
+def device(needs_triton: None) -> str:
     """Where kernels run in this session: "cuda", or "cpu" in the interpreter."""
     return "cuda" if _no_gpu_reason() is None else "cpu"
 

@@ -11,7 +11,6 @@ from torch import nn
 import fastjepa
 from compare import assert_near
 from fastjepa.fused.losses import ClosedFormVCLoss
-from fastjepa.fused.networks import FusedResNet5
 from fastjepa.model.step import TrainStep
 from original import OriginalJEPA
 from tiny import tiny_batch, tiny_jepa, tiny_model
@@ -35,7 +34,7 @@ def test_an_original_jepa_accelerated_trained_and_restored(device: str, size: tu
     keys, ids = list(fast.state_dict()), {name: id(p) for name, p in fast.named_parameters()}
     assert fastjepa.accelerate(fast, backend="fused", verbose=False) is fast
     assert fast.acceleration.swapped == ("encoder", "predictor", "regularizer", "predcost")
-    assert isinstance(fast.encoder, FusedResNet5)
+    assert type(fast.encoder).__name__ == "FusedResNet5"
     assert fast.action_encoder is fast.encoder
     assert sorted(fast.state_dict()) == sorted(keys)
     assert {name: id(p) for name, p in fast.named_parameters()} == ids
@@ -202,6 +201,7 @@ def test_bad_objects() -> None:
         fastjepa.accelerate(jepa)
 
 
+@pytest.mark.usefixtures("needs_triton")
 def test_fused_where_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastjepa.kernels.launch.INTERPRET", False)
     with pytest.raises(RuntimeError, match="backend 'fused' cannot be served: Triton kernels need a CUDA device"):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import batch_norm, evaluation, layers, projected_losses, rollout, step, train, tune
-from bench.harness.case import BACKWARD, BOTH, FORWARD, random_cotangents
+from bench import batch_norm, evaluation, layers, moments, projected_losses, rollout, step, train
+from bench.harness.case import BACKWARD, BOTH, FORWARD
 from bench.harness.roofline import H200
 from bench.harness.rows import Row, read_rows
 from bench.harness.variants import channels_last
@@ -79,7 +79,7 @@ def test_every_way_of_the_step_gives_the_losses_and_gradients_of_the_original() 
 SMALL = Recipe(batch=1, frames=3, pixels=8, henc=2, hpre=2, dstc=4, steps=1)  # for Triton's interpreter
 
 
-def test_fused_variants_give_what_they_are_compared_with() -> None:
+def test_fused_variants_give_what_they_are_compared_with(needs_triton: None) -> None:
     inputs = make_batch(SMALL, CPU, torch.float32)
     exact = step.truth(SMALL, {name: x.double() for name, x in inputs.items()})
     found = step.build(SMALL, step.Way(projection="fused", fused_blocks=True), CPU)(inputs)
@@ -151,7 +151,7 @@ def test_blocks_are_those_of_the_networks() -> None:
 
 
 @pytest.mark.parametrize("form", [batch_norm.PLAIN, batch_norm.RESIDUAL, batch_norm.NORMALIZED])
-def test_fused_block_computes_what_it_is_compared_with(form: str) -> None:
+def test_fused_block_computes_what_it_is_compared_with(form: str, needs_triton: None) -> None:
     block = batch_norm.Block(3, 4, 5, form)
     inputs = batch_norm.make_block_inputs(block, CPU, torch.float32)
     eager, fused = (
@@ -236,45 +236,18 @@ def test_training_is_timed_stopped_and_continued(tmp_path: Path, monkeypatch: py
     assert all(0 <= row.quality["mAP"] <= 1 for row in rows)
 
 
-# -- tune
+def test_moments_measures_both_passes(tmp_path: Path) -> None:
+    assert moments.main(["--quick", "--device", "cpu", "--no-memory", "--out", str(tmp_path)]) == 0
+    rows = read_rows(tmp_path / "moments.jsonl")
+    assert {row.case.split(" N=")[0] for row in rows} == {"mean and scatter", "linear map"}
+    for row in rows:
+        assert row.status == ("unavailable" if row.variant.startswith(("fused", "torch.compile")) else "exact"), row
 
 
-def test_an_entry_is_set_for_one_call_only() -> None:
-    entry = tune.Entry("fastjepa.kernels.batch_norm.tiling", "TILINGS", "forward/plain")
-    before = dict(entry.values)
-    candidates = tune.tiling_candidates(entry)
-    assert before["forward/plain"] in candidates
-    inputs = channels_last(
-        batch_norm.make_block_inputs(batch_norm.Block(2, 4, 4, batch_norm.PLAIN), CPU, torch.float32)
-    )
-    seen = []
-
-    def function(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        seen.append(entry.values["forward/plain"])
-        return batch_norm.block_eager(inputs)
-
-    candidate = tune.Candidate(lambda _: function, random_cotangents, entry, candidates[0], CPU)
-    found = candidate(inputs)
-    assert seen == [candidates[0]]
-    assert entry.values == before
-    assert set(found) == {"out", "gradient of x", "gradient of weight", "gradient of bias"}
-
-
-@pytest.mark.parametrize("module", ["forward", "backward"])
-def test_candidates_change_rows_and_warps_and_nothing_else(module: str) -> None:
-    entry = tune.Entry(f"fastjepa.kernels.projected_losses.{module}", "_CONFIGS", (64, False))
-    now = entry.values[64, False]
-    candidates = tune.launch_candidates(entry)
-    assert now in candidates
-    assert len(candidates) > 3
-    for candidate in candidates:
-        config, reference = (value[0] if isinstance(value, tuple) else value for value in (candidate, now))
-        assert config.blocks["BLOCK_H"] == reference.blocks["BLOCK_H"]
-        assert isinstance(candidate, type(now))
-
-
-def test_tune_says_what_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tune.main(["--quick", "--device", "cpu", "--only", "grad/plain", "--out", str(tmp_path)]) == 0
-    rows = read_rows(tmp_path / "tune.jsonl")
-    assert status_of(rows)["now"] == "unavailable"
-    assert "need a CUDA device" in capsys.readouterr().out
+def test_moments_kernels_agree_with_the_definition(device: str) -> None:
+    inputs = moments.make_inputs(TINY, torch.device(device), torch.float32)
+    for eager, fused in ((moments.moments_eager, moments.moments_fused), (moments.linear_eager, moments.linear_fused)):
+        expected, found = eager(inputs), fused(inputs)
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4 * float(value.abs().max()))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastjepa.kernels import launch
 from fastjepa.kernels.checks import check_tensor, require_available, unavailable_reason
 
 
-def test_availability_is_explained() -> None:
+def test_availability_is_explained(needs_triton: None) -> None:
+    from fastjepa.kernels import launch
+
     assert "'mps' is not supported" in str(unavailable_reason(torch.device("mps")))
     if launch.INTERPRET:
         assert unavailable_reason(torch.device("cpu")) is None

@@ -96,6 +96,7 @@ def test_resume_needs_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "there is nothing to resume" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("needs_triton")
 def test_fused_where_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("fastjepa.kernels.launch.INTERPRET", False)
     with pytest.raises(SystemExit):

@@ -132,6 +132,7 @@ def test_weights_of_a_rollout(device: str) -> None:
 
 
 @EVERY_DEVICE
+@pytest.mark.usefixtures("needs_triton")
 def test_a_rollout_after_accelerate(device: str) -> None:
     jepa, states = trained_jepa(device), some_states(device, batch=1, size=(8, 8))
     rollout = GraphedRollout(jepa, 1)

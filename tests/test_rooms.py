@@ -1,0 +1,143 @@
+"""Imports run one way: kernels ← model ← fused, graphs ← training ← train.py, with bench and tests on top; no cycles.
+
+A room is a folder of fastjepa/, or one of the modules beside them. What each may import is written down here and in the
+docstring of its package.
+"""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fastjepa.environment import ROOT
+
+# Every room with those it may import, besides itself. A room may import only what stands above it in this list.
+ROOMS: dict[str, set[str]] = {
+    "kernels": set(),
+    "measuring": set(),
+    "config": set(),
+    "environment": set(),
+    "profiling": set(),
+    "model": {"kernels", "profiling"},
+    "storage": {"config", "model"},
+    "moving_mnist": {"storage"},
+    "fused": {"kernels", "measuring", "model"},
+    "graphs": {"kernels", "measuring", "profiling", "model", "moving_mnist", "fused"},
+    "figures": {"storage"},
+    "training": {
+        "kernels", "config", "environment", "profiling", "model", "storage", "moving_mnist", "fused", "graphs",
+        "figures",
+    },
+    "evaluate": {"config", "model", "storage", "moving_mnist", "training"},
+    "rollout": {
+        "config", "environment", "model", "storage", "moving_mnist", "graphs", "figures", "training", "evaluate",
+    },
+    "compare_steps": {"storage", "figures", "training"},
+}  # fmt: skip
+
+
+def files() -> Iterator[Path]:
+    for folder in ("fastjepa", "kernels", "bench", "tests"):
+        yield from (
+            path for path in (ROOT / folder).rglob("*.py") if (ROOT / "fastjepa" / "kernels") not in path.parents
+        )
+    yield ROOT / "train.py"
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    name = ".".join(("fastjepa", *parts) if parts[0] == "kernels" else parts)
+    return name.removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in files()}
+
+
+def imports(module: str, *, at_import: bool = False) -> set[str]:
+    """The project's modules that `module` imports anywhere in its code, or only those that importing it imports."""
+    path = MODULES[module]
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = set()
+    for node in tree.body if at_import else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively; name the room"
+            assert node.module is not None
+            # `from package import module` imports the module, `from module import name` does not.
+            found |= {name for alias in node.names if (name := f"{node.module}.{alias.name}") in MODULES} or {
+                node.module
+            }
+    return {name for name in found if name in MODULES}
+
+
+def room_of(module: str) -> str | None:
+    """ "model" for fastjepa.model.step; None outside fastjepa, and for the package itself."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "fastjepa" and len(parts) > 1 else None
+
+
+def test_the_rooms_are_the_folders_and_modules_there_are() -> None:
+    assert {room for module in MODULES if (room := room_of(module))} == ROOMS.keys()
+
+
+def test_a_room_imports_only_rooms_above_it_in_the_list() -> None:
+    order = list(ROOMS)
+    for room, allowed in ROOMS.items():
+        assert allowed <= set(order[: order.index(room)]), room
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_what_it_may(room: str) -> None:
+    for module in MODULES:
+        if room_of(module) != room:
+            continue
+        for imported in imports(module):
+            assert imported.split(".")[0] == "fastjepa", f"{module} imports {imported}, which is on top of it"
+            assert imported != "fastjepa", f"{module} imports the package, which imports it"
+            other = room_of(imported)
+            assert other == room or other in ROOMS[room], f"{module} imports {imported}; {room} may not"
+
+
+def test_what_a_room_may_import_is_used() -> None:
+    """So that the list is what the code does, not what it once did."""
+    for room, allowed in ROOMS.items():
+        used = {room_of(i) for module in MODULES if room_of(module) == room for i in imports(module)} - {room, None}
+        assert used == allowed, room
+
+
+def test_bench_does_not_import_tests_and_train_py_imports_training_only() -> None:
+    for module in MODULES:
+        if module.startswith("bench"):
+            assert not any(imported.startswith("tests") for imported in imports(module)), module
+    assert {room_of(imported) for imported in imports("train")} == {"training"}
+
+
+def test_the_harness_knows_no_suite() -> None:
+    for module in MODULES:
+        for room in ("bench.harness", "bench.audit"):
+            if module.startswith(room):
+                allowed = ("fastjepa", "bench.harness", room)
+                assert all(imported.startswith(allowed) for imported in imports(module)), module
+
+
+def test_no_module_needs_itself() -> None:
+    graphlib.TopologicalSorter({module: imports(module, at_import=True) for module in MODULES}).prepare()
+
+
+@pytest.mark.parametrize("package", sorted(p for p, path in MODULES.items() if path.name == "__init__.py"))
+def test_a_package_says_what_belongs_in_it(package: str) -> None:
+    docstring = ast.get_docstring(ast.parse(MODULES[package].read_text(encoding="utf-8")))
+    assert docstring
+    assert len(docstring.split()) >= 10, f"{package}: {docstring}"
+
+
+def test_the_wheel_has_every_package() -> None:
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    packages = [name for name, path in MODULES.items() if path.name == "__init__.py" and name.startswith("fastjepa")]
+    assert sorted(listed) == sorted(packages)
