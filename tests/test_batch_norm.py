@@ -152,6 +152,24 @@ def test_eval_uses_the_running_buffers(form: str, dtype: torch.dtype, device: st
     assert all(torch.equal(actual[f"bn.{name}"], before[name]) for name in ("running_mean", "running_var"))
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_value_of_exactly_zero_passes_no_gradient(form: str, device: str) -> None:
+    inputs = random_inputs((2, 6, 3, 5), form, device=device, affine=False, eps=0.0)
+    for bn in filter(None, (inputs.bn, inputs.residual_bn)):
+        bn.eval()
+        bn.eps = 0.0
+        bn.running_mean.zero_()
+        bn.running_var.fill_(1.0)
+    for tensor in filter(lambda t: t is not None, (inputs.x, inputs.residual)):
+        tensor[:, ::2] = 0.0  # normalised it stays 0, the kink of the ReLU
+    actual, expected = run(batch_norm_act, inputs), run(reference.batch_norm_act, inputs)
+    assert not actual["out"][:, ::2].any()
+    assert not actual["grad x"][:, ::2].any()
+    assert actual["grad x"][:, 1::2].any()
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
 @pytest.mark.parametrize("training", [(True, False), (False, True)])
 def test_each_batch_norm_has_its_own_mode(training: tuple[bool, bool], device: str) -> None:
     inputs = random_inputs((2, 6, 5, 7), "normalized_residual", device=device)

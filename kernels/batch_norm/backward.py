@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastjepa.kernels.batch_norm.channel_vectors import RESIDUAL_POINTERS, ChannelVectors
 from fastjepa.kernels.batch_norm.reduce import reduce_gradients
+from fastjepa.kernels.batch_norm.relu import relu_gradient
 from fastjepa.kernels.batch_norm.tiling import (
     audit_signature,
     check_inputs,
@@ -89,7 +90,7 @@ def _batch_norm_grad_kernel(  # type: ignore[no-untyped-def]
             out = c * scale[None, :] + bias[None, :]
             if residual_ptr is not None:
                 out += r * residual_scale[None, :]
-            g = tl.where(out <= 0.0, 0.0, g)
+            g = relu_gradient(g, out)
         grad_x = g
         if BATCH_STATISTICS:
             grad_x = (g - mean_g[None, :]) - c * slope[None, :]

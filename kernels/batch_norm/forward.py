@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastjepa.kernels.batch_norm.backward import batch_norm_backward
 from fastjepa.kernels.batch_norm.channel_vectors import RESIDUAL_POINTERS, ChannelVectors
+from fastjepa.kernels.batch_norm.relu import relu
 from fastjepa.kernels.batch_norm.tiling import (
     audit_signature,
     check_inputs,
@@ -73,7 +74,7 @@ def _batch_norm_forward_kernel(  # type: ignore[no-untyped-def]
                 residual = (residual - residual_mean[None, :]) * residual_scale[None, :]
             out += residual
         if RELU:
-            out = tl.where(out <= 0.0, 0.0, out)  # a NaN stays a NaN
+            out = relu(out)
         tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
         row += BLOCK_N
 

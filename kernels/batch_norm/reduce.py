@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastjepa.kernels.batch_norm.channel_vectors import RESIDUAL_POINTERS, ChannelVectors
+from fastjepa.kernels.batch_norm.relu import relu_gradient
 from fastjepa.kernels.batch_norm.tiling import (
     audit_signature,
     form,
@@ -84,7 +85,7 @@ def _batch_norm_reduce_kernel(  # type: ignore[no-untyped-def]
                 out += r * residual_scale[None, :]
             elif residual_ptr is not None:
                 out += r
-            g = tl.where(out <= 0.0, 0.0, g)
+            g = relu_gradient(g, out)
         if g_ptr is not None:
             tl.store(g_ptr + offs, g.to(g_ptr.dtype.element_ty), mask=mask)
         sum_g += g
