@@ -1,4 +1,7 @@
-"""Video JEPA, readable and fast. The eager reference lives here; fused Triton ops live in `fastjepa.kernels`."""
+"""Video JEPA, readable and fast: `model` is the eager reference, everything else makes it faster or usable.
+
+docs/architecture.md has the rooms and which may import which. Importing this imports no Triton.
+"""
 
 import importlib.util
 from pathlib import Path

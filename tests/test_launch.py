@@ -107,6 +107,16 @@ def test_every_launch_is_by_keyword_in_the_order_of_the_kernels_signature(
     assert launched.keys() == kernels  # none is left out
 
 
+def test_tiles_have_one_vocabulary_and_come_last() -> None:
+    for module in kernel_modules():
+        for name in kernels_of(module):
+            arguments = list(getattr(importlib.import_module(module), name).arg_names)
+            blocks = [argument for argument in arguments if argument.startswith("BLOCK_")]
+            assert set(blocks) <= {"BLOCK_N", "BLOCK_C", "BLOCK_D", "BLOCK_H", "BLOCK_P"}, name
+            assert blocks, name
+            assert arguments[-len(blocks) :] == blocks, name
+
+
 def kernel_modules() -> list[str]:
     found = pkgutil.walk_packages(fastjepa.kernels.__path__, "fastjepa.kernels.")
     return [module.name for module in found if not module.ispkg]

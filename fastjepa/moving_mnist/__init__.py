@@ -1,4 +1,7 @@
-"""Moving MNIST: digit sources, the bouncing generator, the official file, digit maps and device-resident clips."""
+"""Moving MNIST: digit sources, the bouncing generator, the official file, digit maps and device-resident clips.
+
+It may import `fastjepa.storage` for writing files.
+"""
 
 from fastjepa.moving_mnist.cache import default_cache_dir
 from fastjepa.moving_mnist.clips import ClipSet, DataSource, epoch_indices, load_clips, sequential_batches
