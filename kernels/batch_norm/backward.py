@@ -1,6 +1,6 @@
 """The op `fastjepa::batch_norm_backward`: the gradient of `batch_norm_forward` in two passes over the rows.
 
-With c = x − mean, x̂ = c·rstd and g = grad_out·[pre-activation > 0], where the pre-activation is computed again:
+With c = x − mean, x̂ = c·rstd and g = grad_out masked by the ReLU (`relu`), whose input is computed again:
 
     ∂bias = Σ g,   ∂weight = Σ g·x̂,
     ∂x = weight·rstd·(g − ∂bias/n − x̂·∂weight/n)        batch statistics: mean and var depend on x

@@ -1,6 +1,6 @@
 """The first pass of BatchNorm's backward: per-channel sums over the rows, in partials merged in a fixed order.
 
-    Σ g,  Σ g·x̂  [, Σ g·r̂ for a normalised residual],   g = grad_out·[pre-activation > 0]
+    Σ g,  Σ g·x̂  [, Σ g·r̂ for a normalised residual],   g = grad_out masked by the ReLU (`relu`)
 
 Each program sums its rows; a second, small kernel adds the partials of all programs. No atomics. The gradient of a
 residual that is added as it is equals g: it is stored on the way, so that the second pass reads g in place of grad_out

@@ -14,5 +14,5 @@ def relu(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def relu_gradient(grad, x):  # type: ignore[no-untyped-def]
-    """`grad` of relu(x) → that of x: 0 where `relu` gave 0, at 0 too, as torch does."""
+    """`grad` of relu(x) → that of x, as torch masks it: 0 where x ≤ 0, unchanged elsewhere, where x is NaN too."""
     return tl.where(x <= 0.0, 0.0, grad)
