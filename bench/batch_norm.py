@@ -120,8 +120,8 @@ def block_work(block: Block, phase: str, dtype: torch.dtype) -> Work:
     """
     tensor = block.elements * dtype.itemsize
     forward = {PLAIN: 2 + 1, RESIDUAL: 2 + 1 + 1, NORMALIZED: 2 + 2 + 1}[block.form]
-    # Backward reads the gradient and x in both passes, and a residual for the ReLU's mask and for its own BatchNorm. The
-    # masked gradient is that of a plain residual: stored by the first pass, it is all that the second reads beside x.
+    # Backward reads the gradient and x in both passes, and a residual for the ReLU's mask and for its own BatchNorm.
+    # The masked gradient is that of a plain residual: stored by the first pass, the second reads only it and x.
     backward = {PLAIN: 2 + 2 + 1, RESIDUAL: (3 + 1) + (2 + 1), NORMALIZED: 2 + 2 + 2 + 2}[block.form]
     tensors = {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}[phase]
     return Work(tensors * tensor, 0)
