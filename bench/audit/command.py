@@ -232,7 +232,3 @@ def _rerun_compiling(argv: list[str]) -> int:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     del environment["TRITON_INTERPRET"]
     return subprocess.run([sys.executable, "-m", "bench", "audit", *argv], env=environment, check=False).returncode
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
