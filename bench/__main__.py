@@ -35,7 +35,13 @@ def main(argv: list[str]) -> int:
         given = f"unknown subcommand {argv[0]!r}" if argv else "no subcommand given"
         print(f"python -m bench: {given}; the subcommands are:\n{listing}", file=sys.stderr)
         return 2
-    module = importlib.import_module(COMMANDS[argv[0]][0])
+    try:
+        module = importlib.import_module(COMMANDS[argv[0]][0])
+    except ImportError as error:
+        if "triton" not in str(error):
+            raise
+        print(f"python -m bench {argv[0]} needs Triton, which cannot be imported here ({error})", file=sys.stderr)
+        return 2
     return int(module.main(argv[1:]))
 
 

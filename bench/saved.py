@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from fastjepa.fused import recompute
+from fastjepa.kernels.checks import unavailable_reason
 from fastjepa.model.jepa import build_jepa, build_probes
 from fastjepa.model.projected_losses import ProjectionPath
 from fastjepa.model.step import TrainStep
@@ -95,6 +96,10 @@ def main(argv: Sequence[str]) -> int:
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported: lets them be traced on the CPU
     print(f"kept for the backward pass by one step, batch {args.batch}:")
+    no_kernels = unavailable_reason(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     for name, fused, bf16, projection in VARIANTS:
+        if fused and no_kernels:
+            print(f"  {name:<26} unavailable: {no_kernels}")
+            continue
         print(f"  {name:<26} {saved_bytes(args.batch, fused, bf16, projection) / 1e9:6.2f} GB")
     return 0

@@ -38,11 +38,11 @@ def collect(command: list[str], device: torch.device) -> Environment:
     versions = {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "triton": _version("triton"),
+        "triton": _version("triton") or _version("pytorch-triton") or _version("pytorch-triton-rocm"),
         "cuda": torch.version.cuda,
         "cudnn": str(torch.backends.cudnn.version() or "") if device.type == "cuda" else "",
     }
-    commit, dirty = _code()
+    commit, dirty = _code(untracked=True)
     return Environment(
         command=shlex.join(command),
         commit=commit or "unknown",
@@ -56,8 +56,11 @@ def collect(command: list[str], device: torch.device) -> Environment:
 
 
 def run_environment(device: torch.device) -> dict[str, Any]:
-    """Versions, device, processor and commit of a training run, as plain values for its environment.json."""
-    commit, dirty = _code()
+    """Versions, device, processor and commit of a training run, as plain values for its environment.json.
+
+    The commit has "+changes" if tracked files differ from it: data and runs may lie in the checkout untracked.
+    """
+    commit, dirty = _code(untracked=False)
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
@@ -83,13 +86,14 @@ def clocks_mhz(device: torch.device) -> tuple[int | None, int | None]:
     return sm, memory
 
 
-def _code() -> tuple[str | None, bool | None]:
-    """(commit, whether files differ from it) of this checkout; None for both outside one."""
+def _code(*, untracked: bool) -> tuple[str | None, bool | None]:
+    """(commit, whether tracked files, or `untracked` ones too, differ from it) of this checkout; None outside one."""
     if not (ROOT / ".git").exists():  # git would look further up, and find somebody else's
         return None, None
     git = ["git", "-C", str(ROOT)]
     # Rows that are being written do not change what is measured.
-    changes = _output([*git, "status", "--porcelain", "--", ".", ":!bench/results"])
+    files = f"--untracked-files={'normal' if untracked else 'no'}"
+    changes = _output([*git, "status", "--porcelain", files, "--", ".", ":!bench/results"])
     return _output([*git, "rev-parse", "HEAD"]), None if changes is None else changes != ""
 
 

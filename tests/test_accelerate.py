@@ -10,6 +10,7 @@ from torch import nn
 
 import fastjepa
 from compare import assert_near
+from fastjepa.fused import swap
 from fastjepa.fused.losses import ClosedFormVCLoss
 from fastjepa.model.step import TrainStep
 from original import OriginalJEPA
@@ -206,3 +207,13 @@ def test_fused_where_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("fastjepa.kernels.launch.INTERPRET", False)
     with pytest.raises(RuntimeError, match="backend 'fused' cannot be served: Triton kernels need a CUDA device"):
         fastjepa.accelerate(original(), backend="fused")
+
+
+def test_auto_on_a_gpu_asks_for_a_measurement_and_then_whether_kernels_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(swap, "unavailable_reason", lambda device: "no kernels here")
+    assert "no measurement on a GPU says yet" in str(swap._not_chosen("auto", "batch_norm", gpu))
+    monkeypatch.setitem(swap.MEASURED_WINS, "batch_norm", "bench/results/some.jsonl")
+    assert swap._not_chosen("auto", "batch_norm", gpu) == "no kernels here"
+    monkeypatch.setattr(swap, "unavailable_reason", lambda device: None)
+    assert swap._not_chosen("auto", "batch_norm", gpu) is None

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import subprocess
 from pathlib import Path
 
@@ -17,6 +19,8 @@ def test_environment_names_the_code_and_the_device() -> None:
     assert found.command == "python -m bench losses --out 'a dir'"
     assert found.device == run_environment(CPU)["device"] != ""
     assert found.versions["torch"] == torch.__version__
+    if importlib.util.find_spec("triton"):
+        assert found.versions["triton"] == importlib.import_module("triton").__version__
     assert found.commit == "unknown" or len(found.commit) == 40
     assert found.date.endswith("+00:00")
 
@@ -39,6 +43,8 @@ def test_commit_is_that_of_this_checkout_and_says_whether_files_differ(
     (tmp_path / "bench" / "results" / "rows.jsonl").write_text("{}")
     assert collect([], CPU).dirty is False
     (tmp_path / "b.py").write_text("2")
+    assert (collect([], CPU).dirty, run_environment(CPU)["commit"]) == (True, commit)  # data may lie there
+    (tmp_path / "a.py").write_text("2")
     assert (collect([], CPU).dirty, run_environment(CPU)["commit"]) == (True, f"{commit}+changes")
     # An installed package may lie inside somebody else's repository.
     monkeypatch.setattr(environment, "ROOT", tmp_path / "bench")

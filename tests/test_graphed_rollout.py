@@ -9,6 +9,7 @@ from torch import nn
 
 from fastjepa.fused.swap import accelerate
 from fastjepa.graphs import GraphedRollout
+from fastjepa.graphs.rollout import _is_channels_last
 from fastjepa.model.modes import eval_mode
 from fastjepa.model.networks import ResUNet, StateOnlyPredictor
 from fastjepa.storage.export import PretrainedJEPA
@@ -129,6 +130,13 @@ def test_weights_of_a_rollout(device: str) -> None:
         jepa.predictor.predictor.head.weight.add_(1)  # type: ignore[union-attr, operator]
     assert torch.equal(rollout(states), literal_rollout(jepa, states, 3))
     assert rollout.recordings_made == 2
+
+
+@pytest.mark.usefixtures("needs_triton")
+def test_a_fused_network_is_known_to_compute_channels_last() -> None:
+    jepa = trained_jepa()
+    assert not _is_channels_last(jepa.predictor)
+    assert _is_channels_last(accelerate(jepa, backend="fused", verbose=False).predictor)
 
 
 @EVERY_DEVICE

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+import ast
 import importlib
-import pkgutil
 from typing import Any
 
 import pytest
@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-import fastjepa.kernels
+from bench.audit.command import kernel_modules
+from fastjepa.environment import ROOT
 from fastjepa.kernels import launch
 from fastjepa.kernels.batch_norm.fused import batch_norm_act
 from fastjepa.kernels.projected_losses.fused import projected_losses
@@ -107,6 +108,16 @@ def test_every_launch_is_by_keyword_in_the_order_of_the_kernels_signature(
     assert launched.keys() == kernels  # none is left out
 
 
+def test_kernels_are_launched_by_launch_kernel_only() -> None:
+    for path in (ROOT / "kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if path.name == "launch.py" or not (isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)):
+                continue
+            target = ast.unparse(node.func.value)  # kernel[grid](...), wrap(kernel)[grid](...)
+            launched = target.startswith("wrap") or target.endswith("_kernel")
+            assert not launched, f"{path}, line {node.lineno}"
+
+
 def test_tiles_have_one_vocabulary_and_come_last() -> None:
     for module in kernel_modules():
         for name in kernels_of(module):
@@ -115,11 +126,6 @@ def test_tiles_have_one_vocabulary_and_come_last() -> None:
             assert set(blocks) <= {"BLOCK_N", "BLOCK_C", "BLOCK_D", "BLOCK_H", "BLOCK_P"}, name
             assert blocks, name
             assert arguments[-len(blocks) :] == blocks, name
-
-
-def kernel_modules() -> list[str]:
-    found = pkgutil.walk_packages(fastjepa.kernels.__path__, "fastjepa.kernels.")
-    return [module.name for module in found if not module.ispkg]
 
 
 def kernels_of(module: str) -> list[str]:

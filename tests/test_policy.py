@@ -58,7 +58,27 @@ def test_bound_is_twice_eagers_error_and_the_floor_with_a_limit_at_fp32() -> Non
     assert error_bound(1e-3, 10.0, single, limit=None) == 2e-3 + 10.0 * relative_floor(single)
     assert error_bound(1e-3, 10.0, half) == 2e-3 + 10.0 * relative_floor(half)
     assert error_bound(1e-3, 1.0, single, half) == 2e-3 + relative_floor(single, half)
-    assert relative_floor(half) > relative_floor(single, half) > relative_floor(single) > 0.0
+
+
+@pytest.mark.parametrize(
+    ("result", "precision", "interpreted", "floor"),
+    [
+        # 6 eps of the precision of sums; and half an eps of a half precision, a whole one where a store truncates.
+        (torch.float64, None, False, 6 * 2.0**-52),
+        (torch.float32, None, False, 6 * 2.0**-23),
+        (torch.float32, None, True, 6 * 2.0**-23),
+        (torch.float32, torch.bfloat16, False, 6 * 2.0**-23 + 2.0**-8),
+        (torch.bfloat16, None, False, 6 * 2.0**-23 + 2.0**-8),
+        (torch.bfloat16, None, True, 6 * 2.0**-23 + 2.0**-7),
+        (torch.float16, None, False, 6 * 2.0**-23 + 2.0**-11),
+        (torch.float16, None, True, 6 * 2.0**-23 + 2.0**-10),
+    ],
+)
+def test_floors_are_those_of_the_derivation(
+    result: torch.dtype, precision: torch.dtype | None, interpreted: bool, floor: float
+) -> None:
+    assert relative_floor(result, precision, interpreted=interpreted) == pytest.approx(floor, rel=1e-12)
+    assert error_bound(0.0, 1.0, result, precision, limit=None, interpreted=interpreted) == pytest.approx(floor)
 
 
 def test_an_assertion_fails_beyond_the_bound_and_not_within() -> None:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fastjepa.environment import ROOT
+from fastjepa.kernels import OPS
 
 # Every room with those it may import, besides itself. A room may import only what stands above it in this list.
 ROOMS: dict[str, set[str]] = {
@@ -58,7 +62,10 @@ MODULES = {module_of(path): path for path in files()}
 
 
 def imports(module: str, *, at_import: bool = False) -> set[str]:
-    """The project's modules that `module` imports anywhere in its code, or only those that importing it imports."""
+    """The project's modules that `module` imports anywhere in its code, or only those that importing it imports.
+
+    Helpers of tests are imported by their bare names (pytest's pythonpath), and found here as tests.<name>.
+    """
     path = MODULES[module]
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found = set()
@@ -72,6 +79,7 @@ def imports(module: str, *, at_import: bool = False) -> set[str]:
             found |= {name for alias in node.names if (name := f"{node.module}.{alias.name}") in MODULES} or {
                 node.module
             }
+    found |= {f"tests.{name}" for name in found}
     return {name for name in found if name in MODULES}
 
 
@@ -141,3 +149,24 @@ def test_the_wheel_has_every_package() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
     packages = [name for name, path in MODULES.items() if path.name == "__init__.py" and name.startswith("fastjepa")]
     assert sorted(listed) == sorted(packages)
+
+
+@pytest.mark.parametrize("instead", [None, "../kernels"])
+def test_a_checkout_without_links_finds_its_own_kernels(instead: str | None, tmp_path: Path) -> None:
+    """On Windows git writes a link's target into a small file; an archive may leave links out."""
+    for folder in ("fastjepa", "kernels"):
+        leave_out = shutil.ignore_patterns("kernels", "__pycache__")
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=leave_out if folder == "fastjepa" else None)
+    if instead is not None:
+        (tmp_path / "fastjepa" / "kernels").write_text(instead)
+    code = (
+        "import fastjepa, fastjepa.kernels.checks, fastjepa.kernels.projected_losses.closed_form as c\n"
+        "print(fastjepa.kernels.__file__, c.__file__, len(fastjepa.__path__), fastjepa.kernels.OPS, sep='\\n')"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    package, module, paths, ops = done.stdout.splitlines()
+    assert Path(package).parent == tmp_path / "kernels"
+    assert Path(module).parent == tmp_path / "kernels" / "projected_losses"
+    assert (paths, ops) == ("1", str(OPS))

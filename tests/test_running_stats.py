@@ -39,8 +39,8 @@ def test_one_call_counts_as_many(momentum: float | None, earlier_calls: int) -> 
 
 
 @pytest.mark.parametrize("momentum", [0.1, 1.0, None])
-def test_folded_calls(momentum: float | None) -> None:
-    """z, z, p¹, z, p², as a training step makes them: projected once each, folded in the original's order."""
+def test_advanced_by_several_calls(momentum: float | None) -> None:
+    """z, z, p¹, z, p², as a training step makes them: projected once each, advanced in the original's order."""
     single, literal = layer(momentum), layer(momentum)
     z, p1, p2 = rows(1), rows(2), rows(3)
     before = {name: buffer.clone() for name, buffer in single.named_buffers()}

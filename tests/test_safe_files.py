@@ -158,6 +158,29 @@ def test_a_writer_that_takes_names_only(old_file: Path) -> None:
     assert names_in(old_file.parent) == [old_file.name]
 
 
+@pytest.mark.parametrize("write", ["atomic_path", "atomic_file"])
+def test_where_a_folder_cannot_be_flushed_only_write_atomic_minds(
+    old_file: Path, write: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some network file systems refuse it: no reason to lose a file that is only a cache."""
+    flushed: list[int] = []
+
+    def fsync(descriptor: int) -> None:
+        if os.path.samestat(os.fstat(descriptor), old_file.parent.stat()):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flushed.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if write == "atomic_path":
+        with atomic_path(old_file) as name:
+            name.write_bytes(NEW)
+    else:
+        with atomic_file(old_file) as file:
+            file.write(NEW)
+    assert old_file.read_bytes() == NEW
+    assert flushed == [len(NEW)]
+
+
 def test_a_killed_writer_leaves_the_old_file_and_its_leftover_goes_with_time(old_file: Path) -> None:
     program = (
         "import os, signal, sys\n"

@@ -60,7 +60,7 @@ def test_calls_are_counted_as_the_originals() -> None:
 
 
 def test_separate_projectors() -> None:
-    """A user may give the two losses different projectors; the buffers of each are folded for themselves."""
+    """A user may give the two losses different projectors; the buffers of each are advanced for themselves."""
     results = []
     for literal in (True, False):
         step = make(literal)

@@ -114,6 +114,19 @@ def test_a_benchmark_measures_what_it_can(tmp_path: Path) -> None:
     assert "each thing once" in done.stdout
 
 
+def test_the_benchmarks_that_need_kernels_say_so_in_one_line() -> None:
+    for command in ("audit", "tune"):
+        refused = run_as_main("bench", command, "--help")
+        assert refused.returncode == 2
+        (line,) = refused.stderr.splitlines()
+        assert line.startswith(f"python -m bench {command} needs Triton, which cannot be imported here")
+    counted = run_as_main("bench", "saved", "--batch", "1")
+    assert counted.returncode == 0, counted.stderr
+    lines = {line.split("  ")[1]: line for line in counted.stdout.splitlines()[1:]}
+    assert lines["eager fp32"].endswith(" GB")
+    assert "unavailable: kernels need Triton" in lines["fused bf16"]
+
+
 def test_tests_of_the_plain_path_run_and_those_of_kernels_are_skipped_with_the_reason() -> None:
     plain = ["golden", "step", "jepa", "losses", "networks", "running_stats", "policy", "projected_losses_closed_form"]
     files = [f"tests/test_{name}.py" for name in (*plain, "moments", "fused_networks")]

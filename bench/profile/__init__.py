@@ -1,1 +1,4 @@
-"""Recipes for NVIDIA's profilers, and a table of the kernels that take the time. See README.md."""
+"""Scripts for NVIDIA's profilers, what they watch, and a table of the kernels that take the time (README.md).
+
+It may import `bench.harness`, `bench.step` and its options.
+"""

@@ -1,6 +1,6 @@
 """What replaces parts of a model to make it faster, and the swap that puts it in: fused networks, losses, folding.
 
-A fused module is made from the eager one it replaces and shares its parameters, buffers and names. Only this room calls
-fused kernels; what needs Triton (`networks`) is imported when it is first needed. It may import `fastjepa.kernels` and
-`fastjepa.model`.
+A fused module is made from the eager one it replaces and shares its parameters, buffers and names. Fused kernels are
+called from here and from `model.projected_losses` only; what needs Triton (`networks`) is imported when it is first
+needed. It may import `fastjepa.kernels`, `measuring` and `model`.
 """

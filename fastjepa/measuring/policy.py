@@ -13,7 +13,6 @@ computed on the device of the result.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -34,14 +33,17 @@ _SUM_ROUNDINGS = 6.0
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def relative_floor(result_dtype: torch.dtype, precision: torch.dtype | None = None) -> float:
+def relative_floor(
+    result_dtype: torch.dtype, precision: torch.dtype | None = None, *, interpreted: bool = False
+) -> float:
     """The policy's floor, as a fraction of the largest entry, for a result stored as `result_dtype`.
 
-    `precision`: the dtype of the op's main inputs, by default that of the result.
+    `precision`: the dtype of the op's main inputs, by default that of the result. `interpreted`: Triton's interpreter
+    stored it, which truncates.
     """
     sums = torch.finfo(torch.float64 if result_dtype == torch.float64 else torch.float32).eps * _SUM_ROUNDINGS
     if result_dtype in _HALF:
-        return sums + torch.finfo(result_dtype).eps * (1.0 if os.environ.get("TRITON_INTERPRET") == "1" else 0.5)
+        return sums + torch.finfo(result_dtype).eps * (1.0 if interpreted else 0.5)
     return sums + torch.finfo(precision).eps * 0.5 if precision in _HALF else sums
 
 
@@ -52,13 +54,14 @@ def error_bound(
     precision: torch.dtype | None = None,
     *,
     limit: float | None = FP32_RELATIVE_LIMIT,
+    interpreted: bool = False,
 ) -> float:
     """The largest error that the policy lets pass, in the unit of `eager_error` and `scale`.
 
-    `precision`: as in `relative_floor`; `limit` applies where it is fp32, None leaves it out.
+    `precision`, `interpreted`: as in `relative_floor`; `limit` applies where precision is fp32, None leaves it out.
     """
     precision = result_dtype if precision is None else precision
-    bound = 2.0 * eager_error + relative_floor(result_dtype, precision) * scale
+    bound = 2.0 * eager_error + relative_floor(result_dtype, precision, interpreted=interpreted) * scale
     return min(bound, limit * scale) if limit is not None and precision == torch.float32 else bound
 
 

@@ -18,19 +18,22 @@ class CheckpointError(RuntimeError):
 
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a file that then appears at `path` at once, replacing what was there; see `atomic_path`.
+    """Let `write` fill a file that then appears at `path` at once, as `atomic_path` says; it survives power loss.
 
     Raises:
         CheckpointError: the system refused (no space, no permission, no such folder, ...); it names path and reason.
         BaseException: whatever else `write` raised, unchanged.
     """
+    target, replaced = Path(os.path.realpath(path)), False
     try:
-        with atomic_file(path) as file:
+        with atomic_file(target) as file:
             write(file)
+        replaced = True
+        _flush_folder(target.parent)
     except OSError as error:
-        if isinstance(error, _NotDurableError):
+        if replaced:
             state = "the new file is in place and complete, but may not survive a power failure"
-        elif Path(os.path.realpath(path)).exists():
+        elif target.exists():
             state = "what was there before is intact"
         else:
             state = "nothing was written"
@@ -50,16 +53,14 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         with os.fdopen(descriptor, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """The name of a new file in the same folder, for a writer that takes names only, which becomes `path` at the end.
+    """The name of a new file in the same folder, which becomes `path` when the block ends well.
 
-    Whoever writes it flushes it to disk, as `atomic_file` does. If the block or the renaming fails, the previous file
-    is intact and the temporary one is gone. A link at `path` is followed. The new name survives power loss.
+    What was written is flushed to disk before it replaces what was there. If anything fails, the previous file is
+    intact and the temporary one is gone. A link at `path` is followed.
 
     Raises:
         OSError: the system refused.
@@ -71,19 +72,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         _remove_leftovers(target)
         yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException:  # an interrupt too must not leave 800 MB of nothing
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    try:
-        _flush_folder(target.parent)
-    except OSError as error:
-        raise _NotDurableError(*error.args) from error
-
-
-class _NotDurableError(OSError):
-    """The file is in place, but its name may not be on disk yet."""
 
 
 def _flush_folder(folder: Path) -> None:

@@ -15,7 +15,7 @@ from torchmetrics.functional.classification import binary_average_precision
 
 from fastjepa.fused.folding import folded_batch_norm
 from fastjepa.model.jepa import JEPA, detection_loss
-from fastjepa.model.modes import eval_mode as eval_mode
+from fastjepa.model.modes import eval_mode
 from fastjepa.model.networks import DetHead, ImageDecoder
 from fastjepa.moving_mnist import ClipSet, sequential_batches
 from fastjepa.profiling import span

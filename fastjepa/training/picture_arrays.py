@@ -8,9 +8,10 @@ from torch import Tensor
 
 from fastjepa.figures.data import RolloutArrays
 from fastjepa.model.jepa import JEPA
+from fastjepa.model.modes import eval_mode
 from fastjepa.model.networks import DetHead, ImageDecoder
 from fastjepa.moving_mnist import ClipSet
-from fastjepa.training.evaluation import eval_mode, rollout_tails
+from fastjepa.training.evaluation import rollout_tails
 
 
 def rollout_arrays(jepa: JEPA, image_decoder: ImageDecoder, detection_head: DetHead, clips: ClipSet) -> RolloutArrays:

@@ -33,7 +33,7 @@ _OP = "batch_norm_statistics"
 
 
 @triton.jit
-def _merge(mean, m2, count, total):  # type: ignore[no-untyped-def]
+def merge(mean, m2, count, total):  # type: ignore[no-untyped-def]
     """Merge parts (P, C) of `count` (P,) values each, `total` in all, into mean and M2 (C,).
 
     Means are taken relative to the first part's, so that a common offset costs no precision.
@@ -84,7 +84,7 @@ def _batch_norm_statistics_kernel(  # type: ignore[no-untyped-def]
         tile += 1.0
 
     count = tl.maximum((rows - offs_n + BLOCK_N - 1) // BLOCK_N, 0)
-    mean_c, m2_c = _merge(mean, m2, count.to(tl.float32), rows.to(tl.float32))
+    mean_c, m2_c = merge(mean, m2, count.to(tl.float32), rows.to(tl.float32))
     offs_partial = tl.program_id(0) * n_channels + offs_c
     tl.store(partial_mean_ptr + offs_partial, mean_c, mask=mask_c)
     tl.store(partial_m2_ptr + offs_partial, m2_c, mask=mask_c)
@@ -113,7 +113,7 @@ def _batch_norm_statistics_merge_kernel(  # type: ignore[no-untyped-def]
     mean = tl.load(partial_mean_ptr + offs_tile, mask=mask, other=0.0)
     m2 = tl.load(partial_m2_ptr + offs_tile, mask=mask, other=0.0)
     count = tl.maximum(tl.minimum(n_rows - offs_p.to(tl.int64) * rows_per_program, rows_per_program), 0)
-    mean_c, m2_c = _merge(mean, m2, count.to(tl.float32), n_rows * 1.0)
+    mean_c, m2_c = merge(mean, m2, count.to(tl.float32), n_rows * 1.0)
     pivot = tl.load(x_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
     tl.store(mean_ptr + offs_c, pivot + mean_c, mask=mask_c)
     tl.store(var_ptr + offs_c, m2_c / n_rows, mask=mask_c)

@@ -23,12 +23,10 @@ from fastjepa.kernels.launch import (
     round_to,
 )
 
-MAX_D = 512
-
 
 @triton.jit
 def _moments_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,
+    x_ptr,  # (n_rows, D)
     centre_ptr,  # (programs, n_blocks·BLOCK_D)
     residual_ptr,  # (programs, n_blocks·BLOCK_D): Σ(x − centre)
     scatter_ptr,  # (programs, n_blocks·BLOCK_D, n_blocks·BLOCK_D), about the centre
@@ -76,7 +74,7 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _centred_linear_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,
+    x_ptr,  # (n_rows, D)
     base_ptr,  # (n_rows, D), read if HAS_BASE; may be out
     out_ptr,  # (n_rows, D)
     centre_ptr,  # (n_blocks·BLOCK_D,) fp32

@@ -30,8 +30,8 @@ class Projector(NamedTuple):
     weight2: Tensor  # (O, H)
 
 
-class Moments(NamedTuple):
-    """What the passes over the rows forward leave, and those backward need; float64."""
+class Saved(NamedTuple):
+    """What the forward passes over the rows leave for the backward ones; float64."""
 
     mean: Tensor  # (T, D) of the rows
     scatter: Tensor  # (T, D, D) of the rows

@@ -36,7 +36,7 @@ from fastjepa.kernels.projected_losses.algebra import OutputGradients
 
 
 @triton.jit
-def _reduce_slope(  # type: ignore[no-untyped-def]
+def reduce_slope(  # type: ignore[no-untyped-def]
     dy,
     centred,
     slope_ptr,
@@ -157,7 +157,7 @@ def _slope_gradients_kernel(  # type: ignore[no-untyped-def]
             if not EVEN_N:
                 active = active & (offs_n[:, None] < n_rows)
             dy = tl.where(active, u, 0.0)
-            sum_dy, q, s = _reduce_slope(
+            sum_dy, q, s = reduce_slope(
                 dy, p, slope_p_ptr, v_ptr, sum_dy, q, s, offs_n, n_rows,
                 D, BLOCK_N, BLOCK_D, BLOCK_H, EVEN_N, HALF, False, PRECISION,
             )  # fmt: skip
@@ -173,7 +173,7 @@ def _slope_gradients_kernel(  # type: ignore[no-untyped-def]
         if not EVEN_N:
             active = active & (offs_n[:, None] < n_rows)
         dy = tl.where(active, dr_z, 0.0)
-        sum_dy, qz, sz = _reduce_slope(
+        sum_dy, qz, sz = reduce_slope(
             dy, z, slope_ptr, vz_ptr, sum_dy, qz, sz, offs_n, n_rows,
             D, BLOCK_N, BLOCK_D, BLOCK_H, EVEN_N, HALF, not FIRST, PRECISION,
         )  # fmt: skip

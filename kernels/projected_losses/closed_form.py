@@ -71,7 +71,7 @@ class _ClosedForm(torch.autograd.Function):
         cov = algebra.covariance(params.weight2, scatter_r, n_rows)
         std_loss, cov_loss = algebra.std_and_cov_from_moments(cov.diagonal(), cov)
         prediction = algebra.prediction_losses(params.weight2, delta_moments, n_rows)
-        ctx.save_for_backward(*inputs, *algebra.Moments(mean, scatter, mean_r, scatter_r, delta_moments))
+        ctx.save_for_backward(*inputs, *algebra.Saved(mean, scatter, mean_r, scatter_r, delta_moments))
         ctx.eps, ctx.n_inputs, ctx.n_rows = eps, len(inputs), n_rows
         wide = _compute_dtype(tensors[0].dtype)
         results = tuple(x.to(wide) for x in (std_loss, cov_loss, prediction, affine.hidden_mean, affine.hidden_var))
@@ -82,7 +82,7 @@ class _ClosedForm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         inputs, saved = ctx.saved_tensors[: ctx.n_inputs], ctx.saved_tensors[ctx.n_inputs :]
-        mean, scatter, mean_r, scatter_r, delta_moments = algebra.Moments(*saved)
+        mean, scatter, mean_r, scatter_r, delta_moments = algebra.Saved(*saved)
         params, tensors = algebra.Projector(*inputs[:5]), inputs[5:]
         affine = algebra.hidden_affine(params, mean, scatter, ctx.n_rows, ctx.eps)
         out = algebra.output_gradients(params.weight2, scatter_r, delta_moments, ctx.n_rows, *grads[:3])

@@ -33,13 +33,13 @@ from fastjepa.kernels.projected_losses.activations import MAX_PROGRAMS, Operands
 
 @triton.jit
 def _activation_moments_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,
-    y_ptr,  # a prediction, read if PAIR
-    centre_x_ptr,
+    x_ptr,  # (n_rows, D): z
+    y_ptr,  # (n_rows, D): a prediction, read if PAIR
+    centre_x_ptr,  # (2, BLOCK_D) fp32, like centre_y; these six are one tensor's part of `Operands`
     centre_y_ptr,
-    slope_x_ptr,
+    slope_x_ptr,  # (2 if HALF else 1, BLOCK_D, BLOCK_H), like slope_y
     slope_y_ptr,
-    offset_x_ptr,
+    offset_x_ptr,  # (BLOCK_H,) fp32, like offset_y
     offset_y_ptr,
     shift_ptr,  # (BLOCK_H,) fp32
     sum_ptr,  # (programs, BLOCK_H), not written if PAIR

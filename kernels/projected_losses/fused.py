@@ -13,7 +13,7 @@ from fastjepa.kernels.launch import kernel_op
 from fastjepa.kernels.moments.fused import linear_operands, moments, subtract_centred_linear
 from fastjepa.kernels.projected_losses import algebra
 from fastjepa.kernels.projected_losses.activations import MAX_D, MAX_HIDDEN, operands
-from fastjepa.kernels.projected_losses.algebra import Moments, Projector
+from fastjepa.kernels.projected_losses.algebra import Projector, Saved
 from fastjepa.kernels.projected_losses.backward import slope_gradients
 from fastjepa.kernels.projected_losses.forward import activation_moments
 from fastjepa.kernels.projected_losses.reference import ProjectedLosses, as_rows, check_shapes
@@ -57,7 +57,7 @@ def _forward(
     weight2: Tensor,
     eps: float,
 ) -> list[Tensor]:
-    """Rows (N, D) in; the fields of `ProjectedLosses`, then those of `algebra.Moments`, which the backward op needs."""
+    """Rows (N, D) in; the fields of `ProjectedLosses`, then those of `algebra.Saved`, which the backward op needs."""
     params = Projector(weight1, bias1, bn_weight, bn_bias, weight2)
     tensors, n_rows = [z, *predictions], z.shape[0]
     mean, scatter = moments(tensors)
@@ -69,7 +69,7 @@ def _forward(
     std_loss, cov_loss = algebra.std_and_cov_from_moments(cov.diagonal(), cov)
     prediction = algebra.prediction_losses(weight2, delta_moments, n_rows)
     results = ProjectedLosses(std_loss, cov_loss, prediction, affine.hidden_mean, affine.hidden_var)
-    saved = Moments(mean, scatter, mean_r, scatter_r, delta_moments)
+    saved = Saved(mean, scatter, mean_r, scatter_r, delta_moments)
     # A padded matrix is cut to size by a view; outputs own their memory, contiguous as the fake op says.
     return [
         *(x.float().contiguous() for x in results),
@@ -109,9 +109,9 @@ def _backward(
     eps: float,
     saved: list[Tensor],
 ) -> list[Tensor]:
-    """Gradients of the fields of `Projector`, of z and of each prediction, in their dtypes; `saved` are `Moments`."""
+    """Gradients of the fields of `Projector`, of z and of each prediction, in their dtypes; `saved` are `Saved`."""
     params = Projector(weight1, bias1, bn_weight, bn_bias, weight2)
-    mean, scatter, mean_r, scatter_r, delta_moments = Moments(*saved)
+    mean, scatter, mean_r, scatter_r, delta_moments = Saved(*saved)
     tensors, n_rows = [z, *predictions], z.shape[0]
     out = algebra.output_gradients(weight2, scatter_r, delta_moments, n_rows, grad_std, grad_cov, grad_prediction)
     affine = algebra.hidden_affine(params, mean, scatter, n_rows, eps)
@@ -129,7 +129,7 @@ def _backward(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     z, predictions, *params, eps = inputs
     ctx.n_predictions, ctx.eps = len(predictions), eps
-    saved = Moments(*output[len(ProjectedLosses._fields) :])
+    saved = Saved(*output[len(ProjectedLosses._fields) :])
     ctx.save_for_backward(z, *predictions, *Projector(*params), *saved)
 
 
