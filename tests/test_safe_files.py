@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import errno
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -181,6 +180,7 @@ def test_where_a_folder_cannot_be_flushed_only_write_atomic_minds(
     assert flushed == [len(NEW)]
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
 def test_a_killed_writer_leaves_the_old_file_and_its_leftover_goes_with_time(old_file: Path) -> None:
     program = (
         "import os, signal, sys\n"
@@ -207,6 +207,7 @@ def test_a_killed_writer_leaves_the_old_file_and_its_leftover_goes_with_time(old
 
 
 def test_a_file_size_limit_leaves_the_old_file(old_file: Path) -> None:
+    resource = pytest.importorskip("resource", reason="Windows has no limit of file sizes")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:

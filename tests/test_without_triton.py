@@ -38,6 +38,13 @@ def test_importing_the_package_is_light() -> None:
     assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
 
 
+def test_the_package_is_imported_where_nothing_can_fork() -> None:
+    """Windows has no os.register_at_fork; what others do with it on import has happened before it is taken away."""
+    code = "import os, safetensors.torch\ndel os.register_at_fork\nimport fastjepa\nprint('imported')"
+    done = python(f"{BLOCKED}{code}")
+    assert (done.stdout.strip(), done.returncode) == ("imported", 0), done.stderr
+
+
 def test_every_room_but_the_kernels_is_imported_without_triton() -> None:
     """All modules, except those that are kernels or call them: these end with the one exception that names Triton."""
     code = f"""{BLOCKED}
