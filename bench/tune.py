@@ -25,7 +25,7 @@ from fastjepa.kernels.launch import LaunchConfig
 from fastjepa.kernels.projected_losses import closed_form
 
 EAGER = "eager bf16"
-_LEAST_PROGRAMS, _MOST_SUMS = 128, 1024  # what a merging kernel takes: kernels/batch_norm/tiling.py: MAX_PARTIALS
+_LEAST_PROGRAMS = 128
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,13 @@ def tiling_candidates(entry: Entry) -> list[Any]:
     """Neighbours of a BatchNorm tiling: half to four times the tile, half to twice the programs."""
     now = entry.values[entry.key]
     keeps_sums = entry.key.startswith(("statistics", "reduce"))
+    tiling: Any = importlib.import_module(entry.module)
     programs = [p for p in (now.max_programs // 2, now.max_programs, 2 * now.max_programs) if p >= _LEAST_PROGRAMS]
     return [
         replace(now, tile_bytes=tile, max_programs=count)
         for tile in (2048, 4096, 8192, 16384)
         for count in programs
-        if not keeps_sums or count <= _MOST_SUMS
+        if not keeps_sums or count <= tiling.MAX_PARTIALS
     ]
 
 
@@ -172,8 +173,8 @@ def plans(quick: bool) -> Iterator[tuple[Case, list[Variant]]]:
     entries = [
         Entry("fastjepa.kernels.projected_losses.forward", "_CONFIGS", half),
         Entry("fastjepa.kernels.projected_losses.backward", "_CONFIGS", half),
-        Entry("fastjepa.kernels.moments.fused", "_MOMENTS_CONFIGS", 16),
-        Entry("fastjepa.kernels.moments.fused", "_LINEAR_CONFIGS", 16),
+        Entry("fastjepa.kernels.moments.scatter", "_CONFIGS", 16),
+        Entry("fastjepa.kernels.moments.centred_linear", "_CONFIGS", 16),
     ]
     case = replace(
         projected_losses.make_case(size), truth=partial(projected_losses.compute, closed_form.projected_losses)

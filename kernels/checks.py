@@ -42,10 +42,11 @@ def check_tensor(
     shape: tuple[int | None, ...] | None = None,
     dtypes: Iterable[torch.dtype] = FLOAT_DTYPES,
     device: torch.device | None = None,
+    contiguous: bool = False,
 ) -> None:
     """Raise a TypeError or ValueError that names the argument if `tensor` is not what `op` accepts.
 
-    `shape` has None where any size is accepted. `device`: the one all arguments must share.
+    `shape` has None where any size is accepted. `device`: the one all arguments must share. `contiguous`: no strides.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
@@ -60,3 +61,5 @@ def check_tensor(
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; accepted: ({wanted})")
     if device is not None and tensor.device != device:
         raise ValueError(f"{op}: {name} is on {tensor.device}, but the other arguments are on {device}")
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(f"{op}: {name} has strides {tensor.stride()}; accepted: contiguous")

@@ -8,7 +8,7 @@ op registration, the dot helper, and the record from which the static audit comp
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -163,6 +163,11 @@ class RowSplit:
             tiles = next((t for t in range(fewest, 2 * fewest + 1) if n_tiles % t == 0), fewest)
         return RowSplit(-(-n_tiles // tiles), tiles, tiles * block_n, n_rows % (tiles * block_n) == 0)
 
+    @staticmethod
+    def one_tile_each(n_rows: int, block_n: int) -> RowSplit:
+        """As many programs as there are tiles, for kernels that keep no sums."""
+        return RowSplit.of(n_rows, block_n, max(1, -(-n_rows // block_n)))
+
 
 @dataclass(frozen=True)
 class AuditCase:
@@ -184,3 +189,18 @@ class AuditCase:
     expects_tensor_cores: bool = False
     allowed_spill_bytes: int = 0
     allowed_spill_reason: str = ""
+
+
+def audit_signature(
+    kernel: Any, dtype: torch.dtype, in_dtype: Collection[str], absent: Collection[str] = ()
+) -> dict[str, str]:
+    """Triton types of all arguments but the `absent`: the pointers `in_dtype` are to `dtype`, the others to fp32."""
+    types = {}
+    for name in kernel.arg_names:
+        if name in absent or name.isupper():  # None, or a constexpr
+            continue
+        if name.endswith("_ptr"):
+            types[name] = f"*{TRITON_TYPE[dtype]}" if name in in_dtype else "*fp32"
+        else:
+            types[name] = "fp32" if name.endswith("eps") else "i32"
+    return types

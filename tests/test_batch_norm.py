@@ -379,6 +379,21 @@ def test_nan_and_infinity_are_not_hidden(dtype: torch.dtype, device: str) -> Non
     assert torch.isnan(batch_norm_act(inputs.x, inputs.bn)[:, 0]).all()
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_nan_passes_its_gradient_as_torch_passes_it(form: str, device: str) -> None:
+    inputs = random_inputs((2, 6, 3, 5), form, device=device)
+    for bn in filter(None, (inputs.bn, inputs.residual_bn)):
+        bn.eval()  # so that a NaN does not spread
+    where = (0, 1, 2, 3)
+    (inputs.x if inputs.residual is None else inputs.residual)[where] = float("nan")
+    actual, expected = run(batch_norm_act, inputs), run(reference.batch_norm_act, inputs)
+    assert actual["out"][where].isnan()
+    for name in ("grad x", "grad residual"):
+        if name in expected:
+            assert expected[name][where] != 0
+            torch.testing.assert_close(actual[name][where], expected[name][where])
+
+
 def test_same_tensor_as_input_and_residual(device: str) -> None:
     inputs = random_inputs((2, 5, 3, 5), "residual", device=device)
     x, twin = (inputs.x.clone().requires_grad_() for _ in range(2))

@@ -16,6 +16,9 @@ from fastjepa.kernels.batch_norm.fused import batch_norm_act
 from fastjepa.kernels.projected_losses.fused import projected_losses
 from projector_cases import loss_and_gradients, make_case
 
+# The tiles that a kernel may have, in their order: docs/adding-a-kernel.md has their meanings.
+BLOCKS = ("BLOCK_P", "BLOCK_N", "BLOCK_C", "BLOCK_D", "BLOCK_H")
+
 
 @pytest.mark.parametrize("n_rows", [1, 63, 64, 65, 640, 641, 2_621_440, 1_474_560, 2**31 + 1])
 @pytest.mark.parametrize("max_programs", [1, 7, 528])
@@ -29,6 +32,13 @@ def test_row_split_covers_every_row_once(n_rows: int, max_programs: int, prefer_
     assert split.even == (split.programs * rows_per_program == n_rows)
     # Balance: no more than the fewest tiles a program could have; twice that where they then divide evenly.
     assert split.tiles <= (2 if prefer_even else 1) * -(-n_rows // (64 * max_programs))
+
+
+@pytest.mark.parametrize("n_rows", [1, 63, 64, 65, 2**31 + 1])
+def test_one_tile_each(n_rows: int) -> None:
+    split = launch.RowSplit.one_tile_each(n_rows, 64)
+    assert (split.programs, split.tiles, split.rows_per_program) == (-(-n_rows // 64), 1, 64)
+    assert split.even == (n_rows % 64 == 0)
 
 
 def test_row_split_of_the_default_recipe_needs_no_mask() -> None:
@@ -123,7 +133,7 @@ def test_tiles_have_one_vocabulary_and_come_last() -> None:
         for name in kernels_of(module):
             arguments = list(getattr(importlib.import_module(module), name).arg_names)
             blocks = [argument for argument in arguments if argument.startswith("BLOCK_")]
-            assert set(blocks) <= {"BLOCK_N", "BLOCK_C", "BLOCK_D", "BLOCK_H", "BLOCK_P"}, name
+            assert blocks == [block for block in BLOCKS if block in blocks], name
             assert blocks, name
             assert arguments[-len(blocks) :] == blocks, name
 

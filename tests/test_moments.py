@@ -8,6 +8,7 @@ from torch import Tensor
 
 from compare import assert_as_exact_as_eager, assert_close_to_truth
 from fastjepa.kernels.moments import fused, reference
+from fastjepa.kernels.moments import scatter as scatter_pass
 from fastjepa.kernels.projected_losses import algebra
 from fastjepa.kernels.projected_losses.reference import std_and_cov_loss
 
@@ -108,7 +109,7 @@ def test_offset_constant_and_dead_columns(device: str) -> None:
 
 def test_first_tile_far_from_the_rest(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # One program, centred at its first tile: the worst case of the bound in the package's docstring.
-    monkeypatch.setattr(fused, "_MAX_PROGRAMS", 1)
+    monkeypatch.setattr(scatter_pass, "_MAX_PROGRAMS", 1)
     f = rows(330, 16, torch.float32, device)
     f[:32] += 100.0
     mean, scatter = (m[0] for m in fused.moments([f]))
@@ -124,6 +125,55 @@ def test_twice_the_same_bits_and_nothing_left_unwritten(device: str, request: py
     request.getfixturevalue("nan_filled_empty")
     for name, value in vc_by_passes(f).items():
         assert torch.equal(value, first[name]), name
+
+
+@pytest.mark.parametrize(
+    ("tensors", "error", "message"),
+    [
+        ([], ValueError, "moments: no tensors were given"),
+        ([torch.rand(16, 70).T], ValueError, r"moments: x has strides \(1, 70\); accepted: contiguous"),
+        ([torch.rand(70, 32)[:, ::2]], ValueError, r"x has strides \(32, 2\)"),
+        ([torch.rand(4, 5, 6)], ValueError, r"x has shape \(4, 5, 6\); accepted: \(any, any\)"),
+        ([torch.rand(0, 16)], ValueError, r"rows have shape \(0, 16\); accepted: 1 row or more of 1 to 512"),
+        ([torch.rand(4, 513)], ValueError, r"rows have shape \(4, 513\)"),
+        ([torch.rand(4, 16).double()], TypeError, "x has dtype torch.float64; accepted: torch.float32, torch.bfloat16"),
+        ([torch.rand(4, 16), torch.rand(4, 16).bfloat16()], TypeError, r"tensors\[1\] has dtype torch.bfloat16"),
+        ([torch.rand(4, 16), torch.rand(5, 16)], ValueError, r"tensors\[1\] has shape \(5, 16\); accepted: \(4, 16\)"),
+    ],
+)
+def test_moments_refuse_what_they_would_get_wrong(
+    tensors: list[Tensor], error: type[Exception], message: str, device: str
+) -> None:
+    # .to() would make strided rows contiguous on its way to a GPU.
+    moved = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x) for x in tensors]
+    with pytest.raises(error, match=message):
+        fused.moments(moved)
+
+
+def test_the_linear_map_refuses_what_it_would_get_wrong(device: str) -> None:
+    x, mean, linear = torch.rand(7, 16, device=device), torch.rand(1, 16).double(), torch.rand(1, 16, 16).double()
+    mean, linear = mean.to(device), linear.to(device)
+    for arguments, message in (
+        ((mean, mean[:, :3], linear), r"constant has shape \(1, 3\); accepted: \(1, 16\)"),
+        ((mean, None, linear[:, :, :3]), r"linear has shape \(1, 16, 3\); accepted: \(1, 16, 16\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fused.linear_operands(*arguments, x.dtype)
+    with pytest.raises(TypeError, match=r"mean has dtype torch.float32; accepted: torch.float64"):
+        fused.linear_operands(mean.float(), None, linear, x.dtype)
+    operands = fused.linear_operands(mean, None, linear, x.dtype)
+    with pytest.raises(TypeError, match=r"operands.linear has dtype torch.float32; accepted: torch.bfloat16"):
+        fused.subtract_centred_linear(x.bfloat16(), operands, 0, None, torch.empty_like(x))
+    with pytest.raises(ValueError, match=r"operands.linear has shape \(1, 16, 16\); accepted: \(any, 64, 64\)"):
+        fused.subtract_centred_linear(x.repeat(1, 4), operands, 0, None, torch.empty_like(x))
+    with pytest.raises(ValueError, match=r"out has shape \(7, 15\); accepted: \(7, 16\)"):
+        fused.subtract_centred_linear(x, operands, 0, None, torch.empty_like(x)[:, :15])
+    strided = torch.empty(16, 7, device=device).T
+    for base, out, name in ((None, strided, "out"), (strided, x, "base")):
+        with pytest.raises(ValueError, match=rf"{name} has strides \(1, 7\)"):
+            fused.subtract_centred_linear(x, operands, 0, base, out)
+    with pytest.raises(ValueError, match=r"x has strides \(1, 7\)"):
+        fused.subtract_centred_linear(strided, operands, 0, None, torch.empty_like(x))
 
 
 @pytest.mark.gpu

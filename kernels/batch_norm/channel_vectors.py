@@ -18,10 +18,10 @@ class ChannelVectors(NamedTuple):
     var: Tensor
     weight: Tensor | None
     bias: Tensor | None
-    residual_mean: Tensor | None
-    residual_var: Tensor | None
-    residual_weight: Tensor | None
-    residual_bias: Tensor | None
+    residual_mean: Tensor | None = None
+    residual_var: Tensor | None = None
+    residual_weight: Tensor | None = None
+    residual_bias: Tensor | None = None
 
     def pointers(self) -> dict[str, Tensor | None]:
         """The vectors by the names that they have in the kernels: "mean_ptr", ..."""

@@ -68,11 +68,16 @@ def batch_norm_act_repeatable(
     x_rows = _as_rows(op, "x", x)
     residual_rows = None if residual is None else _as_rows(op, "residual", residual)
     mean, var, batch_statistics = _statistics_of(bn, x_rows)
-    vectors = ChannelVectors(mean, var, bn.weight, bn.bias, None, None, None, None)
+    vectors = ChannelVectors(mean, var, bn.weight, bn.bias)
     residual_eps, residual_batch_statistics = 0.0, False
     if residual_bn is not None and residual_rows is not None:
         residual_mean, residual_var, residual_batch_statistics = _statistics_of(residual_bn, residual_rows)
-        vectors = ChannelVectors(*vectors[:4], residual_mean, residual_var, residual_bn.weight, residual_bn.bias)
+        vectors = vectors._replace(
+            residual_mean=residual_mean,
+            residual_var=residual_var,
+            residual_weight=residual_bn.weight,
+            residual_bias=residual_bn.bias,
+        )
         residual_eps = residual_bn.eps
     options = (bn.eps, residual_eps, batch_statistics, residual_batch_statistics, relu)
     shape = x.shape

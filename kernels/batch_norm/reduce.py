@@ -19,7 +19,6 @@ from torch import Tensor
 from fastjepa.kernels.batch_norm.channel_vectors import RESIDUAL_POINTERS, ChannelVectors
 from fastjepa.kernels.batch_norm.relu import relu_gradient
 from fastjepa.kernels.batch_norm.tiling import (
-    audit_signature,
     form,
     load_affine,
     merge_config,
@@ -27,7 +26,7 @@ from fastjepa.kernels.batch_norm.tiling import (
     row_launch,
     rows_of_program,
 )
-from fastjepa.kernels.launch import TRITON_TYPE, AuditCase, launch_kernel
+from fastjepa.kernels.launch import TRITON_TYPE, AuditCase, audit_signature, launch_kernel
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def relu(x):  # type: ignore[no-untyped-def]
+def apply_relu(x):  # type: ignore[no-untyped-def]
     """x where it is positive, else 0; a NaN stays a NaN."""
     return tl.where(x <= 0.0, 0.0, x)
 

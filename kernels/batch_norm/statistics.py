@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from fastjepa.kernels.batch_norm.tiling import (
-    audit_signature,
     check_rows,
     merge_config,
     recipe_cases,
@@ -27,7 +26,7 @@ from fastjepa.kernels.batch_norm.tiling import (
     rows_of_program,
 )
 from fastjepa.kernels.checks import require_available
-from fastjepa.kernels.launch import TRITON_TYPE, AuditCase, kernel_op, launch_kernel
+from fastjepa.kernels.launch import TRITON_TYPE, AuditCase, audit_signature, kernel_op, launch_kernel
 
 _OP = "batch_norm_statistics"
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from fastjepa.kernels.batch_norm.channel_vectors import ChannelVectors
 from fastjepa.kernels.checks import check_tensor
-from fastjepa.kernels.launch import TRITON_TYPE, LaunchConfig, RowSplit
+from fastjepa.kernels.launch import LaunchConfig, RowSplit
 
 MAX_CHANNELS = 1024
 
@@ -97,14 +96,12 @@ def merge_config(n_partials: int) -> LaunchConfig:
 
 def check_rows(op: str, x: Tensor) -> tuple[int, int]:
     """(n_rows, n_channels) of the row matrix `x`; ValueError or TypeError if the kernels cannot take it."""
-    check_tensor(op, "x", x, shape=(None, None))
+    check_tensor(op, "x", x, shape=(None, None), contiguous=True)
     n_rows, n_channels = x.shape
     if not 1 <= n_channels <= MAX_CHANNELS:
         raise ValueError(f"{op}: x has {n_channels} channels; accepted: 1 to {MAX_CHANNELS}")
     if n_rows < 1:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}; accepted: at least one row")
-    if not x.is_contiguous():
-        raise ValueError(f"{op}: x has strides {x.stride()}; accepted: contiguous rows (n_rows, n_channels)")
     return n_rows, n_channels
 
 
@@ -117,16 +114,13 @@ def check_inputs(op: str, x: Tensor, tensors: dict[str, Tensor | None], vectors:
     n_rows, n_channels = check_rows(op, x)
     for name, tensor in tensors.items():
         if tensor is not None:
-            check_tensor(op, name, tensor, shape=(n_rows, n_channels), dtypes=(x.dtype,), device=x.device)
-            if not tensor.is_contiguous():
-                raise ValueError(f"{op}: {name} has strides {tensor.stride()}; accepted: contiguous rows")
+            shape = (n_rows, n_channels)
+            check_tensor(op, name, tensor, shape=shape, dtypes=(x.dtype,), device=x.device, contiguous=True)
     named = vectors._asdict()
     for name, vector in named.items():
         if vector is not None:
             dtypes = dict.fromkeys((torch.float32, x.dtype))
-            check_tensor(op, name, vector, shape=(n_channels,), dtypes=dtypes, device=x.device)
-            if not vector.is_contiguous():
-                raise ValueError(f"{op}: {name} has stride {vector.stride()}; accepted: contiguous")
+            check_tensor(op, name, vector, shape=(n_channels,), dtypes=dtypes, device=x.device, contiguous=True)
     for name, partner in _PAIRS:
         if (named[name] is None) != (named[partner] is None):
             raise ValueError(f"{op}: {name} and {partner} must both be given, or both be None")
@@ -170,18 +164,3 @@ def recipe_cases() -> Iterator[tuple[int, int, torch.dtype]]:
     for n_rows, n_channels, dtypes in _AUDITED:
         for dtype in dtypes:
             yield n_rows, n_channels, dtype
-
-
-def audit_signature(
-    kernel: Any, dtype: torch.dtype, full_size: tuple[str, ...], absent: tuple[str, ...] = ()
-) -> dict[str, str]:
-    """Triton types of all arguments but the `absent`: `full_size` pointers are to `dtype`, the others to fp32."""
-    types = {}
-    for name in kernel.arg_names:
-        if name in absent or name.isupper():  # None, or a constexpr
-            continue
-        if name.endswith("_ptr"):
-            types[name] = f"*{TRITON_TYPE[dtype]}" if name in full_size else "*fp32"
-        else:
-            types[name] = "fp32" if name.endswith("eps") else "i32"
-    return types

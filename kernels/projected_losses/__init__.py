@@ -10,7 +10,7 @@ The closed form never stores the (N, hidden) and (N, out) activations: four pass
 
     1. mean and scatter of every tensor                       (`kernels.moments`)
     2. moments of r(z), and of r(z) − r(p) per prediction     (`forward`, on `activations`)
-    3. Aᵀdy, Σdy and Σdy(x−μ)ᵀ                                (`backward`, on `activations`)
+    3. Aᵀdy, Σdy and Σdy(x−μ)ᵀ                                (`backward`, on `activations` and `slope`)
     4. dx = Aᵀdy − BatchNorm's correction                     (`kernels.moments`)
 
 Between the passes, matrices of at most 128×128 (`algebra`).

@@ -11,6 +11,7 @@ rounded to the rows' dtype; every sum is fp32.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastjepa.kernels.launch import dot, load_rows, round_to
-from fastjepa.kernels.moments.fused import padded
+from fastjepa.kernels.launch import LaunchConfig, dot, load_rows, round_to
+from fastjepa.kernels.moments.blocks import padded
 from fastjepa.kernels.projected_losses.algebra import HiddenAffine
 
 MAX_D = 64
@@ -28,7 +29,7 @@ MAX_PROGRAMS = 528  # 4 for each of 132 multiprocessors; 8.6 MB of partials for 
 
 
 @triton.jit
-def activations(  # type: ignore[no-untyped-def]
+def hidden_activations(  # type: ignore[no-untyped-def]
     x_ptr,
     centre_ptr,  # (2, BLOCK_D) fp32: μ as a sum of two
     slope_ptr,  # HALF: (2, BLOCK_D, BLOCK_H), Aᵀ as a sum of two; else (1, BLOCK_D, BLOCK_H)
@@ -36,12 +37,12 @@ def activations(  # type: ignore[no-untyped-def]
     offs_n,
     n_rows,
     D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_H: tl.constexpr,
     EVEN_N: tl.constexpr,
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
     """(x − μ as a dot operand, relu(y) in fp32) of one tile of rows."""
     offs_d = tl.arange(0, BLOCK_D)
@@ -72,6 +73,12 @@ class Operands(NamedTuple):
 def block_sizes(n_channels: int, n_hidden: int) -> tuple[int, int]:
     """(BLOCK_D, BLOCK_H): sizes padded to powers of two that tensor cores take."""
     return max(16, triton.next_power_of_2(n_channels)), 64 if n_hidden <= 64 else 128
+
+
+def with_block_d(config: LaunchConfig, block_d: int) -> LaunchConfig:
+    """An entry of a launch table with BLOCK_D, which follows from the rows, where the kernels' signatures have it."""
+    blocks = {"BLOCK_N": config.blocks["BLOCK_N"], "BLOCK_D": block_d, "BLOCK_H": config.blocks["BLOCK_H"]}
+    return replace(config, blocks=blocks)
 
 
 def operands(affine: HiddenAffine, mean: Tensor, bn_bias: Tensor, dtype: torch.dtype) -> Operands:

@@ -20,7 +20,7 @@ from torch import Tensor
 STD_EPS = 1e-4  # inside the square root of the standard-deviation hinge
 
 
-class Projector(NamedTuple):
+class ProjectorParameters(NamedTuple):
     """The projector's parameters, any floating dtype."""
 
     weight1: Tensor  # (H, D)
@@ -50,14 +50,15 @@ class HiddenAffine(NamedTuple):
     shift: Tensor  # (H,): a guess of the mean of r(z)
 
 
-def hidden_affine(params: Projector, mean: Tensor, scatter: Tensor, n_rows: int, eps: float) -> HiddenAffine:
+def hidden_affine(params: ProjectorParameters, mean: Tensor, scatter: Tensor, n_rows: int, eps: float) -> HiddenAffine:
     """BatchNorm statistics of the hidden layer from the mean (T, D) and scatter (T, D, D) of its input.
 
     `shift` is what the mean of r would be if y were Gaussian. Summing r − shift instead of r keeps Σrrᵀ free of
     cancellation: BatchNorm fixes the mean and variance of y, so the guess is off by about one standard deviation of y
     at most.
     """
-    w1, b1, gamma, beta = (p.double() for p in params[:4])
+    w1, b1 = params.weight1.double(), params.bias1.double()
+    gamma, beta = params.bn_weight.double(), params.bn_bias.double()
     var = torch.einsum("hd,tde,he->th", w1, scatter, w1).clamp_min(0.0) / n_rows
     inv_std = torch.rsqrt(var + eps)
     y_std = (gamma.abs() * inv_std[0] * var[0].sqrt()).clamp_min(1e-30)
@@ -148,7 +149,7 @@ class InputGradients(NamedTuple):
 
 
 def input_gradients(
-    params: Projector,
+    params: ProjectorParameters,
     affine: HiddenAffine,
     scatter: Tensor,
     sum_dy: Tensor,

@@ -11,7 +11,6 @@ fp32 partials, which are added in float64 in one order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -23,56 +22,22 @@ from fastjepa.kernels.launch import (
     AuditCase,
     LaunchConfig,
     RowSplit,
-    add_dot,
+    audit_signature,
     dot,
     dot_precision,
     launch_kernel,
-    load_rows,
     round_to,
 )
-from fastjepa.kernels.moments.fused import padded
-from fastjepa.kernels.projected_losses.activations import MAX_PROGRAMS, Operands, activations, block_sizes
+from fastjepa.kernels.moments.blocks import padded
+from fastjepa.kernels.projected_losses.activations import (
+    MAX_PROGRAMS,
+    Operands,
+    block_sizes,
+    hidden_activations,
+    with_block_d,
+)
 from fastjepa.kernels.projected_losses.algebra import OutputGradients
-
-
-@triton.jit
-def reduce_slope(  # type: ignore[no-untyped-def]
-    dy,
-    centred,
-    slope_ptr,
-    out_ptr,
-    sum_dy,
-    x_dy,
-    slope_sum,
-    offs_n,
-    n_rows,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    HALF: tl.constexpr,
-    ADD: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Write (or ADD) Aᵀdy for a tile; return the three sums with the tile added."""
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_h = tl.arange(0, BLOCK_H)
-    operand = round_to(dy, slope_ptr.dtype.element_ty)
-    slope = tl.load(slope_ptr + offs_d[None, :] * BLOCK_H + offs_h[:, None])  # (BLOCK_H, BLOCK_D)
-    v = dot(operand, slope, tl.zeros_like(centred).to(tl.float32), PRECISION)
-    slope_sum += tl.sum(v, 0)
-    if ADD:
-        v += load_rows(out_ptr, offs_n, offs_d, n_rows, D, EVEN_N, D == BLOCK_D).to(tl.float32)
-    v = round_to(v, out_ptr.dtype.element_ty)
-    ptrs = out_ptr + offs_n[:, None] * D + offs_d[None, :]
-    if EVEN_N and D == BLOCK_D:
-        tl.store(ptrs, v)
-    else:
-        tl.store(ptrs, v, mask=(offs_n[:, None] < n_rows) & (offs_d[None, :] < D))
-    x_dy = add_dot(x_dy, tl.trans(centred), operand, PRECISION, not HALF)
-    sum_dy = add_dot(sum_dy, tl.full([16, BLOCK_N], 1.0, operand.dtype), operand, PRECISION, not HALF)
-    return sum_dy, x_dy, slope_sum
+from fastjepa.kernels.projected_losses.slope import reduce_slope
 
 
 @triton.jit
@@ -99,8 +64,8 @@ def _slope_gradients_kernel(  # type: ignore[no-untyped-def]
     FIRST: tl.constexpr,  # this launch adds G(r − r̄) and starts vz; later groups of predictions add to it
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -124,9 +89,9 @@ def _slope_gradients_kernel(  # type: ignore[no-untyped-def]
     q3 = tl.zeros([BLOCK_D, BLOCK_H], dtype=tl.float32)
     for tile in range(TILES):
         reload = tile * zero
-        z, r_z = activations(
+        z, r_z = hidden_activations(
             z_ptr, centre_ptr + reload, slope_ptr, offset_ptr + reload, offs_n, n_rows,
-            D, BLOCK_N, BLOCK_D, BLOCK_H, EVEN_N, HALF, PRECISION,
+            D, EVEN_N, HALF, PRECISION, BLOCK_N, BLOCK_D, BLOCK_H,
         )  # fmt: skip
         dr_z = tl.zeros([BLOCK_N, BLOCK_H], dtype=tl.float32)
         if FIRST:
@@ -142,10 +107,10 @@ def _slope_gradients_kernel(  # type: ignore[no-untyped-def]
             else:
                 p_ptr, v_ptr, s, q = p3_ptr, v3_ptr, s3, q3
             slope_p_ptr = slope_ptr + (reload + (k + 1) * SLOPE)
-            p, r = activations(
+            p, r = hidden_activations(
                 p_ptr, centre_ptr + (reload + (k + 1) * 2 * BLOCK_D), slope_p_ptr,
                 offset_ptr + (reload + (k + 1) * BLOCK_H), offs_n, n_rows,
-                D, BLOCK_N, BLOCK_D, BLOCK_H, EVEN_N, HALF, PRECISION,
+                D, EVEN_N, HALF, PRECISION, BLOCK_N, BLOCK_D, BLOCK_H,
             )  # fmt: skip
             c = tl.load(coefficient_ptr + k)
             delta = round_to(c * (r - r_z), z_ptr.dtype.element_ty)
@@ -159,7 +124,7 @@ def _slope_gradients_kernel(  # type: ignore[no-untyped-def]
             dy = tl.where(active, u, 0.0)
             sum_dy, q, s = reduce_slope(
                 dy, p, slope_p_ptr, v_ptr, sum_dy, q, s, offs_n, n_rows,
-                D, BLOCK_N, BLOCK_D, BLOCK_H, EVEN_N, HALF, False, PRECISION,
+                D, EVEN_N, HALF, False, PRECISION, BLOCK_N, BLOCK_D, BLOCK_H,
             )  # fmt: skip
             if k == 0:
                 s0, q0 = s, q
@@ -175,7 +140,7 @@ def _slope_gradients_kernel(  # type: ignore[no-untyped-def]
         dy = tl.where(active, dr_z, 0.0)
         sum_dy, qz, sz = reduce_slope(
             dy, z, slope_ptr, vz_ptr, sum_dy, qz, sz, offs_n, n_rows,
-            D, BLOCK_N, BLOCK_D, BLOCK_H, EVEN_N, HALF, not FIRST, PRECISION,
+            D, EVEN_N, HALF, not FIRST, PRECISION, BLOCK_N, BLOCK_D, BLOCK_H,
         )  # fmt: skip
         offs_n += BLOCK_N
     tl.store(sum_dy_ptr + pid * BLOCK_H + offs_h, tl.sum(sum_dy, 0) * 0.0625)  # of 16 equal rows
@@ -228,7 +193,8 @@ def slope_gradients(
     n_rows, n_channels = z.shape
     n_hidden, dtype = mean_r.shape[0], z.dtype
     block_d, block_h = ops.centre.shape[2], ops.offset.shape[1]
-    config, group_size = _CONFIGS[block_h, dtype == torch.float32]
+    entry, group_size = _CONFIGS[block_h, dtype == torch.float32]
+    config = with_block_d(entry, block_d)
     split = RowSplit.of(n_rows, config.blocks["BLOCK_N"], MAX_PROGRAMS, prefer_even=True)
     results = [torch.empty_like(z, dtype=torch.float32 if len(predictions) > group_size else dtype)]
     results += [torch.empty_like(p) for p in predictions]
@@ -270,7 +236,6 @@ def slope_gradients(
             FIRST=start == 0,
             HALF=dtype != torch.float32,
             PRECISION=dot_precision(tensors[0].dtype),
-            BLOCK_D=block_d,
         )
         sum_dys.append(sum_dy.sum(0, dtype=torch.float64)[:n_hidden])
         slope_sums.append(slope_sum.sum(1, dtype=torch.float64)[:, :n_channels])
@@ -294,40 +259,27 @@ def audit_cases() -> list[AuditCase]:
     for dtype in (torch.float32, torch.bfloat16):
         for d, h, k, first in ((16, 64, 2, True), (16, 64, 0, True), (16, 64, 2, False), (64, 128, 1, True)):
             half, (block_d, block_h) = dtype != torch.float32, block_sizes(d, h)
-            config, group_size = _CONFIGS[block_h, not half]
-            k = min(k, group_size)
+            entry, group_size = _CONFIGS[block_h, not half]
+            config, k = with_block_d(entry, block_d), min(k, group_size)
             split = RowSplit.of(n_rows, config.blocks["BLOCK_N"], MAX_PROGRAMS, prefer_even=True)
-            rows, fp32 = f"*{TRITON_TYPE[dtype]}", "*fp32"
-            names = [
-                "z_ptr",
-                *(f"p{i}_ptr" for i in range(_POINTERS)),
-                "vz_ptr",
-                *(f"v{i}_ptr" for i in range(_POINTERS)),
-            ]
-            signature = dict.fromkeys(names, rows) | {"centre_ptr": fp32, "slope_ptr": rows, "offset_ptr": fp32}
-            signature |= {"mean_r_ptr": fp32, "variance_ptr": rows, "gram_ptr": rows, "coefficient_ptr": fp32}
-            signature |= {"sum_dy_ptr": fp32, "x_dy_ptr": fp32, "slope_sum_ptr": fp32, "n_rows": "i32", "zero": "i32"}
-            if not first:
-                signature["vz_ptr"] = fp32
-            constexprs: dict[str, Any] = {
-                **config.blocks,
-                "D": d,
-                "BLOCK_D": block_d,
-                "TILES": split.tiles,
-                "EVEN_N": split.even,
-                "N_PREDICTIONS": k,
-                "FIRST": first,
-                "HALF": half,
-                "PRECISION": dot_precision(dtype),
-            }
+            in_rows_dtype = ["slope_ptr", "variance_ptr", "gram_ptr", "z_ptr", *(["vz_ptr"] if first else [])]
+            in_rows_dtype += [f"{name}{i}_ptr" for name in ("p", "v") for i in range(_POINTERS)]
             dots = (k + 1) * (d * h * (4 if half else 3) + h * h)
             cases.append(
                 AuditCase(
-                    f"slope_gradients D={d} H={h} K={k}{'' if first else ' more'} {TRITON_TYPE[dtype]}",
-                    _slope_gradients_kernel,
-                    signature,
-                    constexprs,
-                    config,
+                    name=f"slope_gradients/K={k}{'' if first else ' more'}/{TRITON_TYPE[dtype]}/D={d} H={h}",
+                    kernel=_slope_gradients_kernel,
+                    signature=audit_signature(_slope_gradients_kernel, dtype, in_rows_dtype),
+                    constexprs={
+                        "D": d,
+                        "TILES": split.tiles,
+                        "EVEN_N": split.even,
+                        "N_PREDICTIONS": k,
+                        "FIRST": first,
+                        "HALF": half,
+                        "PRECISION": dot_precision(dtype),
+                    },
+                    config=config,
                     bytes_moved=2 * (k + 1) * n_rows * d * dtype.itemsize
                     + (k + 1) * split.programs * block_h * (block_d + 1) * 4,
                     flops=2 * n_rows * (dots if first else dots - h * h),

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastjepa.kernels.projected_losses import algebra
+from fastjepa.kernels.projected_losses.algebra import ProjectorParameters
 from fastjepa.kernels.projected_losses.chunk_pool import map_groups
 from fastjepa.kernels.projected_losses.reference import ProjectedLosses, as_rows, check_shapes
 
@@ -61,7 +62,7 @@ class _ClosedForm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, eps: float, *inputs: Tensor) -> tuple[Tensor, ...]:
-        params, tensors = algebra.Projector(*inputs[:5]), inputs[5:]
+        params, tensors = _parameters_and_tensors(inputs)
         n_rows = tensors[0].numel() // tensors[0].shape[1]
         columns = [_columns(x) for x in _same_layout(tensors)]
         means, scatters = zip(*(_moments(c) for c in columns), strict=True)
@@ -74,18 +75,28 @@ class _ClosedForm(torch.autograd.Function):
         ctx.save_for_backward(*inputs, *algebra.Saved(mean, scatter, mean_r, scatter_r, delta_moments))
         ctx.eps, ctx.n_inputs, ctx.n_rows = eps, len(inputs), n_rows
         wide = _compute_dtype(tensors[0].dtype)
-        results = tuple(x.to(wide) for x in (std_loss, cov_loss, prediction, affine.hidden_mean, affine.hidden_var))
-        ctx.mark_non_differentiable(*results[3:])
-        return results
+        losses = ProjectedLosses(std_loss, cov_loss, prediction, affine.hidden_mean, affine.hidden_var)
+        losses = ProjectedLosses(*(x.to(wide) for x in losses))
+        ctx.mark_non_differentiable(losses.batch_means, losses.batch_vars)
+        return tuple(losses)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         inputs, saved = ctx.saved_tensors[: ctx.n_inputs], ctx.saved_tensors[ctx.n_inputs :]
         mean, scatter, mean_r, scatter_r, delta_moments = algebra.Saved(*saved)
-        params, tensors = algebra.Projector(*inputs[:5]), inputs[5:]
+        params, tensors = _parameters_and_tensors(inputs)
         affine = algebra.hidden_affine(params, mean, scatter, ctx.n_rows, ctx.eps)
-        out = algebra.output_gradients(params.weight2, scatter_r, delta_moments, ctx.n_rows, *grads[:3])
+        grad_losses = ProjectedLosses(*grads)
+        out = algebra.output_gradients(
+            params.weight2,
+            scatter_r,
+            delta_moments,
+            ctx.n_rows,
+            grad_losses.std_loss,
+            grad_losses.cov_loss,
+            grad_losses.prediction_losses,
+        )
         same = _same_layout(tensors)
         columns = [_columns(x) for x in same]
         results = [torch.empty_like(x) for x in same]
@@ -93,9 +104,15 @@ class _ClosedForm(torch.autograd.Function):
         sums = _slope_gradients(columns, grad_columns, affine, mean, params.bn_bias, mean_r, out)
         grad = algebra.input_gradients(params, affine, scatter, *sums, ctx.n_rows)
         _subtract_correction(columns, grad_columns, mean, grad.constant, grad.linear)
-        grad_params = (grad.weight1, grad.bias1, grad.bn_weight, grad.bn_bias, out.weight2)
+        grad_params = ProjectorParameters(grad.weight1, grad.bias1, grad.bn_weight, grad.bn_bias, out.weight2)
         grad_tensors = [_from_rows(g, x) if g.shape != x.shape else g for g, x in zip(results, tensors, strict=True)]
         return (None, *(g.to(p.dtype) for g, p in zip(grad_params, params, strict=True)), *grad_tensors)
+
+
+def _parameters_and_tensors(inputs: Sequence[Tensor]) -> tuple[ProjectorParameters, Sequence[Tensor]]:
+    """The tensors that the function was given, taken apart: the projector's, and z with the predictions."""
+    n_params = len(ProjectorParameters._fields)
+    return ProjectorParameters(*inputs[:n_params]), inputs[n_params:]
 
 
 # -- Layout: a tensor is a list of (D, L) matrices, one per batch entry, in whatever memory order it has

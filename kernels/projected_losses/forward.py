@@ -10,7 +10,6 @@ float64 in one order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -23,12 +22,19 @@ from fastjepa.kernels.launch import (
     LaunchConfig,
     RowSplit,
     add_dot,
+    audit_signature,
     dot_precision,
     launch_kernel,
     round_to,
 )
-from fastjepa.kernels.moments.fused import padded
-from fastjepa.kernels.projected_losses.activations import MAX_PROGRAMS, Operands, activations, block_sizes
+from fastjepa.kernels.moments.blocks import padded
+from fastjepa.kernels.projected_losses.activations import (
+    MAX_PROGRAMS,
+    Operands,
+    block_sizes,
+    hidden_activations,
+    with_block_d,
+)
 
 
 @triton.jit
@@ -51,8 +57,8 @@ def _activation_moments_kernel(  # type: ignore[no-untyped-def]
     PAIR: tl.constexpr,
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -62,14 +68,14 @@ def _activation_moments_kernel(  # type: ignore[no-untyped-def]
     total = tl.zeros([BLOCK_H], dtype=tl.float32)
     second = tl.zeros([BLOCK_H, BLOCK_H], dtype=tl.float32)
     for _ in range(TILES):
-        _x, r = activations(
+        _x, r = hidden_activations(
             x_ptr, centre_x_ptr, slope_x_ptr, offset_x_ptr, offs_n, n_rows,
-            D, BLOCK_N, BLOCK_D, BLOCK_H, EVEN_N, HALF, PRECISION,
+            D, EVEN_N, HALF, PRECISION, BLOCK_N, BLOCK_D, BLOCK_H,
         )  # fmt: skip
         if PAIR:
-            _y, r_y = activations(
+            _y, r_y = hidden_activations(
                 y_ptr, centre_y_ptr, slope_y_ptr, offset_y_ptr, offs_n, n_rows,
-                D, BLOCK_N, BLOCK_D, BLOCK_H, EVEN_N, HALF, PRECISION,
+                D, EVEN_N, HALF, PRECISION, BLOCK_N, BLOCK_D, BLOCK_H,
             )  # fmt: skip
             r -= r_y
         else:
@@ -102,7 +108,7 @@ def activation_moments(tensors: Sequence[Tensor], ops: Operands, shift: Tensor) 
     block_d, block_h = ops.centre.shape[2], ops.offset.shape[1]
     n_hidden = shift.shape[0]
     fp32 = tensors[0].dtype == torch.float32
-    config = _CONFIGS[block_h, fp32]
+    config = with_block_d(_CONFIGS[block_h, fp32], block_d)
     split = RowSplit.of(n_rows, config.blocks["BLOCK_N"], MAX_PROGRAMS, prefer_even=True)
     rounded_shift = padded(shift, (block_h,), torch.float32)
     total = torch.empty(split.programs, block_h, device=shift.device, dtype=torch.float32)
@@ -130,7 +136,6 @@ def activation_moments(tensors: Sequence[Tensor], ops: Operands, shift: Tensor) 
             PAIR=t > 0,
             HALF=not fp32,
             PRECISION=dot_precision(tensors[0].dtype),
-            BLOCK_D=block_d,
         )
     moments = second.sum(1, dtype=torch.float64)[:, :n_hidden, :n_hidden]
     residual = total.sum(0, dtype=torch.float64)[:n_hidden] / n_rows
@@ -148,31 +153,26 @@ def audit_cases() -> list[AuditCase]:
     for dtype in (torch.float32, torch.bfloat16):
         for d, h in ((16, 64), (64, 128)):
             half = dtype != torch.float32
-            config, (block_d, block_h) = _CONFIGS[block_sizes(d, h)[1], not half], block_sizes(d, h)
+            block_d, block_h = block_sizes(d, h)
+            config = with_block_d(_CONFIGS[block_h, not half], block_d)
             split = RowSplit.of(n_rows, config.blocks["BLOCK_N"], MAX_PROGRAMS, prefer_even=True)
-            rows, fp32 = f"*{TRITON_TYPE[dtype]}", "*fp32"
-            signature = {"x_ptr": rows, "y_ptr": rows, "centre_x_ptr": fp32, "centre_y_ptr": fp32}
-            signature |= {"slope_x_ptr": rows, "slope_y_ptr": rows, "offset_x_ptr": fp32, "offset_y_ptr": fp32}
-            signature |= {"shift_ptr": fp32, "sum_ptr": fp32, "second_ptr": fp32, "n_rows": "i32"}
+            in_rows_dtype = ("x_ptr", "y_ptr", "slope_x_ptr", "slope_y_ptr")
             for pair in (False, True):
-                constexprs: dict[str, Any] = {
-                    **config.blocks,
-                    "D": d,
-                    "BLOCK_D": block_d,
-                    "TILES": split.tiles,
-                    "EVEN_N": split.even,
-                    "PAIR": pair,
-                    "HALF": half,
-                    "PRECISION": dot_precision(dtype),
-                }
                 n_inputs = 2 if pair else 1
                 cases.append(
                     AuditCase(
-                        f"activation_moments D={d} H={h} {'pair' if pair else 'z'} {TRITON_TYPE[dtype]}",
-                        _activation_moments_kernel,
-                        signature,
-                        constexprs,
-                        config,
+                        name=f"activation_moments/{'pair' if pair else 'z'}/{TRITON_TYPE[dtype]}/D={d} H={h}",
+                        kernel=_activation_moments_kernel,
+                        signature=audit_signature(_activation_moments_kernel, dtype, in_rows_dtype),
+                        constexprs={
+                            "D": d,
+                            "TILES": split.tiles,
+                            "EVEN_N": split.even,
+                            "PAIR": pair,
+                            "HALF": half,
+                            "PRECISION": dot_precision(dtype),
+                        },
+                        config=config,
                         bytes_moved=n_inputs * n_rows * d * dtype.itemsize + split.programs * block_h**2 * 4,
                         flops=2 * n_rows * (n_inputs * d * h * (2 if half else 1) + h * h),
                         divisible_by_16=("n_rows",),

@@ -13,7 +13,7 @@ from fastjepa.kernels.launch import kernel_op
 from fastjepa.kernels.moments.fused import linear_operands, moments, subtract_centred_linear
 from fastjepa.kernels.projected_losses import algebra
 from fastjepa.kernels.projected_losses.activations import MAX_D, MAX_HIDDEN, operands
-from fastjepa.kernels.projected_losses.algebra import Projector, Saved
+from fastjepa.kernels.projected_losses.algebra import ProjectorParameters, Saved
 from fastjepa.kernels.projected_losses.backward import slope_gradients
 from fastjepa.kernels.projected_losses.forward import activation_moments
 from fastjepa.kernels.projected_losses.reference import ProjectedLosses, as_rows, check_shapes
@@ -22,16 +22,7 @@ _OP = "projected_losses"
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def _forward_fake(
-    z: Tensor,
-    predictions: list[Tensor],
-    weight1: Tensor,
-    bias1: Tensor,
-    bn_weight: Tensor,
-    bn_bias: Tensor,
-    weight2: Tensor,
-    eps: float,
-) -> list[Tensor]:
+def _forward_fake(z: Tensor, predictions: list[Tensor], weight1: Tensor, *_: object) -> list[Tensor]:
     (hidden, channels), n_tensors = weight1.shape, 1 + len(predictions)
     fp32_shapes: tuple[tuple[int, ...], ...] = ((), (), (len(predictions),), (n_tensors, hidden), (n_tensors, hidden))
     fp64_shapes: tuple[tuple[int, ...], ...] = (
@@ -58,7 +49,7 @@ def _forward(
     eps: float,
 ) -> list[Tensor]:
     """Rows (N, D) in; the fields of `ProjectedLosses`, then those of `algebra.Saved`, which the backward op needs."""
-    params = Projector(weight1, bias1, bn_weight, bn_bias, weight2)
+    params = ProjectorParameters(weight1, bias1, bn_weight, bn_bias, weight2)
     tensors, n_rows = [z, *predictions], z.shape[0]
     mean, scatter = moments(tensors)
     affine = algebra.hidden_affine(params, mean, scatter, n_rows, eps)
@@ -83,15 +74,10 @@ def _backward_fake(
     grad_prediction: Tensor,
     z: Tensor,
     predictions: list[Tensor],
-    weight1: Tensor,
-    bias1: Tensor,
-    bn_weight: Tensor,
-    bn_bias: Tensor,
-    weight2: Tensor,
-    eps: float,
-    saved: list[Tensor],
+    *params_eps_saved: Any,
 ) -> list[Tensor]:
-    return [torch.empty_like(x) for x in (weight1, bias1, bn_weight, bn_bias, weight2, z, *predictions)]
+    params = params_eps_saved[: len(ProjectorParameters._fields)]
+    return [torch.empty_like(x) for x in (*params, z, *predictions)]
 
 
 @kernel_op("fastjepa::projected_losses_backward", _backward_fake)
@@ -109,15 +95,15 @@ def _backward(
     eps: float,
     saved: list[Tensor],
 ) -> list[Tensor]:
-    """Gradients of the fields of `Projector`, of z and of each prediction, in their dtypes; `saved` are `Saved`."""
-    params = Projector(weight1, bias1, bn_weight, bn_bias, weight2)
+    """Gradients of `ProjectorParameters`, of z and of each prediction, in their dtypes; `saved` are `Saved`."""
+    params = ProjectorParameters(weight1, bias1, bn_weight, bn_bias, weight2)
     mean, scatter, mean_r, scatter_r, delta_moments = Saved(*saved)
     tensors, n_rows = [z, *predictions], z.shape[0]
     out = algebra.output_gradients(weight2, scatter_r, delta_moments, n_rows, grad_std, grad_cov, grad_prediction)
     affine = algebra.hidden_affine(params, mean, scatter, n_rows, eps)
     slopes, sum_dy, dy_x, slope_sum = slope_gradients(tensors, operands(affine, mean, bn_bias, z.dtype), mean_r, out)
     grad = algebra.input_gradients(params, affine, scatter, sum_dy, dy_x, slope_sum, n_rows)
-    grad_params = Projector(grad.weight1, grad.bias1, grad.bn_weight, grad.bn_bias, out.weight2)
+    grad_params = ProjectorParameters(grad.weight1, grad.bias1, grad.bn_weight, grad.bn_bias, out.weight2)
     correction = linear_operands(mean, grad.constant, grad.linear, z.dtype)
     grad_tensors = [
         subtract_centred_linear(x, correction, t, v, v if v.dtype == x.dtype else torch.empty_like(x))
@@ -130,18 +116,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     z, predictions, *params, eps = inputs
     ctx.n_predictions, ctx.eps = len(predictions), eps
     saved = Saved(*output[len(ProjectedLosses._fields) :])
-    ctx.save_for_backward(z, *predictions, *Projector(*params), *saved)
+    ctx.save_for_backward(z, *predictions, *ProjectorParameters(*params), *saved)
 
 
 def _autograd_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    n_predictions, n_params = ctx.n_predictions, len(Projector._fields)
+    n_predictions, n_params = ctx.n_predictions, len(ProjectorParameters._fields)
     z, *rest = ctx.saved_tensors
     predictions, rest = rest[:n_predictions], rest[n_predictions:]
-    params, saved = Projector(*rest[:n_params]), rest[n_params:]
+    params, saved = ProjectorParameters(*rest[:n_params]), rest[n_params:]
     # Nothing flows through the batch statistics, nor through what was saved.
-    grad_std, grad_cov, grad_prediction = grads[:3]
+    grad_std, grad_cov, grad_prediction, *_ = grads
     found = _backward(grad_std, grad_cov, grad_prediction, z, predictions, *params, ctx.eps, saved)
-    grad_params, grad_z, grad_predictions = Projector(*found[:n_params]), found[n_params], found[n_params + 1 :]
+    grad_params, grad_z, grad_predictions = (
+        ProjectorParameters(*found[:n_params]),
+        found[n_params],
+        found[n_params + 1 :],
+    )
     return (grad_z, grad_predictions, *grad_params, None)
 
 
@@ -208,7 +198,7 @@ def projected_losses(
             vector = weight1.new_full((hidden,), fill)
         check_tensor(_OP, name, vector, shape=(hidden,), dtypes=param_dtypes, device=z.device)
         vectors[name] = vector
-    params = Projector(weight1=weight1, weight2=weight2, **vectors)
+    params = ProjectorParameters(weight1=weight1, weight2=weight2, **vectors)
     rows = [as_rows(x).contiguous() for x in (z, *predictions)]
     found = _forward(rows[0], rows[1:], *params, float(eps))
     losses = ProjectedLosses(*found[: len(ProjectedLosses._fields)])
