@@ -19,15 +19,10 @@ from bench.recipe_suite import run_suite
 from fastjepa.kernels.moments import reference
 
 
-def n_rows(recipe: Recipe) -> int:
-    """N: how many rows one state has."""
-    return recipe.batch * recipe.frames * recipe.pixels**2
-
-
 def make_inputs(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Tensors:
     """Rows x ≥ 0 and sparse, as an encoder makes them; a base of their shape; mean, constant and linear in float64."""
     generator = torch.Generator(device).manual_seed(2025)
-    shape, d = (n_rows(recipe), recipe.dstc), recipe.dstc
+    shape, d = (recipe.rows, recipe.dstc), recipe.dstc
 
     def randn(*size: int) -> torch.Tensor:
         return torch.randn(size, generator=generator, device=device)
@@ -69,7 +64,7 @@ def linear_fused(inputs: Tensors) -> Tensors:
 
 def work(recipe: Recipe, tensors: int, phase: str, dtype: torch.dtype) -> Work:
     """`tensors` of N rows are read or written once, and every row takes one product with a (D, D) matrix."""
-    n, d = n_rows(recipe), recipe.dstc
+    n, d = recipe.rows, recipe.dstc
     return Work(tensors * n * d * dtype.itemsize, 2 * n * d * d)
 
 
@@ -81,7 +76,7 @@ def plans(recipe: Recipe, note: str = "") -> Iterator[tuple[Case, list[Variant]]
     ):
         case = Case(
             suite="moments",
-            name=f"{name} N={n_rows(recipe)} D={recipe.dstc}{note}",
+            name=f"{name} N={recipe.rows} D={recipe.dstc}{note}",
             make_inputs=partial(make_inputs, recipe),
             truth=eager,
             work=partial(work, recipe, tensors),

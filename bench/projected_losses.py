@@ -8,7 +8,6 @@ gives each loss: 10·std_loss + 100·cov_loss + mean(prediction_losses).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,46 +15,25 @@ from torch import Tensor
 
 from bench.harness import suite
 from bench.harness import variants as ways
-from bench.harness.case import BACKWARD, FORWARD, Case, Work
+from bench.harness.case import Case
 from bench.harness.variants import Tensors, Variant
+from bench.recipe import COV_COEFF, HIDDEN, OUT, STD_COEFF, Recipe, losses_work
 from fastjepa.kernels.projected_losses import closed_form, reference
 
-STD_COEFF, COV_COEFF = 10.0, 100.0
 EPS = 1e-5
 _PARAMETERS = ("weight1", "bias1", "bn_weight", "bn_bias", "weight2")
 
 
-@dataclass(frozen=True)
-class Size:
-    """The recipe's sizes; `pixels` is the side of the square frames."""
-
-    batch: int
-    frames: int = 10
-    pixels: int = 64
-    dim: int = 16
-    hidden: int = 64
-    out: int = 64
-    steps: int = 4
-
-    @property
-    def rows(self) -> int:
-        """N: how many vectors the projector sees in one call."""
-        return self.batch * self.frames * self.pixels**2
-
-    def __str__(self) -> str:
-        return f"B={self.batch} T={self.frames} {self.pixels}x{self.pixels} D={self.dim} K={self.steps}"
-
-
-def make_inputs(size: Size, device: torch.device, dtype: torch.dtype) -> Tensors:
+def make_inputs(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Tensors:
     """A state as an encoder makes it (≥ 0, sparse, smooth in time), predictions near it, and a projector.
 
     The parameters stay fp32, as in mixed-precision training. Drawn on the CPU, so every device gets the same values.
     """
     generator = torch.Generator().manual_seed(2025)
-    shape = (size.batch, size.dim, size.frames, size.pixels, size.pixels)
+    shape = (recipe.batch, recipe.dstc, recipe.frames, recipe.pixels, recipe.pixels)
     z = torch.randn(shape, generator=generator).relu_()
     inputs = {"z": z}
-    for step in range(1, size.steps + 1):
+    for step in range(1, recipe.steps + 1):
         inputs[f"prediction{step}"] = z + 0.1 * step * torch.randn(shape, generator=generator)
     inputs = {name: x.to(device, dtype) for name, x in inputs.items()}
 
@@ -63,11 +41,11 @@ def make_inputs(size: Size, device: torch.device, dtype: torch.dtype) -> Tensors
         return (2 * torch.rand(dims, generator=generator) - 1) / dims[-1] ** 0.5
 
     parameters = {
-        "weight1": uniform(size.hidden, size.dim),
-        "bias1": uniform(size.hidden),
-        "bn_weight": 1 + uniform(size.hidden),
-        "bn_bias": uniform(size.hidden),
-        "weight2": uniform(size.out, size.hidden),
+        "weight1": uniform(HIDDEN, recipe.dstc),
+        "bias1": uniform(HIDDEN),
+        "bn_weight": 1 + uniform(HIDDEN),
+        "bn_bias": uniform(HIDDEN),
+        "weight2": uniform(OUT, HIDDEN),
     }
     inputs |= {name: x.to(device) for name, x in parameters.items()}
     return {name: x.requires_grad_() for name, x in inputs.items()}
@@ -81,24 +59,6 @@ def cotangents(outputs: Tensors) -> Tensors:
         "cov_loss": torch.full_like(outputs["cov_loss"], COV_COEFF),
         "prediction_losses": torch.full_like(losses, 1 / max(losses.numel(), 1)),
     }
-
-
-def work(size: Size, phase: str, dtype: torch.dtype) -> Work:
-    """What the closed form needs, at least: the states are read twice forward (moments; projections), since BatchNorm
-    needs the statistics of all rows first, and for the same reason twice backward, where their gradients are written.
-    """
-    states = size.steps + 1
-    bytes_per_pass = states * size.rows * size.dim * dtype.itemsize
-    hidden, dim = size.hidden, size.dim
-    project, square, moments = 2 * hidden * dim, 2 * hidden * hidden, 2 * dim * dim
-    # Forward: x xᵀ, W1 x, and r rᵀ or ΔΔᵀ. Backward: W1 x and G r in both passes, dy xᵀ in one, W1ᵀ dh in the other.
-    forward = Work(2 * bytes_per_pass, states * size.rows * (moments + project + square))
-    backward = Work(3 * bytes_per_pass, states * size.rows * (2 * (project + square) + 2 * project))
-    if phase == FORWARD:
-        return forward
-    if phase == BACKWARD:
-        return backward
-    return Work(forward.bytes_moved + backward.bytes_moved, forward.flops + backward.flops)
 
 
 def compute(function: Callable[..., reference.ProjectedLosses], inputs: Tensors) -> Tensors:
@@ -115,14 +75,14 @@ def compute_fused(inputs: Tensors) -> Tensors:
     return compute(fused.projected_losses, inputs)
 
 
-def make_case(size: Size, note: str = "") -> Case:
-    """The benchmark case at one size."""
+def make_case(recipe: Recipe, note: str = "") -> Case:
+    """The benchmark case at the sizes of a recipe."""
     return Case(
         suite="projected_losses",
-        name=f"{size}{note}",
-        make_inputs=partial(make_inputs, size),
+        name=f"{recipe}{note}",
+        make_inputs=partial(make_inputs, recipe),
         truth=partial(compute, reference.projected_losses),
-        work=partial(work, size),
+        work=partial(losses_work, recipe),
         cotangents=cotangents,
         baseline="eager",
         eager={"fp32": "eager", "bf16": "eager bf16"},
@@ -155,8 +115,8 @@ def plans(
     """Every batch size; `compile`: with what must be compiled first."""
     variants = [v for v in make_variants(device) if compile or not v.name.startswith("torch.compile")]
     for batch in batches:
-        size = Size(batch, frames=3, pixels=32) if quick else Size(batch)
-        yield make_case(size, " (quick)" if quick else ""), variants
+        recipe = Recipe(batch, frames=3, pixels=32) if quick else Recipe(batch)
+        yield make_case(recipe, " (quick)" if quick else ""), variants
 
 
 def main(argv: Sequence[str]) -> int:

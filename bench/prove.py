@@ -243,7 +243,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if args.seconds <= 0:
         parser.error(f"--seconds must be more than 0, got {args.seconds}")
-    device = suite.resolve_device(args.device, parser)
+    device = suite.device_of(args, parser)
     environment = collect(["python", "-m", "bench", "prove", *argv], device)
     slug = "-".join("".join(c if c.isalnum() else " " for c in environment.device.lower()).split())
     out = (args.out or ROOT / "bench" / "results" / f"{slug}-{datetime.date.today()}").resolve()
@@ -251,8 +251,11 @@ def main(argv: Sequence[str]) -> int:
         proof = Proof(out, {"device": environment.device, "quick": args.quick})
     except (ValueError, KeyError, TypeError) as error:
         parser.error(f"{out / 'prove.json'}: {error}")
+    try:
+        every = parts(out, device, args.quick)
+    except FileNotFoundError as error:
+        parser.error(str(error))
     write_text(out / "environment.json", json.dumps(asdict(environment), indent=1) + "\n")
-    every = parts(out, device, args.quick)
     outcomes = prove(proof, every, args.seconds, out / "logs", say=lambda text: print(text, flush=True))
     speedups = render_speedups(out)
     print(f"\n{speedups}\n\n{render(outcomes)}\n\nrows, logs and environment: {out}")

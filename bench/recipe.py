@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bench import projected_losses
-from bench.harness.case import BOTH, Work
+from bench.harness.case import BACKWARD, BOTH, FORWARD, Work
 from bench.harness.variants import Tensors
 from fastjepa.model.jepa import JEPA, build_jepa, build_probes
 from fastjepa.model.networks import DetHead, ImageDecoder
 from fastjepa.moving_mnist import ClipSet
+
+STD_COEFF, COV_COEFF = 10.0, 100.0
+HIDDEN = OUT = 64  # features of the projector
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class Recipe:
     hpre: int = 32
     dstc: int = 16
     steps: int = 4
+
+    @property
+    def rows(self) -> int:
+        """N: how many vectors the projector sees in one call."""
+        return self.batch * self.frames * self.pixels**2
 
     def __str__(self) -> str:
         widths = "" if (self.henc, self.hpre) == (32, 32) else f" widths {self.henc}, {self.hpre}"
@@ -48,7 +55,7 @@ def build_model(recipe: Recipe, device: torch.device, dtype: torch.dtype = torch
         torch.manual_seed(2025)
         jepa = build_jepa(
             dobs=1, henc=recipe.henc, hpre=recipe.hpre, dstc=recipe.dstc,
-            std_coeff=projected_losses.STD_COEFF, cov_coeff=projected_losses.COV_COEFF,
+            std_coeff=STD_COEFF, cov_coeff=COV_COEFF,
         )  # fmt: skip
         decoder, head = build_probes(dobs=1, dstc=recipe.dstc)
     return jepa.to(device, dtype), decoder.to(device, dtype), head.to(device, dtype)
@@ -147,7 +154,7 @@ class StepWork:
 
 def step_work(recipe: Recipe) -> StepWork:
     """Count one training step. Bytes: each layer reads its input and writes its output once forward, once for the
-    input's gradient and once for the weights'; the losses are those of the closed form (`bench.projected_losses.work`).
+    input's gradient and once for the weights'; the losses are those of the closed form (`losses_work`).
     """
     jepa, decoder, head = build_model(recipe, torch.device("meta"))
     video = torch.empty(recipe.batch, 1, recipe.frames, recipe.pixels, recipe.pixels, device="meta")
@@ -160,8 +167,7 @@ def step_work(recipe: Recipe) -> StepWork:
     steps = recipe.steps
     networks = encoder.forward + encoder.backward + steps * (predictor.forward + predictor.backward)
     networks += sum(probe.forward + probe.backward for probe in probes)
-    size = projected_losses.Size(recipe.batch, recipe.frames, recipe.pixels, recipe.dstc, steps=steps)
-    closed = projected_losses.work(size, BOTH, torch.float32)
+    closed = losses_work(recipe, BOTH, torch.float32)
     elements = 3 * (encoder.elements + steps * predictor.elements + sum(probe.elements for probe in probes))
     return StepWork(
         # The encoder runs twice more for the probes, forward only, and the projector 1 + 2·steps times. The covariance
@@ -169,7 +175,26 @@ def step_work(recipe: Recipe) -> StepWork:
         literal_flops=networks
         + 2 * encoder.forward
         + (1 + 2 * steps) * (projector.forward + projector.backward)
-        + 3 * 2 * size.rows * size.out**2,
+        + 3 * 2 * recipe.rows * OUT**2,
         flops=networks + closed.flops,
         elements=elements + closed.bytes_moved // 4,
     )
+
+
+def losses_work(recipe: Recipe, phase: str, dtype: torch.dtype) -> Work:
+    """What the closed form of the projected losses needs, at least.
+
+    The states are read twice forward (moments; projections), since BatchNorm needs the statistics of all rows first,
+    and for the same reason twice backward, where their gradients are written.
+    """
+    states = recipe.steps + 1
+    bytes_per_pass = states * recipe.rows * recipe.dstc * dtype.itemsize
+    project, square, moments = 2 * HIDDEN * recipe.dstc, 2 * HIDDEN**2, 2 * recipe.dstc**2
+    # Forward: x xᵀ, W1 x, and r rᵀ or ΔΔᵀ. Backward: W1 x and G r in both passes, dy xᵀ in one, W1ᵀ dh in the other.
+    forward = Work(2 * bytes_per_pass, states * recipe.rows * (moments + project + square))
+    backward = Work(3 * bytes_per_pass, states * recipe.rows * (2 * (project + square) + 2 * project))
+    if phase == FORWARD:
+        return forward
+    if phase == BACKWARD:
+        return backward
+    return Work(forward.bytes_moved + backward.bytes_moved, forward.flops + backward.flops)

@@ -21,10 +21,9 @@ from bench.harness.variants import Computation, Tensors, Variant, always, needs_
 from bench.recipe import TINY, Recipe, arithmetic, build_model, count
 from fastjepa.fused.folding import folded_batch_norm
 from fastjepa.graphs import GraphedRollout
-from fastjepa.model.networks import StateOnlyPredictor
+from fastjepa.model.networks import CONTEXT, StateOnlyPredictor
 
 EAGER, EAGER_BF16 = "eager", "eager bf16"
-CONTEXT = 2
 Available = Callable[[torch.device], str | None]
 
 

@@ -15,14 +15,14 @@ import torch
 from bench import evaluation, layers, projected_losses, rollout, step
 from bench.harness.case import Case, Runner
 from bench.harness.variants import Variant
-from bench.recipe import TINY
+from bench.recipe import TINY, Recipe
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def plans() -> Iterator[tuple[Case, list[Variant]]]:
     yield (
-        projected_losses.make_case(projected_losses.Size(1, frames=3, pixels=32)),
+        projected_losses.make_case(Recipe(1, frames=3, pixels=32)),
         projected_losses.make_variants(DEVICE),
     )
     yield from islice(layers.plans(TINY), 4)  # both networks and two blocks

@@ -21,6 +21,7 @@ from bench.harness import suite
 from bench.harness.case import BOTH, Case
 from bench.harness.rows import Row, format_table
 from bench.harness.variants import Computation, Tensors, Variant, always, channels_last, needs_kernels
+from bench.recipe import Recipe
 from fastjepa.kernels.launch import LaunchConfig
 from fastjepa.kernels.projected_losses import closed_form
 
@@ -119,7 +120,7 @@ def describe(value: Any) -> str:
     return " ".join(f"{n}={v}" for n, v in vars(value).items()) if hasattr(value, "__dict__") else str(value)
 
 
-def _plan(
+def _case_of(
     case: Case, build: Callable[[torch.device], Computation], entry: Entry, candidates: list[Any]
 ) -> tuple[Case, list[Variant]]:
     assert case.cotangents is not None
@@ -167,8 +168,8 @@ def plans(quick: bool) -> Iterator[tuple[Case, list[Variant]]]:
         )
         entry = Entry(tilings, "TILINGS", key)
         case = batch_norm.block_case(batch_norm.Block(frames, 32, pixels, form))
-        yield _plan(case, batch_norm.build_fused_block, entry, tiling_candidates(entry))
-    size = projected_losses.Size(1, 2, 8, steps=2) if quick else projected_losses.Size(64)
+        yield _case_of(case, batch_norm.build_fused_block, entry, tiling_candidates(entry))
+    recipe = Recipe(batch=1, frames=2, pixels=8, steps=2) if quick else Recipe()
     half = (64, False)  # hidden features, whether fp32
     entries = [
         Entry("fastjepa.kernels.projected_losses.forward", "_CONFIGS", half),
@@ -177,10 +178,10 @@ def plans(quick: bool) -> Iterator[tuple[Case, list[Variant]]]:
         Entry("fastjepa.kernels.moments.centred_linear", "_CONFIGS", 16),
     ]
     case = replace(
-        projected_losses.make_case(size), truth=partial(projected_losses.compute, closed_form.projected_losses)
+        projected_losses.make_case(recipe), truth=partial(projected_losses.compute, closed_form.projected_losses)
     )
     for entry in entries:
-        yield _plan(case, fused_losses, entry, launch_candidates(entry))
+        yield _case_of(case, fused_losses, entry, launch_candidates(entry))
 
 
 def print_ranking(rows: list[Row]) -> None:

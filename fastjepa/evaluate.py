@@ -13,12 +13,12 @@ import tyro
 from fastjepa.config import Config, resolve_device
 from fastjepa.model.jepa import JEPA, build_jepa, build_probes
 from fastjepa.model.networks import DetHead, ImageDecoder
-from fastjepa.moving_mnist import default_cache_dir, load_clips
 from fastjepa.storage.checkpoint import load_checkpoint, load_modules
 from fastjepa.storage.run_folder import CHECKPOINT_NAME
 from fastjepa.storage.safe_files import CheckpointError, write_text_atomic
 from fastjepa.training.command_line import fail
 from fastjepa.training.evaluation import evaluate
+from fastjepa.training.run_clips import load_run_clips
 from fastjepa.training.trainer import set_precision
 
 
@@ -68,12 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         device = resolve_device(options.device)
         config, jepa, decoder, head = load_run(options.checkpoint, device)
         set_precision(config.precision)
-        _, clips = load_clips(
-            config.data, digits=config.digits, data_path=config.data_path,
-            cache_dir=options.cache_dir or config.cache_dir or default_cache_dir(), n_train=config.n_train,
-            n_val=config.n_val, n_frames=config.n_frames, canvas=config.canvas, digit_size=config.digit_size,
-            seed=config.seed,
-        )  # fmt: skip
+        _, clips = load_run_clips(config, options.cache_dir)
         result = evaluate(
             jepa, decoder, head, clips.to(device), options.batch_size or config.batch_size,
             autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None, literal=options.literal,

@@ -17,12 +17,12 @@ from fastjepa.evaluate import load_run
 from fastjepa.figures.horizon import draw_horizon_gif
 from fastjepa.graphs import CudaGraphChoice, GraphedRollout, use_cuda_graph
 from fastjepa.model.modes import eval_mode
-from fastjepa.moving_mnist import default_cache_dir, load_clips
+from fastjepa.model.networks import CONTEXT
 from fastjepa.storage.safe_files import CheckpointError
 from fastjepa.training.command_line import fail
+from fastjepa.training.run_clips import load_run_clips
 from fastjepa.training.trainer import set_precision
 
-CONTEXT = 2  # frames that the model is given
 PICTURED_CLIPS = 3
 
 
@@ -85,12 +85,7 @@ def roll_out(options: Options) -> Result:
 
     config, jepa, decoder, head = load_run(options.checkpoint, device)
     set_precision(config.precision)
-    _, validation = load_clips(
-        config.data, digits=config.digits, data_path=config.data_path,
-        cache_dir=options.cache_dir or config.cache_dir or default_cache_dir(), n_train=config.n_train,
-        n_val=config.n_val, n_frames=config.n_frames, canvas=config.canvas, digit_size=config.digit_size,
-        seed=config.seed,
-    )  # fmt: skip
+    _, validation = load_run_clips(config, options.cache_dir)
     if options.clips > len(validation):
         raise ValueError(
             f"--clips must be at most {len(validation)}, the validation clips of the run; got {options.clips}"

@@ -148,11 +148,14 @@ def test_parts_of_a_cpu_skip_what_needs_a_gpu_with_the_reason(tmp_path: Path) ->
 
 
 def test_a_test_that_is_missing_ends_the_proof_and_is_not_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(prove, "_KERNEL_TESTS", ("batch_norm", "no_such_op"))
-    with pytest.raises(FileNotFoundError, match=r"test_no_such_op\.py is to be proved, but there is no such file"):
-        prove.parts(tmp_path, CPU, quick=True)
+    with pytest.raises(SystemExit) as ended:
+        prove.main(["--device", "cpu", "--quick", "--out", str(tmp_path / "proof")])
+    assert ended.value.code == 2
+    assert "test_no_such_op.py is to be proved, but there is no such file" in capsys.readouterr().err
+    assert not (tmp_path / "proof").exists()  # nothing was begun
 
 
 def test_a_proof_fails_if_a_part_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

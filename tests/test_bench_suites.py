@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import batch_norm, evaluation, layers, moments, projected_losses, rollout, step, train
+from bench import batch_norm, evaluation, layers, moments, rollout, step, train
 from bench.harness.case import BACKWARD, BOTH, FORWARD
 from bench.harness.roofline import H200
 from bench.harness.rows import Row, read_rows
 from bench.harness.variants import channels_last
-from bench.recipe import TINY, Recipe, build_model, count, make_batch, step_work
+from bench.recipe import HIDDEN, OUT, TINY, Recipe, build_model, count, make_batch, step_work
 from compare import assert_close_to_truth
+from fastjepa.config import Config
 from fastjepa.model.networks import ResNet5
 from fastjepa.model.step import TrainStep
 
@@ -122,12 +123,13 @@ def test_suites_refuse_what_they_cannot_serve(arguments: list[str], capsys: pyte
     assert arguments[1] in capsys.readouterr().err
 
 
-def test_loss_weights_are_the_recipes() -> None:
-    jepa = build_model(TINY, CPU)[0]
-    assert (jepa.regularizer.std_coeff, jepa.regularizer.cov_coeff) == (
-        projected_losses.STD_COEFF,
-        projected_losses.COV_COEFF,
-    )
+def test_sizes_and_weights_of_the_losses_are_the_published_recipes() -> None:
+    jepa = build_model(Recipe(), CPU)[0]
+    published = Config()
+    assert (jepa.regularizer.std_coeff, jepa.regularizer.cov_coeff) == (published.std_coeff, published.cov_coeff)
+    assert jepa.regularizer.proj.state_dict()["net.0.weight"].shape == (HIDDEN, Recipe().dstc)
+    assert jepa.regularizer.proj.state_dict()["net.3.weight"].shape == (OUT, HIDDEN)
+    assert Recipe().batch == published.batch_size
 
 
 # -- layers

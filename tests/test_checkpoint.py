@@ -110,7 +110,7 @@ def test_a_captured_state_is_a_copy() -> None:
     assert_same(state, before)
 
 
-def test_restoring_keeps_all_memory() -> None:
+def test_loading_keeps_all_memory() -> None:
     """CUDA graphs and views go on working: every tensor stays where it was."""
     run = Run(0, lr=torch.tensor(1e-2))
     run.train(1)
@@ -276,7 +276,7 @@ def test_a_state_that_does_not_fit_changes_nothing(saved: dict[str, Any], victim
     assert_same(victim.snapshot(), before)
 
 
-def test_restoring_a_new_optimizer_that_fails_leaves_it_new(saved: dict[str, Any]) -> None:
+def test_loading_into_a_new_optimizer_that_fails_leaves_it_new(saved: dict[str, Any]) -> None:
     run = Run(1)
     state = copy.deepcopy(saved)
     state["rng"]["numpy"]["pos"] = -1

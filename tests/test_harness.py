@@ -17,6 +17,7 @@ from bench.harness.case import BACKWARD, BOTH, FORWARD, Case, Runner, Work, trut
 from bench.harness.rows import Row, format_table, read_rows, write_rows, write_text
 from bench.harness.run import Settings, render, run_case
 from bench.harness.variants import Tensors, Variant, channels_last, eager, eager_bf16, needs_cuda
+from bench.recipe import Recipe, losses_work
 from fastjepa.environment import Environment
 from fastjepa.measuring.timing import HostTimer, quantile
 from fastjepa.storage.safe_files import CheckpointError
@@ -399,8 +400,8 @@ def test_table_is_aligned() -> None:
 
 
 def test_losses_inputs_are_the_same_values_at_every_precision() -> None:
-    size = projected_losses.Size(batch=1, frames=2, pixels=4)
-    single, half = (projected_losses.make_inputs(size, CPU, dtype) for dtype in (torch.float32, torch.bfloat16))
+    recipe = Recipe(batch=1, frames=2, pixels=4)
+    single, half = (projected_losses.make_inputs(recipe, CPU, dtype) for dtype in (torch.float32, torch.bfloat16))
     assert [name for name in single if name.startswith("prediction")] == [f"prediction{k}" for k in (1, 2, 3, 4)]
     assert torch.equal(single["z"].bfloat16(), half["z"])
     assert single["z"].min() >= 0
@@ -409,10 +410,9 @@ def test_losses_inputs_are_the_same_values_at_every_precision() -> None:
 
 
 def test_losses_work_is_the_closed_forms_at_the_default_size() -> None:
-    size = projected_losses.Size(batch=64)
-    assert size.rows == 2_621_440
+    assert Recipe().rows == 2_621_440
     one_pass = 5 * 2_621_440 * 16 * 2  # five states in bf16
-    works = [projected_losses.work(size, phase, torch.bfloat16) for phase in (FORWARD, BACKWARD, BOTH)]
+    works = [losses_work(Recipe(), phase, torch.bfloat16) for phase in (FORWARD, BACKWARD, BOTH)]
     assert [work.bytes_moved for work in works] == [2 * one_pass, 3 * one_pass, 5 * one_pass]
     assert works[2].flops == works[0].flops + works[1].flops
 

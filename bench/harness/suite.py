@@ -14,6 +14,7 @@ from bench.harness.case import Case
 from bench.harness.rows import Row, write_rows
 from bench.harness.run import QUICK, Settings, render, run_case
 from bench.harness.variants import Variant
+from fastjepa.config import resolve_device
 from fastjepa.environment import collect
 
 
@@ -45,11 +46,12 @@ def make_parser(suite: str, doc: str) -> argparse.ArgumentParser:
     return parser
 
 
-def resolve_device(name: str, parser: argparse.ArgumentParser) -> torch.device:
-    """ "auto" → CUDA if there is one, else CPU; "cuda" without CUDA ends the program."""
-    if name == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda, but torch sees no CUDA device")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+def device_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> torch.device:
+    """What --device asks for; one that is not here ends the program."""
+    try:
+        return resolve_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def resolve(suite: str, parser: argparse.ArgumentParser, args: argparse.Namespace, argv: Sequence[str]) -> Options:
@@ -65,7 +67,7 @@ def resolve(suite: str, parser: argparse.ArgumentParser, args: argparse.Namespac
         settings = replace(settings, seconds=args.seconds)
     if args.no_memory:
         settings = replace(settings, memory=False)
-    device = resolve_device(args.device, parser)
+    device = device_of(args, parser)
     return Options(
         suite, tuple(argv), device, args.quick, settings, tuple(args.only), tuple(args.variant), args.out
     )  # fmt: skip

@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if args.steps < 1:
         parser.error(f"--steps must be at least 1, got {args.steps}")
-    device = suite.resolve_device(args.device, parser)
+    device = suite.device_of(args, parser)
     recipe: Recipe = chosen_recipe(parser, args, device)
     variants = {variant.name: variant for variant in step.make_variants(recipe, device)}
     if args.variant not in variants:

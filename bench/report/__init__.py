@@ -1,4 +1,5 @@
 """Rows made readable: a page of tables and pictures from committed rows, and from nothing else.
 
-It may import `bench.harness`, the suites for their names, and the style of `fastjepa.figures`.
+It may import `bench.harness`, names of `bench.recipe`, and of fastjepa the style of figures, the environment and the
+writing of files.
 """

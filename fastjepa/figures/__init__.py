@@ -1,4 +1,5 @@
 """Pictures of training runs, drawn from the files in their folders: `python -m fastjepa.figures RUN [RUN ...]`.
 
-Arrays and files in, PNG and GIF out; no model. It may import `fastjepa.storage` for writing files.
+Arrays and files in, PNG and GIF out; nothing is computed by a model. It may import `fastjepa.storage` for writing
+files, and of the model how many frames it is given.
 """

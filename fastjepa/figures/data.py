@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-CONTEXT = 2  # frames that the predictor is given
+from fastjepa.model.networks import CONTEXT
+
 _MAX_ROLLOUT_BYTES = 2**30  # a few clips are some MB; an npz that unpacks to more than this is damaged or hostile
 _MAX_TEXT_BYTES = 2**26
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from fastjepa.figures import style
-from fastjepa.figures.data import CONTEXT, RolloutArrays
+from fastjepa.figures.data import RolloutArrays
+from fastjepa.model.networks import CONTEXT
 
 
 def draw_rollout_strip(rollout_arrays: RolloutArrays, path: Path, clip: int = 0) -> Path:

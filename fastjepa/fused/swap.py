@@ -19,7 +19,7 @@ from fastjepa.measuring.wins import MEASURED_WINS
 from fastjepa.model.projected_losses import HiddenLayer, hidden_layer
 
 Backend = Literal["auto", "eager", "fused"]
-Precision = Literal["keep", "bf16"]
+SwapPrecision = Literal["keep", "bf16"]
 Jepa = TypeVar("Jepa", bound=nn.Module)
 
 # A module with the structure of a published one must also compute the same: its fused form may differ by this much,
@@ -64,7 +64,7 @@ def accelerate(
     jepa: Jepa,
     *,
     backend: Backend = "auto",
-    precision: Precision = "keep",
+    precision: SwapPrecision = "keep",
     strict: bool = True,
     verbose: bool = True,
 ) -> Jepa:
@@ -89,7 +89,7 @@ def accelerate(
         RuntimeError: backend "fused" where kernels cannot run; `jepa` is accelerated already.
     """
     _check_choice("backend", backend, get_args(Backend))
-    _check_choice("precision", precision, get_args(Precision))
+    _check_choice("precision", precision, get_args(SwapPrecision))
     for name in ("encoder", "predictor", "regularizer", "predcost"):
         if not isinstance(getattr(jepa, name, None), nn.Module):
             raise ValueError(f"jepa has no module {name!r}; accelerate takes a JEPA of fastjepa or eb_jepa")

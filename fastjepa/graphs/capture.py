@@ -7,7 +7,7 @@ A graph replays the kernels that were launched while it was captured, on the mem
   results or the static tensors themselves is the owner's `copy` argument.
 - **Signature.** The owner checks shape, dtype and device of its inputs, and records once for each signature and
   ambient autocast; the least recently used recording goes when there are too many.
-- **Weights** changed in place (an optimizer's step, `load_state_dict`, restoring a checkpoint) are seen by the next
+- **Weights** changed in place (an optimizer's step, `load_state_dict`, loading a checkpoint) are seen by the next
   replay. Weights that were *replaced* or moved, swapped modules, a changed mode, frozen parameters or another
   hyperparameter of the optimizer are noticed before a replay, and recorded anew. Other Python values of a module (the
   momentum of a BatchNorm, say) are those at the time of capture.

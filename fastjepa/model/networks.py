@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+CONTEXT = 2  # states from which the next one is predicted
+
 
 def per_frame(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply a network of frames to frames (N, C, H, W), or to each frame of a video (B, C, T, H, W).
@@ -160,7 +162,7 @@ class Projector(nn.Module):
 class StateOnlyPredictor(nn.Module):
     """Feeds a 2-D network with `context_length` consecutive states, the older first in the channels."""
 
-    def __init__(self, predictor: nn.Module, context_length: int = 2) -> None:
+    def __init__(self, predictor: nn.Module, context_length: int = CONTEXT) -> None:
         super().__init__()
         if context_length < 1:
             raise ValueError(f"context_length must be at least 1, got {context_length}")

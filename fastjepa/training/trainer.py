@@ -25,7 +25,7 @@ from fastjepa.graphs import GraphedTrainStep, use_cuda_graph
 from fastjepa.model.jepa import build_jepa, build_probes
 from fastjepa.model.memory_format import cpu_trains_channels_last
 from fastjepa.model.step import StepLosses, TrainStep, build_optimizer
-from fastjepa.moving_mnist import default_cache_dir, epoch_indices, load_clips
+from fastjepa.moving_mnist import epoch_indices
 from fastjepa.moving_mnist.cache import fingerprint
 from fastjepa.profiling import span
 from fastjepa.storage.checkpoint import load_checkpoint, load_snapshot, save_checkpoint, snapshot
@@ -34,6 +34,7 @@ from fastjepa.storage.run_folder import CHECKPOINT_NAME, prepare_folder
 from fastjepa.storage.safe_files import CheckpointError, write_atomic, write_text_atomic
 from fastjepa.training.evaluation import Evaluation, evaluate
 from fastjepa.training.picture_arrays import rollout_arrays
+from fastjepa.training.run_clips import load_run_clips
 from fastjepa.training.step_trace import TRACE_NAME, trace_steps
 from fastjepa.training.stop_signals import Interrupted, stop_signals
 
@@ -58,18 +59,7 @@ class Trainer:
         self.folder = prepare_folder(config)
         self.config = dataclasses.replace(config, out=self.folder)
         set_precision(config.precision)
-        train, validation = load_clips(
-            config.data,
-            digits=config.digits,
-            data_path=config.data_path,
-            cache_dir=config.cache_dir or default_cache_dir(),
-            n_train=config.n_train,
-            n_val=config.n_val,
-            n_frames=config.n_frames,
-            canvas=config.canvas,
-            digit_size=config.digit_size,
-            seed=config.seed,
-        )
+        train, validation = load_run_clips(config)
         self.data_fingerprint = f"{fingerprint(train.video.numpy())} {fingerprint(validation.video.numpy())}"
         self.train_clips, self.val_clips = train.to(self.device), validation.to(self.device)
 
