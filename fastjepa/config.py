@@ -143,7 +143,7 @@ MAY_CHANGE_ON_RESUME = (
     "checkpoint_every", "log_every", "preset", "cuda_graph", "profile",
 )  # fmt: skip
 
-# The demo is for two CPU cores and four minutes; docs/demo.md has what was tried and measured.
+# The demo is for two CPU cores and a few minutes; docs/demo.md has what was tried and measured.
 PRESETS: dict[str, dict[str, Any]] = {
     "full": {},
     "demo": {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import batch_norm, evaluation, layers, moments, rollout, step, train
+from bench import batch_norm, evaluation, layers, moments, rollout, saved, step, train
 from bench.harness.case import BACKWARD, BOTH, FORWARD
 from bench.harness.roofline import H200
 from bench.harness.rows import Row, read_rows
@@ -253,3 +253,17 @@ def test_moments_kernels_agree_with_the_definition(device: str) -> None:
         assert expected.keys() == found.keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4 * float(value.abs().max()))
+
+
+# -- saved
+
+
+def test_counting_without_computing_whatever_the_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        eager, closed = (saved.saved_bytes(1, False, False, path) for path in ("eager", "closed_form"))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert 0 < closed < eager

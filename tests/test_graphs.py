@@ -47,7 +47,6 @@ def test_a_step_never_waits_for_the_device() -> None:
 
 def test_when_a_graph_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert MEASURED_WINS.keys() <= {"batch_norm", "projected_losses", "train_step", "rollout"}
     monkeypatch.setitem(MEASURED_WINS, "rollout", "bench/results/some.csv")
     monkeypatch.delitem(MEASURED_WINS, "train_step", raising=False)
     assert [use_cuda_graph(choice, "rollout", cuda) for choice in ("auto", "on", "off")] == [True, True, False]

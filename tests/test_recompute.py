@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastjepa.fused import networks as fused_module
-from fastjepa.fused.networks import FusedResUNet
 from fastjepa.fused.recompute import Maker, Recomputation, recompute_activations
 from fastjepa.model.networks import ResUNet
 
@@ -62,8 +60,10 @@ def test_nothing_is_recorded_without_gradients() -> None:
 
 def test_gradients_are_bitwise_those_of_kept_activations(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also the second time, with retain_graph, and for odd sizes, where skips are resized."""
+    from fastjepa.fused import networks as fused_module  # only here: it needs Triton
+
     torch.manual_seed(0)
-    network = FusedResUNet.from_eager(ResUNet(4, 2, 3).to(device))
+    network = fused_module.FusedResUNet.from_eager(ResUNet(4, 2, 3).to(device))
     x = torch.rand(2, 4, 11, 9, device=device)
     weight = torch.rand(2, 3, 11, 9, device=device)
     parameters = list(network.parameters())

@@ -25,8 +25,8 @@ from fastjepa.training.trainer import NonFiniteLossError, Trainer
 
 DESCRIPTION = """Train and evaluate a Video JEPA on Moving MNIST.
 
-Without flags: the published recipe on a GPU, a four-minute demo on a CPU. Everything that the run makes (checkpoint,
-metrics, pictures, exported weights) goes to one folder, named at the end."""
+Without flags: the published recipe on a GPU, a demo of a few minutes on a CPU. Everything that the run makes
+(checkpoint, metrics, pictures, exported weights) goes to one folder, named at the end."""
 
 
 def fail(message: object) -> NoReturn:
