@@ -46,7 +46,7 @@ def check_tensor(
 ) -> None:
     """Raise a TypeError or ValueError that names the argument if `tensor` is not what `op` accepts.
 
-    `shape` has None where any size is accepted. `device`: the one all arguments must share. `contiguous`: no strides.
+    `shape` has None where any size is accepted. `device`: the one all arguments must share. `contiguous`: in memory.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")

@@ -122,6 +122,15 @@ def test_bad_input() -> None:
     assert [horizons_of(t) for t in (3, 4, 6, 10, 30)] == [1, 1, 3, 7, 7]
 
 
+def test_evaluating_a_fused_model_leaves_its_layout(device: str) -> None:
+    """It is not copied: what is evaluated is what goes on training."""
+    jepa, decoder, head = (module.to(device) for module in trained(torch.float32))
+    accelerate(jepa, backend="fused", verbose=False)
+    before = {name: parameter.stride() for name, parameter in jepa.named_parameters()}
+    evaluate(jepa, decoder, head, clips(2, frames=4, size=8).to(device), 2)
+    assert {name: parameter.stride() for name, parameter in jepa.named_parameters()} == before
+
+
 def test_a_fused_model_evaluates_the_same(device: str) -> None:
     model, fused = ([module.to(device) for module in trained(torch.float32)] for _ in range(2))
     accelerate(fused[0], backend="fused", verbose=False)

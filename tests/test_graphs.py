@@ -47,7 +47,7 @@ def test_a_step_never_waits_for_the_device() -> None:
 
 def test_when_a_graph_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setitem(MEASURED_WINS, "rollout", "bench/results/some.csv")
+    monkeypatch.setitem(MEASURED_WINS, "rollout", "bench/results/some.jsonl")
     monkeypatch.delitem(MEASURED_WINS, "train_step", raising=False)
     assert [use_cuda_graph(choice, "rollout", cuda) for choice in ("auto", "on", "off")] == [True, True, False]
     assert [use_cuda_graph(choice, "train_step", cuda) for choice in ("auto", "on", "off")] == [False, True, False]

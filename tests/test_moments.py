@@ -131,12 +131,16 @@ def test_twice_the_same_bits_and_nothing_left_unwritten(device: str, request: py
     ("tensors", "error", "message"),
     [
         ([], ValueError, "moments: no tensors were given"),
-        ([torch.rand(16, 70).T], ValueError, r"moments: x has strides \(1, 70\); accepted: contiguous"),
-        ([torch.rand(70, 32)[:, ::2]], ValueError, r"x has strides \(32, 2\)"),
-        ([torch.rand(4, 5, 6)], ValueError, r"x has shape \(4, 5, 6\); accepted: \(any, any\)"),
+        ([torch.rand(16, 70).T], ValueError, r"moments: tensors\[0\] has strides \(1, 70\); accepted: contiguous"),
+        ([torch.rand(70, 32)[:, ::2]], ValueError, r"tensors\[0\] has strides \(32, 2\)"),
+        ([torch.rand(4, 5, 6)], ValueError, r"tensors\[0\] has shape \(4, 5, 6\); accepted: \(any, any\)"),
         ([torch.rand(0, 16)], ValueError, r"rows have shape \(0, 16\); accepted: 1 row or more of 1 to 512"),
         ([torch.rand(4, 513)], ValueError, r"rows have shape \(4, 513\)"),
-        ([torch.rand(4, 16).double()], TypeError, "x has dtype torch.float64; accepted: torch.float32, torch.bfloat16"),
+        (
+            [torch.rand(4, 16).double()],
+            TypeError,
+            r"tensors\[0\] has dtype torch.float64; accepted: torch.float32",
+        ),
         ([torch.rand(4, 16), torch.rand(4, 16).bfloat16()], TypeError, r"tensors\[1\] has dtype torch.bfloat16"),
         ([torch.rand(4, 16), torch.rand(5, 16)], ValueError, r"tensors\[1\] has shape \(5, 16\); accepted: \(4, 16\)"),
     ],
@@ -150,6 +154,18 @@ def test_moments_refuse_what_they_would_get_wrong(
         fused.moments(moved)
 
 
+def test_moments_need_tensors_of_one_device_that_runs_kernels(device: str) -> None:
+    here, nowhere = torch.rand(4, 16, device=device), torch.rand(4, 16, device="meta")
+    with pytest.raises(ValueError, match=r"tensors\[1\] is on meta, but the other arguments are on"):
+        fused.moments([here, nowhere])
+    for call in (
+        lambda: fused.moments([nowhere]),
+        lambda: fused.subtract_centred_linear(nowhere, fused.LinearOperands(here, here, here), 0, None, nowhere),
+    ):
+        with pytest.raises(RuntimeError, match="device type 'meta' is not supported"):
+            call()
+
+
 def test_the_linear_map_refuses_what_it_would_get_wrong(device: str) -> None:
     x, mean, linear = torch.rand(7, 16, device=device), torch.rand(1, 16).double(), torch.rand(1, 16, 16).double()
     mean, linear = mean.to(device), linear.to(device)
@@ -161,10 +177,18 @@ def test_the_linear_map_refuses_what_it_would_get_wrong(device: str) -> None:
             fused.linear_operands(*arguments, x.dtype)
     with pytest.raises(TypeError, match=r"mean has dtype torch.float32; accepted: torch.float64"):
         fused.linear_operands(mean.float(), None, linear, x.dtype)
+    with pytest.raises(TypeError, match=r"dtype is torch.float16; accepted: torch.float32, torch.bfloat16"):
+        fused.linear_operands(mean, None, linear, torch.float16)
     operands = fused.linear_operands(mean, None, linear, x.dtype)
+    for t in (-1, 1):
+        with pytest.raises(ValueError, match=rf"t is {t}; accepted: 0 to 0"):
+            fused.subtract_centred_linear(x, operands, t, None, torch.empty_like(x))
+    twice = operands._replace(constant=operands.constant.repeat(2, 1))
+    with pytest.raises(ValueError, match=r"operands.constant has shape \(2, 16\); accepted: \(1, 16\)"):
+        fused.subtract_centred_linear(x, twice, 0, None, torch.empty_like(x))
     with pytest.raises(TypeError, match=r"operands.linear has dtype torch.float32; accepted: torch.bfloat16"):
         fused.subtract_centred_linear(x.bfloat16(), operands, 0, None, torch.empty_like(x))
-    with pytest.raises(ValueError, match=r"operands.linear has shape \(1, 16, 16\); accepted: \(any, 64, 64\)"):
+    with pytest.raises(ValueError, match=r"operands.centre has shape \(1, 16\); accepted: \(1, 64\)"):
         fused.subtract_centred_linear(x.repeat(1, 4), operands, 0, None, torch.empty_like(x))
     with pytest.raises(ValueError, match=r"out has shape \(7, 15\); accepted: \(7, 16\)"):
         fused.subtract_centred_linear(x, operands, 0, None, torch.empty_like(x)[:, :15])

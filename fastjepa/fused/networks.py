@@ -28,15 +28,13 @@ from fastjepa.fused.recognition import (
 )
 from fastjepa.fused.recompute import Recomputation, recompute_activations
 from fastjepa.kernels.batch_norm.fused import batch_norm_act_repeatable
-from fastjepa.model.memory_format import cpu_trains_channels_last
 from fastjepa.model.networks import join_context, join_skip, per_frame
+from fastjepa.model.strided_convolution import apply_convolution
 
 
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
     """conv(x), channels-last. A copy only where cuDNN chose another layout, as it may for a single input channel."""
-    if x.device.type == "cpu" and not cpu_trains_channels_last(conv):  # interpreted kernels, at the sizes of tests
-        x = x.contiguous()
-    return conv(x).contiguous(memory_format=torch.channels_last)
+    return apply_convolution(conv, x).contiguous(memory_format=torch.channels_last)
 
 
 def activate(

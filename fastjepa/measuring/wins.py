@@ -9,5 +9,5 @@ from __future__ import annotations
 # What a measurement may say of: fused ops, then CUDA graphs.
 CANDIDATES = ("batch_norm", "projected_losses", "train_step", "rollout")
 
-# candidate → path of a committed file of rows, from the root of the repository
+# candidate → path of a committed .jsonl file of rows, from the root of the repository
 MEASURED_WINS: dict[str, str] = {}

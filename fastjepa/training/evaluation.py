@@ -131,8 +131,9 @@ def evaluate(
         if not literal:
             encoder, predictor = folded_batch_norm(encoder), folded_batch_norm(predictor)
             if clips.device.type == "cpu":  # the layout in which a CPU convolves fastest; a fused network has it
-                encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-                predictor.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                for folded, original in ((encoder, jepa.encoder), (predictor, jepa.predictor)):
+                    if folded is not original:  # which keeps its layout
+                        folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         for indices in sequential_batches(len(clips), batch_size, clips.video.device):
             with span("data"):
                 video, digit_location = clips.batch(indices)

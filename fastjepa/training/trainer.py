@@ -23,7 +23,6 @@ from fastjepa.figures.runs import draw_run
 from fastjepa.fused.swap import accelerate
 from fastjepa.graphs import GraphedTrainStep, use_cuda_graph
 from fastjepa.model.jepa import build_jepa, build_probes
-from fastjepa.model.memory_format import cpu_trains_channels_last
 from fastjepa.model.step import StepLosses, TrainStep, build_optimizer
 from fastjepa.moving_mnist import epoch_indices
 from fastjepa.moving_mnist.cache import fingerprint
@@ -68,8 +67,7 @@ class Trainer:
             dobs=config.dobs, henc=config.henc, hpre=config.hpre, dstc=config.dstc,
             std_coeff=config.std_coeff, cov_coeff=config.cov_coeff,
         ).to(self.device)  # fmt: skip
-        on_cpu = self.device.type == "cpu"
-        if cpu_trains_channels_last(self.jepa) if on_cpu else config.precision != "fp32":
+        if self.device.type == "cpu" or config.precision != "fp32":
             # Weights only: convolutions then keep activations channels-last too. On a CPU this makes steps of the demo
             # about a fifth shorter; on a GPU it is the layout of the tensor cores, which fp32 does not use.
             self.jepa.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ def moments(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         RuntimeError: kernels cannot run on the tensors' device.
         TypeError, ValueError: a tensor that is not as above; the message names it.
     """
-    n_rows, n_channels = _check_rows("moments", tensors)
+    n_rows, n_channels = _check_rows("moments", {f"tensors[{i}]": x for i, x in enumerate(tensors)})
     partials = scatter_partials(tensors)
     # In float64: the partials are about different centres, which the exact formula combines.
     counts, offset = partials.counts, partials.residual.double() / partials.counts
@@ -43,9 +43,11 @@ def moments(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def linear_operands(mean: Tensor, constant: Tensor | None, linear: Tensor, dtype: torch.dtype) -> LinearOperands:
     """Round mean (T, D), constant (T, D; None: zeros) and linear (T, D, D), all float64, for rows of `dtype`.
 
-    Raises TypeError or ValueError for another dtype, or a shape that does not fit the mean.
+    Raises TypeError or ValueError for another dtype (of rows: fp32 or bf16), or a shape that does not fit the mean.
     """
     op, wide = "linear_operands", (torch.float64,)
+    if dtype not in _DTYPES:
+        raise TypeError(f"{op}: dtype is {dtype}; accepted: {', '.join(map(str, _DTYPES))}")
     check_tensor(op, "mean", mean, shape=(None, None), dtypes=wide)
     n_tensors, n_channels = mean.shape
     if constant is not None:
@@ -69,28 +71,34 @@ def subtract_centred_linear(x: Tensor, operands: LinearOperands, t: int, base: T
         TypeError, ValueError: an argument that is not as above; the message names it.
     """
     op = "subtract_centred_linear"
-    n_rows, n_channels = _check_rows(op, [x])
-    size = padded_size(n_channels)
-    check_tensor(op, "operands.linear", operands.linear, shape=(None, size, size), dtypes=(x.dtype,), device=x.device)
+    n_rows, n_channels = _check_rows(op, {"x": x})
+    size, n_tensors = padded_size(n_channels), operands.centre.shape[0]
+    for name, shape, dtype in (
+        ("centre", (n_tensors, size), torch.float32),
+        ("constant", (n_tensors, size), torch.float32),
+        ("linear", (n_tensors, size, size), x.dtype),
+    ):
+        operand = getattr(operands, name)
+        check_tensor(op, f"operands.{name}", operand, shape=shape, dtypes=(dtype,), device=x.device, contiguous=True)
+    if not 0 <= t < n_tensors:
+        raise ValueError(f"{op}: t is {t}; accepted: 0 to {n_tensors - 1}, the tensors of the operands")
     for name, tensor in (("base", base), ("out", out)):
         if tensor is not None:
-            shape = (n_rows, n_channels)
-            check_tensor(op, name, tensor, shape=shape, dtypes=_DTYPES, device=x.device, contiguous=True)
+            rows = (n_rows, n_channels)
+            check_tensor(op, name, tensor, shape=rows, dtypes=_DTYPES, device=x.device, contiguous=True)
     launch_centred_linear(x, operands, t, base, out)
     return out
 
 
-def _check_rows(op: str, tensors: Sequence[Tensor]) -> tuple[int, int]:
+def _check_rows(op: str, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     """(n_rows, n_channels) of each of the tensors; an error names one that is not as the first."""
     if not tensors:
         raise ValueError(f"{op}: no tensors were given; accepted: at least one")
-    first = tensors[0]
-    for i, x in enumerate(tensors):
-        name = "x" if len(tensors) == 1 else f"tensors[{i}]"
-        shape = tuple(first.shape) if i else (None, None)
-        check_tensor(op, name, x, shape=shape, dtypes=(first.dtype,) if i else _DTYPES, contiguous=True)
-        if x.device != first.device:
-            raise ValueError(f"{op}: {name} is on {x.device}, but tensors[0] is on {first.device}")
+    first = next(iter(tensors.values()))
+    for name, x in tensors.items():
+        alone = x is first
+        shape, dtypes = ((None, None), _DTYPES) if alone else (tuple(first.shape), (first.dtype,))
+        check_tensor(op, name, x, shape=shape, dtypes=dtypes, device=first.device, contiguous=True)
     require_available(op, first.device)
     n_rows, n_channels = first.shape
     if n_rows < 1 or not 1 <= n_channels <= MAX_D:

@@ -30,7 +30,7 @@ MAX_PROGRAMS = 528  # 4 for each of 132 multiprocessors; 8.6 MB of partials for 
 
 @triton.jit
 def hidden_activations(  # type: ignore[no-untyped-def]
-    x_ptr,
+    x_ptr,  # (n_rows, D)
     centre_ptr,  # (2, BLOCK_D) fp32: μ as a sum of two
     slope_ptr,  # HALF: (2, BLOCK_D, BLOCK_H), Aᵀ as a sum of two; else (1, BLOCK_D, BLOCK_H)
     offset_ptr,  # (BLOCK_H,) fp32

@@ -1,0 +1,41 @@
+"""A strided 1×1 convolution, which is what a shortcut is, by a way that a CPU computes right."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Input channels in one block of oneDNN's 1×1 convolutions: 16 with AVX-512, 8 with AVX2.
+_BLOCK = 16
+
+
+class Shortcut(nn.Sequential):
+    """Strided 1×1 convolution → BatchNorm: a Sequential of the two, whose convolution `apply_convolution` calls."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, in, H, W) → (N, out, ceil(H/stride), ceil(W/stride))."""
+        conv, norm = self
+        out: Tensor = norm(apply_convolution(conv, x))
+        return out
+
+
+def apply_convolution(conv: nn.Module, x: Tensor) -> Tensor:
+    """conv(x); on a CPU, where oneDNN is at fault, by taking the pixels that a stride visits and striding no more.
+
+    oneDNN's weight gradient of a strided 1×1 convolution writes past its workspace where input or weight is
+    channels-last and the input has fewer channels than one block (uxlfoundation/oneDNN#6035, seen with torch 2.13): the
+    heap is corrupted, or the gradient is wrong without a word. With stride 1 there is no such workspace. The products
+    and their sums are the same either way.
+    """
+    if (
+        x.device.type == "cpu"
+        and isinstance(conv, nn.Conv2d)
+        and conv.kernel_size == (1, 1)
+        and conv.stride != (1, 1)
+        and (conv.padding, conv.groups) == ((0, 0), 1)
+        and conv.in_channels < _BLOCK
+    ):
+        visited = x[:, :, :: conv.stride[0], :: conv.stride[1]]
+        return F.conv2d(visited, conv.weight, conv.bias)
+    out: Tensor = conv(x)
+    return out
