@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -131,6 +133,7 @@ def test_twice_the_same_bits_and_nothing_left_unwritten(device: str, request: py
     ("tensors", "error", "message"),
     [
         ([], ValueError, "moments: no tensors were given"),
+        ([None], TypeError, r"tensors\[0\] must be a tensor, got NoneType"),
         ([torch.rand(16, 70).T], ValueError, r"moments: tensors\[0\] has strides \(1, 70\); accepted: contiguous"),
         ([torch.rand(70, 32)[:, ::2]], ValueError, r"tensors\[0\] has strides \(32, 2\)"),
         ([torch.rand(4, 5, 6)], ValueError, r"tensors\[0\] has shape \(4, 5, 6\); accepted: \(any, any\)"),
@@ -146,10 +149,13 @@ def test_twice_the_same_bits_and_nothing_left_unwritten(device: str, request: py
     ],
 )
 def test_moments_refuse_what_they_would_get_wrong(
-    tensors: list[Tensor], error: type[Exception], message: str, device: str
+    tensors: list[Any], error: type[Exception], message: str, device: str
 ) -> None:
     # .to() would make strided rows contiguous on its way to a GPU.
-    moved = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x) for x in tensors]
+    moved: list[Any] = [
+        x if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
+        for x in tensors
+    ]
     with pytest.raises(error, match=message):
         fused.moments(moved)
 

@@ -77,7 +77,7 @@ class LinearOperands(NamedTuple):
     linear: Tensor  # (T, size, size) in the rows' dtype, transposed
 
 
-def rounded(mean: Tensor, constant: Tensor | None, linear: Tensor, dtype: torch.dtype) -> LinearOperands:
+def round_operands(mean: Tensor, constant: Tensor | None, linear: Tensor, dtype: torch.dtype) -> LinearOperands:
     """The operands from mean (T, D), constant (T, D; None: zeros) and linear (T, D, D), all float64."""
     n_tensors, n_channels = mean.shape
     size, centre = padded_size(n_channels), mean.float()

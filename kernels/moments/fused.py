@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastjepa.kernels.checks import check_tensor, require_available
 from fastjepa.kernels.moments.blocks import MAX_D, padded_size
-from fastjepa.kernels.moments.centred_linear import LinearOperands, launch_centred_linear, rounded
+from fastjepa.kernels.moments.centred_linear import LinearOperands, launch_centred_linear, round_operands
 from fastjepa.kernels.moments.scatter import scatter_partials
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -53,7 +53,7 @@ def linear_operands(mean: Tensor, constant: Tensor | None, linear: Tensor, dtype
     if constant is not None:
         check_tensor(op, "constant", constant, shape=(n_tensors, n_channels), dtypes=wide, device=mean.device)
     check_tensor(op, "linear", linear, shape=(n_tensors, n_channels, n_channels), dtypes=wide, device=mean.device)
-    return rounded(mean, constant, linear, dtype)
+    return round_operands(mean, constant, linear, dtype)
 
 
 def subtract_centred_linear(x: Tensor, operands: LinearOperands, t: int, base: Tensor | None, out: Tensor) -> Tensor:
@@ -94,11 +94,11 @@ def _check_rows(op: str, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     """(n_rows, n_channels) of each of the tensors; an error names one that is not as the first."""
     if not tensors:
         raise ValueError(f"{op}: no tensors were given; accepted: at least one")
-    first = next(iter(tensors.values()))
-    for name, x in tensors.items():
-        alone = x is first
-        shape, dtypes = ((None, None), _DTYPES) if alone else (tuple(first.shape), (first.dtype,))
-        check_tensor(op, name, x, shape=shape, dtypes=dtypes, device=first.device, contiguous=True)
+    (first_name, first), *others = tensors.items()
+    check_tensor(op, first_name, first, shape=(None, None), dtypes=_DTYPES, contiguous=True)
+    for name, x in others:
+        shape = tuple(first.shape)
+        check_tensor(op, name, x, shape=shape, dtypes=(first.dtype,), device=first.device, contiguous=True)
     require_available(op, first.device)
     n_rows, n_channels = first.shape
     if n_rows < 1 or not 1 <= n_channels <= MAX_D:
