@@ -26,7 +26,7 @@ from fastjepa.kernels.launch import LaunchConfig
 from fastjepa.kernels.projected_losses import closed_form
 
 EAGER = "eager bf16"
-_LEAST_PROGRAMS = 128
+_LEAST_PROGRAMS = 128  # fewer would leave multiprocessors of a large GPU idle
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def describe(value: Any) -> str:
     return " ".join(f"{n}={v}" for n, v in vars(value).items()) if hasattr(value, "__dict__") else str(value)
 
 
-def _case_of(
+def _case_and_variants(
     case: Case, build: Callable[[torch.device], Computation], entry: Entry, candidates: list[Any]
 ) -> tuple[Case, list[Variant]]:
     assert case.cotangents is not None
@@ -168,7 +168,7 @@ def plans(quick: bool) -> Iterator[tuple[Case, list[Variant]]]:
         )
         entry = Entry(tilings, "TILINGS", key)
         case = batch_norm.block_case(batch_norm.Block(frames, 32, pixels, form))
-        yield _case_of(case, batch_norm.build_fused_block, entry, tiling_candidates(entry))
+        yield _case_and_variants(case, batch_norm.build_fused_block, entry, tiling_candidates(entry))
     recipe = Recipe(batch=1, frames=2, pixels=8, steps=2) if quick else Recipe()
     half = (64, False)  # hidden features, whether fp32
     entries = [
@@ -181,7 +181,7 @@ def plans(quick: bool) -> Iterator[tuple[Case, list[Variant]]]:
         projected_losses.make_case(recipe), truth=partial(projected_losses.compute, closed_form.projected_losses)
     )
     for entry in entries:
-        yield _case_of(case, fused_losses, entry, launch_candidates(entry))
+        yield _case_and_variants(case, fused_losses, entry, launch_candidates(entry))
 
 
 def print_ranking(rows: list[Row]) -> None:

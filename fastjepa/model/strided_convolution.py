@@ -10,7 +10,7 @@ _BLOCK = 16
 
 
 class Shortcut(nn.Sequential):
-    """Strided 1×1 convolution → BatchNorm: a Sequential of the two, whose convolution `apply_convolution` calls."""
+    """1×1 convolution, with a stride or not, → BatchNorm: a Sequential that calls the convolution right on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, in, H, W) → (N, out, ceil(H/stride), ceil(W/stride))."""
