@@ -57,7 +57,6 @@ class Network:
         self.module = module
         self.forward = self._forward
         if compile:
-            torch._dynamo.reset()
             self.forward = torch.compile(self._forward, mode=COMPILE_MAX, fullgraph=True, dynamic=False)
 
     def __call__(self, inputs: Tensors) -> Tensors:

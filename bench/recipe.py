@@ -82,18 +82,21 @@ def make_clips(recipe: Recipe, device: torch.device, batches: int = 1) -> ClipSe
 
 
 @contextlib.contextmanager
-def arithmetic(precision: str) -> Iterator[None]:
-    """Products of fp32 tensors in tf32 on a GPU if `precision` is "tf32", in fp32 otherwise. cuDNN picks its fastest
-    algorithms for everybody. Set for each call, because variants of several precisions take turns.
+def arithmetic(precision: str, *, fastest: bool = False) -> Iterator[None]:
+    """Products of fp32 tensors in tf32 on a GPU if `precision` is "tf32", in fp32 otherwise. Set for each call, because
+    variants take turns.
+
+    cuDNN's algorithms are those of the trainer: deterministic, and chosen by its rules. With `fastest` it measures them
+    all, the ones with atomics too, and takes the fastest: two runs then differ in the last bits.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
     matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
-    cudnn.benchmark = True
+    cudnn.deterministic, cudnn.benchmark = not fastest, fastest
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
 
 
 # ---- work: FLOPs of convolutions and linear layers, and the elements they must move ----------------------------------

@@ -88,7 +88,6 @@ class Rollout:
 
     def _compiled(self) -> Callable[[Tensor], Tensor]:
         """Each step one launch of a CUDA graph, whose output the next step must copy: its memory is reused."""
-        torch._dynamo.reset()
         compiled = torch.compile(self._predict, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
         def predict(pair: Tensor) -> Tensor:

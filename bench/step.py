@@ -1,16 +1,17 @@
 """`python -m bench step`: one training step, from the original's to everything at once, each improvement a bar.
 
-Every variant includes the ones above it, but for the blocks that replace each other (compiled networks, then fused
-ones). All start from the same weights and take real optimiser steps, so errors are those of the first step: its losses
-(relative to their total), and its gradients of encoder, predictor and projector, against float64. (Handing those
-gradients out costs each variant one copy of 9 MB a call.) The work of a row is what any implementation must do, each
-thing once; the original's own is 12.6 TFLOP.
+Every variant includes the ones above it, up to the CUDA graph; then come peers, whose rows say what they were given.
+All start from the same weights and take real optimiser steps, so errors are those of the first step: its losses
+(relative to their total), and its gradients of encoder, predictor and projector, against float64, by their norms.
+(Handing those gradients out costs each variant one copy of 9 MB a call.) cuDNN runs as in the trainer, deterministic,
+but where a variant's name says otherwise. The work of a row is what any implementation must do, each thing once; the
+original's own is 12.6 TFLOP.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,7 @@ from fastjepa.model.projected_losses import ProjectionPath
 from fastjepa.model.step import StepLosses, TrainStep, build_optimizer
 
 LEARNING_RATE = 1e-3
-ORIGINAL, EAGER_BF16 = "original", "bf16, channels-last"
+ORIGINAL, EAGER_BF16, COMPILED = "original", "bf16, channels-last", "torch.compile(max-autotune)"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Way:
     compile: bool = False
     fused_blocks: bool = False
     graph: bool = False
+    fastest: bool = False  # cuDNN's fastest algorithms, not the trainer's deterministic ones
 
 
 class Step:
@@ -69,7 +71,6 @@ class Step:
         )
         if way.compile:
             # The whole forward as one graph: the networks, the unroll, the losses and the buffers' advance.
-            torch._dynamo.reset()
             compiled = torch.compile(self.step.losses, mode=COMPILE_MAX, fullgraph=True, dynamic=False)
             self.step.losses = compiled  # type: ignore[method-assign]
 
@@ -81,7 +82,7 @@ class Step:
 
     def __call__(self, inputs: Tensors) -> Tensors:
         """One optimisation step; its losses and its gradients, each group of parameters as one tensor."""
-        with arithmetic(self.way.precision):
+        with arithmetic(self.way.precision, fastest=self.way.fastest):
             if self.graphed is None:
                 losses = self.step(inputs["video"], inputs["digit_location"])
             else:
@@ -137,6 +138,7 @@ def make_case(recipe: Recipe, note: str = "") -> Case:
         baseline=ORIGINAL,
         eager={"fp32": ORIGINAL, "tf32": "TF32", "bf16": EAGER_BF16},
         phase="step",
+        measure="norm",
         repeatable=False,
         rates={
             "samples_per_second": float(recipe.batch),
@@ -150,26 +152,45 @@ def _work(recipe: Recipe, phase: str, dtype: torch.dtype) -> Work:
 
 
 def make_variants(recipe: Recipe, device: torch.device) -> list[Variant]:
-    """The waterfall. On a CPU everything is fp32."""
+    """The waterfall, then the peers. On a GPU what is not bf16 is tf32, but for the original."""
     base = "tf32" if device.type == "cuda" else "fp32"
-    half = {"precision": "bf16", "channels_last": True}
-    ways: list[tuple[str, Way, Callable[[torch.device], str | None]]] = [
-        (ORIGINAL, Way(literal=True), always),
-        ("TF32", Way(literal=True, precision="tf32"), needs_cuda),
-        ("each thing once", Way(projection="eager", precision=base), always),
-        ("closed-form losses", Way(projection="closed_form", precision=base), always),
-        ("channels-last", Way(projection="closed_form", channels_last=True), needs_cpu),
-        (EAGER_BF16, Way(projection="closed_form", **half), needs_cuda),  # type: ignore[arg-type]
-        ("torch.compile(max-autotune)", Way(projection="closed_form", compile=True, **half), needs_cuda),  # type: ignore[arg-type]
-        ("fused losses", Way(projection="fused", compile=True, **half), needs_kernels),  # type: ignore[arg-type]
-        ("fused blocks", Way(projection="fused", fused_blocks=True, **half), needs_kernels),  # type: ignore[arg-type]
-        (GRAPH, Way(projection="fused", fused_blocks=True, graph=True, **half), needs_kernels),  # type: ignore[arg-type]
+    half = Way(projection="closed_form", precision="bf16", channels_last=True)
+    blocks = replace(half, projection="fused", fused_blocks=True)
+    ways: list[tuple[str, Way, Callable[[torch.device], str | None], str]] = [
+        (ORIGINAL, Way(literal=True), always, ""),
+        ("TF32", Way(literal=True, precision="tf32"), needs_cuda, ""),
+        ("each thing once", Way(projection="eager", precision=base), always, ""),
+        ("closed-form losses", Way(projection="closed_form", precision=base), always, ""),
+        ("channels-last", Way(projection="closed_form", channels_last=True), needs_cpu, ""),
+        (EAGER_BF16, half, always, ""),
+        ("fused losses", replace(half, projection="fused"), needs_kernels, ""),
+        ("fused blocks", blocks, needs_kernels, ""),
+        (GRAPH, replace(blocks, graph=True), needs_kernels, ""),
+        (f"{GRAPH}, cuDNN's fastest", replace(blocks, graph=True, fastest=True), needs_kernels, ""),
+        ("original, cuDNN's fastest", Way(literal=True, fastest=True), needs_cuda, _FASTEST),
+        (COMPILED, replace(half, compile=True), needs_cuda, _MATHS),
+        (
+            f"{COMPILED}, cuDNN's fastest",
+            replace(half, compile=True, fastest=True),
+            needs_cuda,
+            f"{_MATHS}; {_FASTEST}",
+        ),
+        (f"{COMPILED}, fused losses", replace(half, projection="fused", compile=True), needs_kernels, _FUSED_LOSSES),
     ]
     dtypes = {"bf16": torch.bfloat16}  # of the activations; batches are fp32
     return [
-        Variant(name, partial(build, recipe, way), way.precision, dtypes.get(way.precision, torch.float32), available)
-        for name, way, available in ways
-    ]
+        Variant(
+            name, partial(build, recipe, way), way.precision, dtypes.get(way.precision, torch.float32), available,
+            given=given,
+        )
+        for name, way, available, given in ways
+    ]  # fmt: skip
+
+
+# What peers are given, so that no ratio is one of maths that the other could have had.
+_FASTEST = "cuDNN's fastest algorithms, deterministic or not"
+_MATHS = "each thing once, the losses in closed form, bf16 autocast, channels-last, the whole forward as one graph"
+_FUSED_LOSSES = _MATHS.replace("in closed form", "by our kernels")
 
 
 def needs_cpu(device: torch.device) -> str | None:

@@ -124,6 +124,7 @@ def _case_and_variants(
     case: Case, build: Callable[[torch.device], Computation], entry: Entry, candidates: list[Any]
 ) -> tuple[Case, list[Variant]]:
     assert case.cotangents is not None
+    assert case.truth is not None
     eager = partial(forward_and_backward, case.truth, case.cotangents)
     whole = replace(
         case, suite="tune", name=f"{entry}, {case.name}", truth=eager, phase=BOTH, cotangents=None,

@@ -15,6 +15,7 @@ from fastjepa.measuring.policy import (
     judge,
     largest_entry,
     max_error,
+    relative_error,
     relative_errors,
     relative_floor,
 )
@@ -111,3 +112,20 @@ def test_error_of_a_result_that_is_zero_in_theory_is_relative_to_its_terms() -> 
     results = {"a": torch.tensor([0.0, 1e-6]), "b": truth["b"].float()}
     assert relative_errors(results, truth, {}, truth)["a"].relative == math.inf
     assert relative_errors(results, truth, {"a": "b"}, truth)["a"].relative == pytest.approx(1e-7)
+
+
+def test_error_by_norm_is_not_that_of_one_entry() -> None:
+    truth, result = double(3.0, 4.0, 0.0), double(3.0, 4.0, 0.5)
+    assert relative_error(result, truth) == pytest.approx(0.125)
+    assert relative_error(result, truth, measure="norm") == pytest.approx(0.1)
+    assert relative_errors({"y": result}, {"y": truth}, {}, {"y": truth}, "norm")["y"].relative == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("result", "truth", "error"),
+    [((NAN, 2.0), (1.0, 2.0), INF), ((INF, 2.0), (INF, 2.0), 0.0), ((1.0, INF), (1.0, 2.0), INF), ((), (), 0.0)],
+)
+def test_by_norm_too_what_is_not_finite_passes_only_where_truth_is_the_same(
+    result: tuple[float, ...], truth: tuple[float, ...], error: float
+) -> None:
+    assert relative_error(double(*result), double(*truth), measure="norm") == error

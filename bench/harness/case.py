@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from bench.harness.variants import Tensors, Variant
-from fastjepa.measuring.policy import Error, relative_errors
+from fastjepa.measuring.policy import Error, ErrorMeasure, relative_errors
 from fastjepa.measuring.timing import Timer
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
@@ -30,7 +30,8 @@ class Case:
         suite, name: what the rows are called.
         make_inputs: (device, dtype) → named tensors; the same values every time, leaves with `requires_grad` set where
             a gradient is wanted.
-        truth: the reference, called with float64 inputs; its outputs are those that every variant must give.
+        truth: the reference, called with float64 inputs; its outputs are those that every variant must give. None
+            where there is nothing to be exact about, as for a ceiling of the device: rows are then "unjudged".
         work: (phase, dtype) → Work, or None where it is not known.
         baseline: the variant to which speed-ups are relative.
         eager: by precision, the variant whose error judges the others of that precision.
@@ -38,6 +39,7 @@ class Case:
         phase: what the one phase is called if there is no backward, e.g. "rollout" or "step".
         latency: time single calls on the host's clock, and state p50 and p99 in place of p20 and p80.
         scale_of: see `policy.relative_errors`; gradients are called "grad <input>".
+        measure: what the size of an error is: "norm" for what goes through many layers (see `policy`).
         repeatable: calls change no state, so the last one must be as exact as the first.
         rates: units per call by the name of the rate, e.g. {"frames_per_second": 512}, for the rows' `quality`.
     """
@@ -45,7 +47,7 @@ class Case:
     suite: str
     name: str
     make_inputs: Callable[[torch.device, torch.dtype], Tensors]
-    truth: Callable[[Tensors], Tensors]
+    truth: Callable[[Tensors], Tensors] | None
     work: Callable[[str, torch.dtype], Work | None]
     baseline: str
     eager: Mapping[str, str]
@@ -53,6 +55,7 @@ class Case:
     phase: str = FORWARD
     latency: bool = False
     scale_of: Mapping[str, str] = field(default_factory=dict)
+    measure: ErrorMeasure = "largest entry"
     repeatable: bool = True
     rates: Mapping[str, float] = field(default_factory=dict)
 
@@ -107,7 +110,7 @@ class Runner:
         """Run every phase once and keep, for each tensor, the largest error seen so far."""
         for phase, results in self.run().items():
             expected = {name: x for name, x in truth.items() if name.startswith("grad ") == (phase == BACKWARD)}
-            errors = relative_errors(results, expected, self.case.scale_of, truth)
+            errors = relative_errors(results, expected, self.case.scale_of, truth, self.case.measure)
             before = self.errors.get(phase, errors)
             self.errors[phase] = {n: max(e, before[n], key=lambda error: error.relative) for n, e in errors.items()}
         if self.case.cotangents is not None:
@@ -131,12 +134,15 @@ class Runner:
 
 def truth_of(case: Case, inputs: Tensors) -> Tensors:
     """Outputs and gradients of the case's reference in float64 on the same inputs."""
+    function = case.truth
+    if function is None:
+        raise ValueError(f"case {case.name!r} has no truth")
     wide = {
         name: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
         for name, x in inputs.items()
     }
     device = next(iter(inputs.values())).device
-    reference = Variant("truth", lambda _: case.truth, dtype=torch.float64)
+    reference = Variant("truth", lambda _: function, dtype=torch.float64)
     results = Runner(case, reference, device, wide).run()
     return {name: x.detach() for tensors in results.values() for name, x in tensors.items()}
 

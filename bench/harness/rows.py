@@ -26,8 +26,10 @@ class Row:
 
     Times are milliseconds; `low_ms` and `high_ms` are the quantiles in `quantiles`, e.g. (0.2, 0.8). `peak_extra_bytes`
     is the highest memory in use during the phase above that of the inputs, what forward saved for backward included.
-    `error` is max |result − truth| / scale of the tensor named `error_of`, the one closest to (or furthest beyond) its
-    bound. `percent_of_roofline` is the roofline time over the median. Fields that do not apply are None.
+    `error` is |result − truth| / |truth| of the tensor named `error_of`, the one closest to (or furthest beyond) its
+    bound; `error_measure` says whether |·| is the largest entry or the norm. `baseline_ms` is the baseline's median in
+    the rounds that alternated with this variant's, and `speedup` their ratio. `percent_of_roofline` is the roofline
+    time over the median. Fields that do not apply are None.
     """
 
     suite: str
@@ -52,8 +54,11 @@ class Row:
     error: float | None = None
     error_bound: float | None = None
     error_of: str = ""
+    error_measure: str = ""
     speedup: float | None = None
     baseline: str = ""
+    baseline_ms: float | None = None
+    given: str = ""  # what a peer was given that it does not do by itself
     quality: dict[str, float] = field(default_factory=dict)  # e.g. {"frames_per_second": 1.2e5}, {"mAP": 0.61}
     command: str = ""
     commit: str = ""
@@ -132,15 +137,19 @@ def read_rows(path: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            values = json.loads(line)
-            if not isinstance(values, dict):
-                raise TypeError(f"a row is an object, got {type(values).__name__}")
-            if isinstance(values.get("quantiles"), list):
-                values["quantiles"] = tuple(values["quantiles"])
-            rows.append(Row(**values))
+            rows.append(row_from_json(json.loads(line)))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
     return rows
+
+
+def row_from_json(values: Any) -> Row:
+    """A row from parsed JSON. Raises TypeError or ValueError if it is none."""
+    if not isinstance(values, dict):
+        raise TypeError(f"a row is an object, got {type(values).__name__}")
+    if isinstance(values.get("quantiles"), list):
+        values = {**values, "quantiles": tuple(values["quantiles"])}
+    return Row(**values)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,11 +11,15 @@ from pathlib import Path
 import torch
 
 from bench.harness.case import Case
-from bench.harness.rows import Row, write_rows
-from bench.harness.run import QUICK, Settings, render, run_case
+from bench.harness.kept import Kept
+from bench.harness.row_file import RowFile, merge
+from bench.harness.rows import Row
+from bench.harness.run import QUICK, DeviceLostError, Settings, render, run_case
 from bench.harness.variants import Variant
 from fastjepa.config import resolve_device
 from fastjepa.environment import collect
+
+DEVICE_LOST = 3  # the exit status of a command after which another process may go on with what is missing
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Options:
     only: tuple[str, ...]
     variants: tuple[str, ...]
     out: Path | None
+    missing: bool = False
+    keep: Path | None = None
 
 
 def make_parser(suite: str, doc: str) -> argparse.ArgumentParser:
@@ -38,11 +44,13 @@ def make_parser(suite: str, doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--only", nargs="+", metavar="TEXT", default=(), help="only cases whose name has one of these")
     parser.add_argument("--variant", nargs="+", metavar="NAME", default=(), help="only these (default: all)")
-    parser.add_argument("--rounds", type=int, help="timed rounds of each case, at most")
-    parser.add_argument("--seconds", type=float, help="seconds for the timed rounds of each case")
+    parser.add_argument("--rounds", type=int, help="timed rounds of each variant, at most")
+    parser.add_argument("--seconds", type=float, help="for the timed rounds of each variant")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out (on a CPU it takes a process)")
     parser.add_argument("--quick", action="store_true", help="a smoke run: small and short")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"write {suite}.jsonl and {suite}.csv there")
+    parser.add_argument("--missing", action="store_true", help="with --out: measure only what has no row there yet")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep float64 truths there, for the next process")
     return parser
 
 
@@ -67,9 +75,12 @@ def resolve(suite: str, parser: argparse.ArgumentParser, args: argparse.Namespac
         settings = replace(settings, seconds=args.seconds)
     if args.no_memory:
         settings = replace(settings, memory=False)
+    if args.missing and args.out is None:
+        parser.error("--missing needs --out, the folder in which rows may be missing")
     device = device_of(args, parser)
     return Options(
-        suite, tuple(argv), device, args.quick, settings, tuple(args.only), tuple(args.variant), args.out
+        suite, tuple(argv), device, args.quick, settings, tuple(args.only), tuple(args.variant), args.out,
+        args.missing, args.keep,
     )  # fmt: skip
 
 
@@ -79,28 +90,47 @@ def run(
     plans: Iterable[tuple[Case, Sequence[Variant]]],
     after: Callable[[list[Row]], None] = lambda rows: None,
 ) -> int:
-    """Measure every case, print a table for each, write the rows after each; 1 if a variant failed.
+    """Measure every case, print a table for each, write the rows of every variant at once.
 
-    `after` is given all rows at the end. `plans` may build its cases lazily.
+    Returns 1 if a variant failed, `DEVICE_LOST` if one has left the device unusable; else 0. `after` is given all rows
+    at the end. `plans` may build its cases lazily.
     """
     environment = collect(["python", "-m", "bench", options.suite, *options.argv], options.device)
-    rows: list[Row] = []
+    file = None if options.out is None else RowFile(options.out, options.suite)
+    rows: list[Row] = [] if file is None else file.rows()
     names: list[str] = []
+    chosen_cases = 0
+
+    def found(new: list[Row]) -> None:
+        rows[:] = merge(rows, new)
+        if file is not None:
+            file.add(new)
+
     for case, variants in plans:
         names.append(case.name)
         if options.only and not any(text in case.name for text in options.only):
             continue
+        chosen_cases += 1
         known = [variant.name for variant in variants]
         unknown = [name for name in options.variants if name not in known]
         if unknown:
             parser.error(f"--variant {unknown[0]!r} is not one of: {', '.join(known)}")
         chosen = [v for v in variants if not options.variants or v.name in options.variants]
-        found = run_case(case, chosen, options.device, environment, options.settings, progress=_progress)
-        print(f"\n{options.suite} {case.name}, on {environment.device}\n{render(found)}", flush=True)
-        rows += found
-        if options.out is not None:  # after every case: a run that is cut short keeps what it has measured
-            write_rows(rows, options.out / options.suite)
-    if not rows:
+        try:
+            run_case(
+                case, chosen, options.device, environment, options.settings, _progress,
+                known=variants,
+                measured=file.measured(case.name) if file is not None and options.missing else {},
+                kept=Kept(options.keep),
+                before=lambda new: None if file is None else file.begin(new),
+                after=found,
+            )  # fmt: skip
+        except DeviceLostError as error:
+            _progress(str(error))
+            return DEVICE_LOST
+        table = render(row for row in rows if row.case == case.name)
+        print(f"\n{options.suite} {case.name}, on {environment.device}\n{table}", flush=True)
+    if not chosen_cases:
         parser.error(f"--only {' '.join(options.only)}: no case has that in its name; cases: {'; '.join(names)}")
     after(rows)
     if options.out is None:

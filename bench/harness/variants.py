@@ -51,7 +51,8 @@ class Variant:
 
     `build(device)` returns the computation, ready to be called many times on the same inputs. `available(device)` says
     why it cannot run there, or None. `prepare` changes how the inputs are laid out, once and untimed. `precision` is
-    the arithmetic by which it is judged and whose roofline applies: "fp32", "tf32", "bf16".
+    the arithmetic by which it is judged and whose roofline applies: "fp32", "tf32", "bf16". `given` says, for the row,
+    what a peer was given that it does not do by itself.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Variant:
     dtype: torch.dtype = torch.float32
     available: Callable[[torch.device], str | None] = always
     prepare: Callable[[Tensors], Tensors] = dict
+    given: str = ""
 
 
 def channels_last(inputs: Tensors) -> Tensors:
@@ -78,7 +80,6 @@ def _plain(function: Computation, device: torch.device) -> Computation:
 
 
 def _compiled(function: Computation, mode: str, device: torch.device) -> Computation:
-    torch._dynamo.reset()  # an earlier variant's graphs and recompilation counts are not this one's
     compiled: Computation = torch.compile(function, mode=mode, fullgraph=True, dynamic=False)
     return compiled
 

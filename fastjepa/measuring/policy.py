@@ -8,6 +8,11 @@ result passes if
 
 A NaN or an infinity never passes, unless truth has the same one in the same place. Tensors may be large, so errors are
 computed on the device of the result.
+
+What goes through many layers (a whole training step, a network) is judged by norms instead: err(x) = ‖x − truth‖₂ and
+scale = ‖truth‖₂. A rounding may move an activation across ReLU's zero, which changes single entries of a gradient by far
+more than a rounding; the worst entry then says which activations happened to lie near zero, and two runs of eager with
+another order of sums differ in it as much.
 """
 
 from __future__ import annotations
@@ -15,11 +20,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 FP32_RELATIVE_LIMIT = 1e-5
+
+ErrorMeasure = Literal["largest entry", "norm"]
 
 # The floor lets a result pass where eager happens to be exact (one rounding error may be 0 by luck). It has two terms.
 # (1) Sums: blocked sums of up to 2^22 terms, as both sides make them, go through at most ~32 levels; each level rounds
@@ -67,33 +75,48 @@ def error_bound(
 
 def max_error(result: Tensor, truth: Tensor) -> float:
     """max |result − truth| in float64; infinite if they differ in where they are not finite. 0 for empty tensors."""
-    if result.numel() == 0:
-        return 0.0
-    result, truth = result.detach().double(), truth.detach().to(result.device, torch.float64)
-    finite = torch.isfinite(truth)
-    if not finite.all():
-        if not torch.equal(result[~finite].nan_to_num(nan=12345.0), truth[~finite].nan_to_num(nan=12345.0)):
-            return math.inf
-        result, truth = result[finite], truth[finite]
-        if result.numel() == 0:
-            return 0.0
-    error = float((result - truth).abs_().max())
-    return math.inf if math.isnan(error) else error
+    return _size(_difference(result, truth), "largest entry")
 
 
 def largest_entry(truth: Tensor) -> float:
     """max |truth| over its finite entries, the scale of the policy; 0 if there is none."""
+    return _size(_finite(truth), "largest entry")
+
+
+def relative_error(
+    result: Tensor, truth: Tensor, scale: float | None = None, measure: ErrorMeasure = "largest entry"
+) -> float:
+    """|result − truth| / scale, by default |truth|, both the largest entry or the norm; 0 where they are equal."""
+    error = _size(_difference(result, truth), measure)
+    scale = _size(_finite(truth), measure) if scale is None else scale
+    return 0.0 if error == 0.0 else error / scale if scale else math.inf
+
+
+def _difference(result: Tensor, truth: Tensor) -> Tensor | None:
+    """result − truth in float64 where truth is finite; None if they differ elsewhere."""
+    result, truth = result.detach().double(), truth.detach().to(result.device, torch.float64)
+    finite = torch.isfinite(truth)
+    if finite.all():
+        return result - truth
+    if not torch.equal(result[~finite].nan_to_num(nan=12345.0), truth[~finite].nan_to_num(nan=12345.0)):
+        return None
+    return result[finite] - truth[finite]
+
+
+def _finite(truth: Tensor) -> Tensor:
     truth = truth.detach()
     finite = torch.isfinite(truth)
-    found = truth.abs() if finite.all() else truth[finite].abs()
-    return float(found.max()) if found.numel() else 0.0
+    return truth if finite.all() else truth[finite]
 
 
-def relative_error(result: Tensor, truth: Tensor, scale: float | None = None) -> float:
-    """max |result − truth| / scale, by default the largest entry of truth; 0 where result and truth are equal."""
-    error = max_error(result, truth)
-    scale = largest_entry(truth) if scale is None else scale
-    return 0.0 if error == 0.0 else error / scale if scale else math.inf
+def _size(x: Tensor | None, measure: ErrorMeasure) -> float:
+    """The largest absolute entry, or the norm; infinite for None or NaN, 0 if there is no entry."""
+    if x is None:
+        return math.inf
+    if x.numel() == 0:
+        return 0.0
+    size = float(x.abs().max() if measure == "largest entry" else torch.linalg.vector_norm(x.double()))
+    return math.inf if math.isnan(size) else size
 
 
 # ---- results of several tensors, judged together ---------------------------------------------------------------------
@@ -126,8 +149,9 @@ def relative_errors(
     expected: Mapping[str, Tensor],
     scale_of: Mapping[str, str],
     truth: Mapping[str, Tensor],
+    measure: ErrorMeasure = "largest entry",
 ) -> dict[str, Error]:
-    """The error of every tensor of `expected`, which is float64.
+    """The error of every tensor of `expected`, which is float64, by its largest entry or by its norm.
 
     `scale_of` names, for one whose terms cancel, the tensor of `truth` whose scale to use in place of its own.
     Raises ValueError if a result is missing or has another shape. NaN and infinities are infinite errors, unless
@@ -140,8 +164,8 @@ def relative_errors(
             raise ValueError(f"result {name!r}: expected shape {tuple(exact.shape)}, got {got}")
         if exact.numel() == 0:
             continue
-        scale = largest_entry(truth[scale_of.get(name, name)])
-        errors[name] = Error(relative_error(results[name], exact, scale), results[name].dtype)
+        scale = _size(_finite(truth[scale_of.get(name, name)]), measure)
+        errors[name] = Error(relative_error(results[name], exact, scale, measure), results[name].dtype)
     return errors
 
 
