@@ -15,12 +15,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "networks": ("bench.networks", "time the encoder and the predictor whole, forward and backward"),
     "layers": ("bench.layers", "networks and batch_norm in one run"),
     "saved": ("bench.saved", "count the bytes a training step keeps for its backward pass, without a GPU"),
+    "ceilings": ("bench.ceilings", "time copies, matrix products and cuDNN's convolutions: what the device can do"),
+    "checks": ("bench.checks", "check every kernel at small odd sizes, and that a graph equals plain calls"),
     "step": ("bench.step", "time one training step, from the original's to everything at once"),
     "rollout": ("bench.rollout", "time predicting k frames: latency and frames per second"),
     "train": ("bench.train", "train for some time, and write mAP against the wall clock"),
     "tune": ("bench.tune", "time candidate launch configurations of the kernels on a GPU"),
     "report": ("bench.report.page", "draw and tabulate committed rows"),
-    "prove": ("bench.prove", "everything that can be shown on this machine, in one folder"),
+    "prove": ("bench.prove.command", "everything that can be shown on this machine, in one folder"),
     "eval": ("bench.evaluation", "time one evaluation, literally and with each thing done once"),
 }
 

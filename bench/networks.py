@@ -99,6 +99,7 @@ def network_case(recipe: Recipe, part: str, note: str = "") -> Case:
         truth=partial(network_truth, recipe, part),
         work=partial(network_work, recipe, part),
         cotangents=random_cotangents,
+        measure="norm",
         baseline=EAGER,
         eager={"fp32": EAGER, "bf16": EAGER_BF16},
     )

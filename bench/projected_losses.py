@@ -8,6 +8,7 @@ gives each loss: 10·std_loss + 100·cov_loss + mean(prediction_losses).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -91,29 +92,32 @@ def make_case(recipe: Recipe, note: str = "") -> Case:
     )
 
 
-def make_variants(device: torch.device) -> list[Variant]:
-    """Eager, the closed form, the fused kernels; and, on a GPU, bf16 and torch.compile of the first two."""
+def make_variants() -> list[Variant]:
+    """Eager, the kernels, the closed form, and torch.compile of eager and of the closed form's maths; bf16 on a GPU."""
     eager = partial(compute, reference.projected_losses)
     closed = partial(compute, closed_form.projected_losses)
-    chosen = [ways.eager(eager), ways.eager(closed, "closed form"), ways.compiled(eager, "torch.compile(default)")]
-    if device.type == "cuda":
-        best = ways.COMPILE_MAX
-        chosen += [
-            ways.eager_bf16(eager),
-            ways.eager_bf16(closed, "closed form bf16"),
-            ways.compiled(eager, "torch.compile(max-autotune)", best),
-            ways.compiled(eager, "torch.compile(default) bf16", bf16=True),
-            ways.compiled(eager, "torch.compile(max-autotune) bf16", best, bf16=True),
-            ways.fused(compute_fused, "fused bf16", bf16=True),
-        ]
-    return [*chosen, ways.fused(compute_fused)]
+    given = "the losses in closed form"
+    return [
+        ways.eager(eager),
+        ways.gpu_only(ways.eager_bf16(eager)),
+        ways.fused(compute_fused),
+        ways.fused(compute_fused, "fused bf16", bf16=True),
+        ways.eager(closed, "closed form"),
+        ways.gpu_only(ways.eager_bf16(closed, "closed form bf16")),
+        ways.compiled(eager, "torch.compile(default)"),
+        ways.compiled(eager, "torch.compile(max-autotune)", ways.COMPILE_MAX),
+        ways.gpu_only(ways.compiled(eager, "torch.compile(default) bf16", bf16=True)),
+        ways.compiled(eager, "torch.compile(max-autotune) bf16", ways.COMPILE_MAX, bf16=True),
+        replace(
+            ways.compiled(closed, "torch.compile(max-autotune) bf16, closed form", ways.COMPILE_MAX, bf16=True),
+            given=given,
+        ),
+    ]
 
 
-def plans(
-    batches: Sequence[int], device: torch.device, *, quick: bool, compile: bool
-) -> Iterator[tuple[Case, list[Variant]]]:
+def plans(batches: Sequence[int], *, quick: bool, compile: bool) -> Iterator[tuple[Case, list[Variant]]]:
     """Every batch size; `compile`: with what must be compiled first."""
-    variants = [v for v in make_variants(device) if compile or not v.name.startswith("torch.compile")]
+    variants = [v for v in make_variants() if compile or not v.name.startswith("torch.compile")]
     for batch in batches:
         recipe = Recipe(batch, frames=3, pixels=32) if quick else Recipe(batch)
         yield make_case(recipe, " (quick)" if quick else ""), variants
@@ -131,4 +135,4 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--batch must be at least 1, got {min(batches)}")
     # Compiling on a CPU takes most of a minute, too long for a smoke run; --variant names it all the same.
     compile = bool(options.variants) or not (options.quick and on_cpu)
-    return suite.run(options, parser, plans(batches, options.device, quick=options.quick, compile=compile))
+    return suite.run(options, parser, plans(batches, quick=options.quick, compile=compile))

@@ -38,6 +38,11 @@ class Way:
     graph: bool = False
 
 
+def as_graph(way: Way) -> Way:
+    """The same, as a CUDA graph."""
+    return replace(way, graph=True)
+
+
 def make_states(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Tensors:
     """Two states, ≥ 0 and sparse as the encoder makes them."""
     generator = torch.Generator().manual_seed(2025)

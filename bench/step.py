@@ -47,6 +47,11 @@ class Way:
     fastest: bool = False  # cuDNN's fastest algorithms, not the trainer's deterministic ones
 
 
+def as_graph(way: Way) -> Way:
+    """The same, as a CUDA graph."""
+    return replace(way, graph=True)
+
+
 class Step:
     """A training step as a benchmark's computation: it moves its own model, built from the seed."""
 

@@ -23,7 +23,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def plans() -> Iterator[tuple[Case, list[Variant]]]:
     yield (
         projected_losses.make_case(Recipe(1, frames=3, pixels=32)),
-        projected_losses.make_variants(DEVICE),
+        projected_losses.make_variants(),
     )
     yield from islice(layers.plans(TINY), 4)  # both networks and two blocks
     yield rollout.make_case(TINY, 4), rollout.make_variants(TINY, 4)

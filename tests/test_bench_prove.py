@@ -1,158 +1,289 @@
-"""What is made of rows and suites: the report, the proof, and the tables of profilers."""
+"""The proof, rehearsed: variants that crash, hang, lie or exhaust memory cost themselves, and kills cost one variant."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import re
+import random
+import signal
+import subprocess
 import sys
-import time
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import prove
-from bench.harness.rows import Row, write_rows
-from bench.profile import target, top_kernels
-from bench.report import figures
-from bench.report import page as report
+from bench.harness.row_file import RowFile
+from bench.harness.rows import Row, read_rows, write_rows
+from bench.prove import archive, card, command, supervise
+from bench.prove import parts as prove_parts
+from bench.prove.parts import Part
+from bench.prove.proof import FAILED, OUT_OF_TIME, PASSED, PENDING, SKIPPED, Outcome, Proof
+from bench.step import COMPILED, GRAPH, ORIGINAL
+from fastjepa.environment import ROOT
+from stand_in_suite import KINDS
 
 CPU = torch.device("cpu")
+STAND_IN = Path(__file__).parent / "stand_in_suite.py"
 
 
 def a_row(**changes: Any) -> Row:
-    fields = {"suite": "step", "case": "a case", "variant": "original", "phase": "step", "status": "exact"}
+    fields = {"suite": "step", "case": "a case", "variant": ORIGINAL, "phase": "step", "status": "exact"}
     fields |= {"rounds": 3, "median_ms": 10.0, "low_ms": 9.0, "high_ms": 11.0, "device": "a CPU", "commit": "c" * 40}
     return Row(**{**fields, "date": "2026-01-02T03:04:05+00:00", **changes})
 
 
-# -- report
+def python_part(name: str, code: str, seconds: float = 60.0, **changes: Any) -> Part:
+    return Part(name, [sys.executable, "-c", code], seconds, **changes)
 
 
-def test_report_shows_what_the_rows_say_and_nothing_else(tmp_path: Path) -> None:
-    rows = [
-        a_row(peak_extra_bytes=8_000_000, error=1e-6, error_bound=2e-6, speedup=1.0),
-        a_row(variant="faster", median_ms=4.0, speedup=2.5, peak_extra_bytes=4_000_000),
-        a_row(variant="wrong", median_ms=1.0, status="inexact", reason="losses: too large | far"),
-        a_row(variant="elsewhere", median_ms=None, rounds=0, status="unavailable", reason="needs a CUDA device"),
-        a_row(variant="big", median_ms=None, rounds=0, status="out of memory", reason="no room"),
-    ]
-    write_rows(rows, tmp_path / "one" / "step")
-    write_rows([a_row(suite="rollout", case="B=8 steps=50", device="a GPU")], tmp_path / "two" / "rollout")
-    assert report.main([str(tmp_path)]) == 0
-    page = (tmp_path / "report.md").read_text()
-    lines = {line.split(" | ")[0].removeprefix("| "): line for line in page.splitlines()}
-    assert "2.50×" in lines["faster"]
-    assert "×" not in lines["wrong"]
-    assert "inexact" in lines["wrong"]
-    assert "no room" in lines["big"]
-    assert "elsewhere" not in lines
-    assert page.index("## a CPU") < page.index("## a GPU")
-    pictures = re.findall(r"\]\((.*?)\)", page)
-    assert pictures == ["a-cpu-training-step.png", "a-cpu-memory.png", "a-gpu-rollout-latency.png"]
-    for name in pictures:
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+def suite_part(folder: Path, *flags: str, seconds: float = 300.0, variant_seconds: float = 3.0) -> Part:
+    words = [sys.executable, str(STAND_IN), "--device", "cpu", "--quick", "--no-memory", "--out", str(folder)]
+    words += ["--missing", "--keep", str(folder / "kept"), *flags]
+    variables = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(STAND_IN.parent)]), "OMP_NUM_THREADS": "1"}
+    variables |= {"STAND_IN_LOG": str(folder / "built")}
+    return Part("stand-in", words, seconds, "stand_in", variant_seconds, variables=variables)
 
 
-def test_bars_have_the_heights_of_the_rows() -> None:
-    drawn = figures.waterfall([a_row(), a_row(variant="faster", median_ms=4.0, speedup=2.5)])
-    assert drawn is not None
-    (axes,) = drawn.axes
-    assert [bar.get_width() for bar in axes.patches] == [10.0, 4.0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["original", "faster"]
-    assert "2.50×" in axes.texts[1].get_text()
+def quiet(text: str) -> None:
+    """Say nothing."""
 
 
-def test_report_refuses_what_is_not_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        report.main([str(tmp_path)])
-    assert "no .jsonl" in capsys.readouterr().err
-    (tmp_path / "x.jsonl").write_text("{}\n")
-    with pytest.raises(SystemExit, match="2"):
-        report.main([str(tmp_path)])
-    assert "x.jsonl, line 1" in capsys.readouterr().err
+# -- parts that are commands
 
 
-# -- prove
-
-
-def python_part(name: str, code: str, seconds: float = 60.0, **changes: Any) -> prove.Part:
-    return prove.Part(name, [sys.executable, "-c", code], seconds, **changes)
-
-
-def test_proof_runs_each_part_once_and_repeats_what_has_not_passed(tmp_path: Path) -> None:
+def test_each_command_runs_once_and_what_has_not_passed_is_repeated(tmp_path: Path) -> None:
     note = f"open({str(tmp_path / 'ran')!r}, 'a').write"
     every = [
         python_part("good", f"print('hello'); {note}('g')"),
         python_part("bad", f"{note}('b'); raise SystemExit(3)"),
         python_part("elsewhere", f"{note}('e')", unavailable="needs a CUDA device"),
+        python_part("sum", f"{note}('s')", again=True),
     ]
-    proof = prove.Proof(tmp_path, {"quick": True})
-    outcomes = prove.prove(proof, every, 100, tmp_path / "logs", say=lambda text: None)
-    assert [o.status for o in outcomes.values()] == [prove.PASSED, prove.FAILED, prove.SKIPPED]
-    assert outcomes["bad"].note == "exit status 3; see bad.log"
+    proof = Proof(tmp_path, {"quick": True})
+    supervise.prove(proof, every, 100, say=quiet)
+    assert [o.status for o in proof.outcomes.values()] == [PASSED, FAILED, SKIPPED, PASSED]
+    assert proof.outcomes["bad"].note == "exit status 3; see logs/bad.log"
     assert "hello" in (tmp_path / "logs" / "good.log").read_text()
-    again = prove.prove(prove.Proof(tmp_path, {"quick": True}), every, 100, tmp_path / "logs", say=lambda text: None)
-    assert (tmp_path / "ran").read_text() == "gbb"
-    assert {name: o.status for name, o in again.items()} == {name: o.status for name, o in outcomes.items()}
+    again = Proof(tmp_path, {"quick": True})
+    supervise.prove(again, every, 100, say=quiet)
+    assert (tmp_path / "ran").read_text() == "gbsbs"
+    assert {n: o.status for n, o in again.outcomes.items()} == {n: o.status for n, o in proof.outcomes.items()}
     with pytest.raises(ValueError, match="was begun with"):
-        prove.Proof(tmp_path, {"quick": False})
+        Proof(tmp_path, {"quick": False})
 
 
-def test_part_that_takes_too_long_is_ended_with_its_children(tmp_path: Path) -> None:
-    code = (
-        "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
-    )
-    code += f"open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); time.sleep(600)"
-    outcome = prove.run_part(python_part("slow", code), 3.0, tmp_path / "slow.log")
-    assert outcome.status == prove.OUT_OF_TIME
-    assert outcome.seconds < 60
-    child = int((tmp_path / "pid").read_text())
-    for _ in range(100):
-        if not _is_running(child):
-            break
-        time.sleep(0.1)
-    assert not _is_running(child)
+def test_a_damaged_memory_of_a_proof_is_refused_with_its_name(tmp_path: Path) -> None:
+    for text in ("", "[]", "{}", '{"settings": {}, "parts": {"x": {"color": 1}}}'):
+        (tmp_path / "prove.json").write_text(text)
+        with pytest.raises(ValueError, match=r"prove\.json"):
+            Proof(tmp_path, {})
 
 
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    # A zombie, which nobody has collected yet, runs no more.
-    return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+def test_a_command_that_takes_too_long_is_ended_and_its_last_words_are_kept(tmp_path: Path) -> None:
+    part = python_part("slow", "import time; print('still here', flush=True); time.sleep(600)", seconds=2.0)
+    outcome = supervise.run_part(part, 2.0, tmp_path)
+    assert outcome.status == OUT_OF_TIME
+    assert "KeyboardInterrupt" in outcome.note
+    assert "still here" in (tmp_path / "logs" / "slow.log").read_text()
+
+
+def test_a_program_that_is_not_there_is_a_failure_with_its_name(tmp_path: Path) -> None:
+    outcome = supervise.run_part(Part("x", ["/no/such/program"], 5.0), 5.0, tmp_path)
+    assert (outcome.status, "/no/such/program" in outcome.note) == (FAILED, True)
 
 
 def test_when_the_time_is_over_the_other_parts_wait_for_the_next_call(tmp_path: Path) -> None:
     every = [python_part("late", "pass"), python_part("elsewhere", "pass", unavailable="needs a CUDA device")]
-    outcomes = prove.prove(prove.Proof(tmp_path, {}), every, 0.0, tmp_path / "logs", say=lambda text: None)
-    assert [o.status for o in outcomes.values()] == [prove.PENDING, prove.SKIPPED]
-    again = prove.prove(prove.Proof(tmp_path, {}), every, 100.0, tmp_path / "logs", say=lambda text: None)
-    assert again["late"].status == prove.PASSED
+    every.append(python_part("sum", "pass", again=True))
+    proof = Proof(tmp_path, {})
+    supervise.prove(proof, every, 0.0, say=quiet)
+    assert [o.status for o in proof.outcomes.values()] == [PENDING, SKIPPED, PASSED]
+    supervise.prove(proof, every, 100.0, say=quiet)
+    assert proof.outcomes["late"].status == PASSED
+
+
+# -- parts that are suites
+
+
+def expect_all(rows: list[Row]) -> None:
+    for name in ("one", "two"):
+        found = {row.variant: row for row in rows if row.case == name}
+        assert set(found) == set(KINDS)
+        status = {kind: row.status for kind, row in found.items()}
+        assert [status[kind] for kind in ("good", "slow", "last")] == ["exact"] * 3
+        assert [status[kind] for kind in ("abort", "hang", "raise", "exit")] == ["failed"] * 4
+        assert (status["wrong"], status["out of memory"]) == ("inexact", "out of memory")
+        assert found["abort"].reason == "ended by SIGABRT; last output: about to abort"
+        assert "its time was over" in found["hang"].reason
+        assert found["raise"].reason == "RuntimeError: a launch failure"
+        assert found["exit"].reason.startswith("exit status 7")
+        assert "Tried to allocate" in found["out of memory"].reason
+        assert found["slow"].speedup is not None
+        assert found["slow"].speedup < 1
+        assert found["wrong"].speedup is None
+        assert found["last"].baseline_ms is not None
+
+
+def test_whatever_a_variant_does_costs_that_variant_only(tmp_path: Path) -> None:
+    part = suite_part(tmp_path)
+    outcome = supervise.run_part(part, 300.0, tmp_path)
+    rows = read_rows(tmp_path / "stand_in.jsonl")
+    expect_all(rows)
+    assert outcome.status == FAILED
+    assert "failed: abort, exit, hang, raise; inexact: wrong" in outcome.note
+    # A second call finds nothing missing and builds nothing.
+    built = (tmp_path / "built").read_text()
+    supervise.run_part(part, 300.0, tmp_path)
+    assert (tmp_path / "built").read_text() == built
+    assert read_rows(tmp_path / "stand_in.jsonl") == rows
+    # On request, what failed is measured again, and nothing else.
+    command.forget_failures(tmp_path, [part])
+    left = {(row.case, row.variant) for row in read_rows(tmp_path / "stand_in.jsonl")}
+    assert left == {(case, kind) for case in ("one", "two") for kind in ("good", "slow", "last")}
+
+
+def test_a_time_that_is_over_blames_nobody_and_the_next_call_goes_on(tmp_path: Path) -> None:
+    part = suite_part(tmp_path, "--variant", "good", "hang", variant_seconds=600.0)
+    outcome = supervise.run_part(part, 8.0, tmp_path)
+    assert outcome.status == OUT_OF_TIME
+    assert "failed" not in [row.status for row in RowFile(tmp_path, "stand_in").rows()]
+    outcome = supervise.run_part(suite_part(tmp_path, "--variant", "good", "last"), 300.0, tmp_path)
+    assert outcome.status == PASSED
+    assert {row.variant for row in read_rows(tmp_path / "stand_in.jsonl")} == {"good", "last"}
+
+
+def test_a_suite_that_cannot_even_start_is_a_failure(tmp_path: Path) -> None:
+    outcome = supervise.run_part(suite_part(tmp_path, "--variant", "magic"), 60.0, tmp_path)
+    assert outcome.status == FAILED
+    assert "'magic' is not one of" in outcome.note
+
+
+_KILLED = """
+import sys
+from pathlib import Path
+from bench.prove import supervise
+from bench.prove.proof import Proof
+from test_bench_prove import suite_part
+folder = Path(sys.argv[1])
+part = suite_part(folder, "--variant", "good", "wrong", "out of memory", "slow", "last", variant_seconds=60.0)
+supervise.prove(Proof(folder, {}), [part], 300.0)
+"""
+
+
+def test_rows_survive_kills_at_any_moment(tmp_path: Path) -> None:
+    """Twenty kills, at moments from before the first import to after the last row."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(STAND_IN.parent)])}
+    random.seed(9)
+    before: list[Row] = []
+    kills = done = 0
+    while kills < 20:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _KILLED, str(tmp_path)], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
+        )
+        try:
+            process.wait(timeout=random.uniform(0.0, 9.0))
+            done += 1
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+        rows = RowFile(tmp_path, "stand_in").rows()  # whole and valid, whenever the kill came
+        assert rows[: len(before)] == before  # nothing that was measured is lost or measured again
+        before = rows
+        if len(rows) == 10:  # all there: begin anew, so that kills find something to hit
+            for path in ("stand_in.jsonl", "stand_in.csv", "prove.json"):
+                (tmp_path / path).unlink(missing_ok=True)
+            before = []
+    subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path)], cwd=ROOT, env=environment, check=True, timeout=300)
+    rows = read_rows(tmp_path / "stand_in.jsonl")
+    assert {(row.case, row.variant): row.status for row in rows} == {
+        (case, kind): status
+        for case in ("one", "two")
+        for kind, status in {
+            "good": "exact", "wrong": "inexact", "out of memory": "out of memory", "slow": "exact", "last": "exact"
+        }.items()
+    }  # fmt: skip
+
+
+# -- the list of parts
 
 
 def test_parts_of_a_cpu_skip_what_needs_a_gpu_with_the_reason(tmp_path: Path) -> None:
-    every = {part.name: part for part in prove.parts(tmp_path, CPU, quick=True)}
-    for name in ("tests marked gpu", "op tests", "compute-sanitizer", "tune", "ncu"):
+    every = {part.name: part for part in prove_parts.parts(tmp_path, CPU, quick=True)}
+    for name in ("tests marked gpu", "kernel tests", "compute-sanitizer batch_norm", "tune", "ncu"):
         assert every[name].unavailable == "needs a CUDA device"
-    for name in ("projected_losses", "layers", "rollout", "step", "eval", "train", "report"):
+    for name in ("ceilings", "step", "checks", "rollout", "projected_losses", "layers", "eval", "train", "report"):
         assert every[name].unavailable is None
     assert list(every)[-1] == "report"
-    on_gpu = {part.name: part for part in prove.parts(tmp_path, torch.device("cuda"), quick=False)}
-    files = [Path(word).name for word in on_gpu["op tests"].command if word.endswith(".py")]
+
+
+def test_parts_of_a_gpu_come_in_order_of_value_and_every_op_is_sanitized(tmp_path: Path) -> None:
+    every = {part.name: part for part in prove_parts.parts(tmp_path, torch.device("cuda"), quick=False)}
+    order = list(every)
+    wanted = [
+        "ceilings",
+        "step",
+        "checks",
+        "rollout",
+        "projected_losses",
+        "layers",
+        "train",
+        "ncu",
+        "step, all variants",
+    ]
+    assert [name for name in order if name in wanted] == wanted
+    assert {name for name in order if name.startswith("compute-sanitizer")} == {
+        f"compute-sanitizer {op}" for op in prove_parts.OPS
+    }
+    assert [*every["step"].command][-2 - len(prove_parts.HEADLINE) :] is not None
+    headline = every["step"].command[every["step"].command.index("--variant") + 1 :][: len(prove_parts.HEADLINE)]
+    assert tuple(headline) == (ORIGINAL, "TF32", "bf16, channels-last", "fused blocks", GRAPH)
+    assert {"--backend", "fused", "--cuda_graph", "on"} <= set(every["train"].command)
+    files = [Path(word).name for word in every["kernel tests"].command if word.endswith(".py")]
     assert {"test_batch_norm.py", "test_moments.py", "test_projected_losses.py", "test_fused_networks.py"} <= set(files)
-    assert sum(part.seconds for part in on_gpu.values() if part.name != "train") <= 600  # limits; most end far sooner
+    for part in every.values():
+        assert part.suite is None or "--missing" in part.command
+
+
+def test_variants_named_in_the_parts_exist(tmp_path: Path) -> None:
+    from bench import projected_losses, rollout, step
+    from bench.recipe import Recipe
+
+    known = {
+        "step": step.make_variants(Recipe(), torch.device("cuda")),
+        "rollout": rollout.make_variants(Recipe(), 8),
+        "projected_losses": projected_losses.make_variants(),
+    }
+    checked = 0
+    for part in prove_parts.parts(tmp_path, torch.device("cuda"), quick=False):
+        if part.suite in known and "--variant" in part.command:
+            rest = list(part.command[part.command.index("--variant") + 1 :])
+            named = rest[: next((i for i, word in enumerate(rest) if word.startswith("--")), len(rest))]
+            assert set(named) <= {variant.name for variant in known[part.suite]}
+            checked += 1
+    assert checked == 3
+
+
+def test_a_part_that_needs_a_missing_package_is_skipped_with_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = prove_parts.importlib.util.find_spec
+    monkeypatch.setattr(prove_parts.importlib.util, "find_spec", lambda n: None if n in ("cv2", "tyro") else found(n))
+    every = {part.name: part for part in prove_parts.parts(tmp_path, CPU, quick=True)}
+    assert every["train"].unavailable == "not installed: cv2, tyro"
+    assert every["step"].unavailable is None
 
 
 def test_a_test_that_is_missing_ends_the_proof_and_is_not_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(prove, "_KERNEL_TESTS", ("batch_norm", "no_such_op"))
+    monkeypatch.setattr(prove_parts, "_KERNEL_TESTS", ("batch_norm", "no_such_op"))
     with pytest.raises(SystemExit) as ended:
-        prove.main(["--device", "cpu", "--quick", "--out", str(tmp_path / "proof")])
+        command.main(["--device", "cpu", "--quick", "--out", str(tmp_path / "proof")])
     assert ended.value.code == 2
     assert "test_no_such_op.py is to be proved, but there is no such file" in capsys.readouterr().err
     assert not (tmp_path / "proof").exists()  # nothing was begun
@@ -160,39 +291,80 @@ def test_a_test_that_is_missing_ends_the_proof_and_is_not_left_out(
 
 def test_a_proof_fails_if_a_part_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for code, status in (("pass", 0), ("raise SystemExit(1)", 1)):
-        monkeypatch.setattr(prove, "parts", lambda *_, code=code: [python_part("only", code)])
-        assert prove.main(["--device", "cpu", "--quick", "--out", str(tmp_path / str(status))]) == status
+        monkeypatch.setattr(command, "parts", lambda *_, code=code: [python_part("only", code)])
+        assert command.main(["--device", "cpu", "--quick", "--out", str(tmp_path / str(status))]) == status
         saved = json.loads((tmp_path / str(status) / "environment.json").read_text())
         assert saved["versions"]["torch"] == torch.__version__
+        assert (tmp_path / str(status) / f"{status}.tar.gz").is_file()
 
 
-# -- profile
+# -- the card and the archive
 
 
-def test_top_kernels_of_an_nsys_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "kernels.csv"
-    path.write_text(
-        "Processing [step.sqlite] with [cuda_gpu_kern_sum.py]...\n\n"
-        "Time (%),Total Time (ns),Instances,Avg (ns),Name\n"
-        "20.0,2000000,4,500000.0,_batch_norm_grad_kernel\n"
-        '80.0,8000000,2,4000000.0,"void cutlass::gemm<float, (int)2>(cutlass::Params<float>, int)"\n'
-    )
-    assert top_kernels.main([str(path), "--count", "1"]) == 0
-    line = capsys.readouterr().out.splitlines()[2].split()
-    assert line[:5] == ["80.0", "80.0", "8.000", "2", "4000.0"]
-    assert top_kernels.main([str(path), "--regex"]) == 0
-    expression = capsys.readouterr().out.strip()
-    assert [bool(re.match(expression, name)) for name in ("gemm", "_batch_norm_grad_kernel", "gemm2")] == [1, 1, 0]
-    path.write_text("no table\n")
-    with pytest.raises(SystemExit, match="2"):
-        top_kernels.main([str(path)])
+def test_the_card_says_what_the_rows_say_and_states_no_ratio_without_exactness(tmp_path: Path) -> None:
+    half = {"precision": "bf16", "peak_extra_bytes": 9_900_000_000}
+    rows = [
+        a_row(median_ms=600.0, speedup=1.0),
+        a_row(variant=GRAPH, median_ms=60.0, speedup=10.0, baseline=ORIGINAL, **half),
+        a_row(variant=COMPILED, median_ms=150.0, speedup=4.0, baseline=ORIGINAL, given="each thing once", **half),
+        a_row(suite="rollout", case="B=1 steps=8", variant="fast", phase="rollout", median_ms=0.5, speedup=8.0),
+        a_row(suite="rollout", case="B=1 steps=8", variant="off", phase="rollout", median_ms=0.1,
+              status="inexact", reason="frames: error"),
+        a_row(suite="train", variant="fused bf16", phase="step 9", status="unjudged", reason="a run",
+              quality={"mAP": 0.61, "seconds": 118.0, "epoch": 4.5}),
+        a_row(suite="checks", case="c1", variant="fused"),
+        a_row(suite="checks", case="c1", variant="fused bf16", status="failed", reason="x", median_ms=None, rounds=0),
+    ]  # fmt: skip
+    proof = Proof(tmp_path, {})
+    proof.note("tune", Outcome(SKIPPED, note="needs a CUDA device"))
+    lines = card.card(rows, proof)
+    text = card.render("title", lines)
+    values = {line.what: line.value for line in lines}
+    assert values["training step, original"] == "600.0 ms"
+    assert values[f"training step, {GRAPH}"] == "60.0 ms"
+    assert values[f"{GRAPH} against torch.compile"] == "2.50x"
+    assert values["peak memory of that step"] == "9.9 GB"
+    assert values["rollout B=1 steps=8"] == "0.50 ms"
+    assert values["mAP"] == "0.610"
+    assert values["checks passed"] == "1 of 2"
+    assert "c1, fused bf16: failed" in text
+    assert "10.00x original" in text
+    assert "each thing once" in text
+    assert "tune (needs a CUDA device)" in text
+    wrong = [a_row(variant=GRAPH, median_ms=1.0, status="inexact", reason="losses: error 1 exceeds 0.1", **half)]
+    assert "10.00x" not in card.render("t", card.card(wrong, proof))
+    assert "losses: error 1 exceeds 0.1" in card.render("t", card.card(wrong, proof))
+    pytest.importorskip("matplotlib")
+    card.draw("title", lines, tmp_path / "card.png")
+    assert (tmp_path / "card.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_profile_target_writes_a_table_that_is_read_back(tmp_path: Path) -> None:
-    path = tmp_path / "kernels.csv"
-    flags = ["--device", "cpu", "--quick", "--steps", "1", "--variant", "closed-form losses"]
-    assert target.main([*flags, "--kernels", str(path)]) == 0
-    kernels = top_kernels.read_kernels(path)
-    assert any("convolution" in kernel.name for kernel in kernels[:3])  # they are the most work
-    with pytest.raises(SystemExit, match="2"):
-        target.main(flags)  # nothing for nsys to watch
+def test_the_archive_has_rows_and_logs_and_stays_small(tmp_path: Path) -> None:
+    folder = tmp_path / "proof"
+    write_rows([a_row()], folder / "step")
+    for name, size in (
+        ("run/latest.pth.tar", 10),
+        ("kept/truth.pt", 10),
+        ("noise.png", 400_000),
+        ("more.png", 300_000),
+    ):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(random.Random(size).randbytes(size))
+    (folder / "logs").mkdir()
+    (folder / "logs" / "long.log").write_text("begin\n" + "x" * 1_000_000 + "\nend\n")
+    target = folder / "proof.tar.gz"
+    for _ in range(2):  # the archive of an earlier call is not in the next one
+        left_out = archive.pack(folder, target, most_bytes=350_000)
+        assert left_out == ["kept/truth.pt", "noise.png", "run/latest.pth.tar"]
+        assert target.stat().st_size < 350_000
+        with tarfile.open(target) as packed:
+            names = packed.getnames()
+            log = packed.extractfile("proof/logs/long.log")
+            assert log is not None
+            text = log.read().decode()
+        assert names == ["proof/logs/long.log", "proof/more.png", "proof/step.csv", "proof/step.jsonl"]
+        assert text.startswith("begin\n")
+        assert text.endswith("\nend\n")
+        assert len(text) < 250_000
+    assert io.BytesIO(target.read_bytes()).read(2) == b"\x1f\x8b"

@@ -65,6 +65,9 @@ class RowFile:
     def blame(self, reason: str) -> str | None:
         """What was being measured has failed, for that reason: its rows are written. Returns what it was, or None."""
         rows, name = self._rows_now(), self.running()
+        # A process that ended between writing the rows and saying so has measured what it says it is measuring.
+        written = {(row.case, row.variant, row.date, row.command) for row in self.rows() if row.status != "failed"}
+        rows = [row for row in rows if (row.case, row.variant, row.date, row.command) not in written]
         if rows:
             self.add([replace(row, reason=reason) for row in rows])
         self.clear()

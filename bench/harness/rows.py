@@ -143,6 +143,14 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def read_rows_below(folder: Path) -> list[Row]:
+    """All rows of the .jsonl files below `folder`, file by file in the order of their paths.
+
+    Raises ValueError naming file and line if a row is not valid.
+    """
+    return [row for path in sorted(folder.rglob("*.jsonl")) for row in read_rows(path)]
+
+
 def row_from_json(values: Any) -> Row:
     """A row from parsed JSON. Raises TypeError or ValueError if it is none."""
     if not isinstance(values, dict):

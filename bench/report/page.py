@@ -9,23 +9,15 @@ import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from bench.harness.rows import Row, read_rows, write_text
+from bench.harness.rows import Row, read_rows_below, write_text
 from bench.report import figures
 from fastjepa.environment import ROOT
 
 _INTRODUCTION = """# Measurements
 
 Made by `python -m bench report` from the rows in this folder. A speed-up is stated where the error keeps its bound;
-errors are relative to the largest entry, against float64. Memory is what a call needs above its inputs; a CUDA graph's
-own memory is set aside before and not in it. `bench/README.md` says how to read the rest."""
-
-
-def collect(folder: Path) -> list[Row]:
-    """All rows below `folder`, file by file in the order of their paths.
-
-    Raises ValueError naming file and line if a row is not valid.
-    """
-    return [row for path in sorted(folder.rglob("*.jsonl")) for row in read_rows(path)]
+errors are against float64, by the largest entry or by norms. Memory is what a call needs above its inputs; a CUDA
+graph's own memory is set aside before and not in it. `bench/README.md` says how to read the rest."""
 
 
 def render(rows: Sequence[Row], folder: Path) -> str:
@@ -116,7 +108,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "bench" / "results", help="default: %(default)s")
     args = parser.parse_args(argv)
     try:
-        rows = collect(args.folder)
+        rows = read_rows_below(args.folder)
     except ValueError as error:
         parser.error(str(error))
     if not rows:
