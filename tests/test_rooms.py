@@ -130,7 +130,7 @@ ROOMS_OF_BENCH = {
     "bench.harness": (),
     "bench.audit": ("bench.harness",),
     "bench.report": ("bench.harness", "bench.recipe"),
-    "bench.prove": ("bench.harness", "bench.report", "bench.step", "bench.ceilings"),
+    "bench.prove": ("bench.harness", "bench.report", "bench.recipe", "bench.step", "bench.ceilings"),
     "bench.profile": ("bench.harness", "bench.recipe", "bench.recipe_suite", "bench.step"),
 }
 

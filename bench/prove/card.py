@@ -10,7 +10,8 @@ from bench.ceilings import DETERMINISTIC
 from bench.harness.case import BOTH
 from bench.harness.rows import Row
 from bench.prove.proof import Proof
-from bench.step import COMPILED, GRAPH, ORIGINAL
+from bench.recipe import GRAPH
+from bench.step import COMPILED, ORIGINAL
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from bench.step import EAGER_BF16, GRAPH, ORIGINAL
+from bench.recipe import GRAPH
+from bench.step import EAGER_BF16, ORIGINAL
 from fastjepa.environment import ROOT
 from fastjepa.kernels import OPS
 
