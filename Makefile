@@ -23,7 +23,8 @@ ifeq ($(PYTHON_GPU),$(BIN)/python)
 gpu gpu-train: setup
 endif
 
-# Everything that a GPU can show, within nine minutes; the same command goes on where it stopped. ARGS='--out DIR'
+# Everything that a GPU can show, the most valuable first, in nine minutes (ARGS='--seconds N --out DIR'); the same
+# command goes on with what is missing.
 gpu:
 	$(PYTHON_GPU) -m bench prove --device cuda $(ARGS)
 

@@ -137,7 +137,8 @@ class _Session:
             self._prepare_baseline()
         self._attempt(variant, lambda: self._prepare(variant))
         self._time(variant, timer)
-        self.clocks = clocks_mhz(self.device)  # before anything else lets them drop
+        # Before anything else lets them drop; and a device that is lost is not asked.
+        self.clocks = (None, None) if variant.name in self.refused else clocks_mhz(self.device)
         self._attempt(variant, lambda: self._check_again(variant))
         return self._device_problem() if self.refused else ""
 

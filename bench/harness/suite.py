@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -117,14 +118,15 @@ def run(
             parser.error(f"--variant {unknown[0]!r} is not one of: {', '.join(known)}")
         chosen = [v for v in variants if not options.variants or v.name in options.variants]
         try:
-            run_case(
-                case, chosen, options.device, environment, options.settings, _progress,
-                known=variants,
-                measured=file.measured(case.name) if file is not None and options.missing else {},
-                kept=Kept(options.keep),
-                before=lambda new: None if file is None else file.begin(new),
-                after=found,
-            )  # fmt: skip
+            with trainers_arithmetic():
+                run_case(
+                    case, chosen, options.device, environment, options.settings, _progress,
+                    known=variants,
+                    measured=file.measured(case.name) if file is not None and options.missing else {},
+                    kept=Kept(options.keep),
+                    before=lambda new: None if file is None else file.begin(new),
+                    after=found,
+                )  # fmt: skip
         except DeviceLostError as error:
             _progress(str(error))
             return DEVICE_LOST
@@ -136,6 +138,22 @@ def run(
     if options.out is None:
         print("\nno rows were written; --out DIR writes them")
     return 1 if any(row.status == "failed" for row in rows) else 0
+
+
+@contextlib.contextmanager
+def trainers_arithmetic() -> Iterator[None]:
+    """Outside a variant's own choice, products of fp32 are fp32 and cuDNN is deterministic, as in the trainer.
+
+    PyTorch's default for convolutions on a GPU is tf32, in the backward pass too, where a variant is no longer asked.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
+    matmul.allow_tf32 = cudnn.allow_tf32 = cudnn.benchmark = False
+    cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
 
 
 def _progress(text: str) -> None:
