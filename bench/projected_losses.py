@@ -53,20 +53,22 @@ def make_inputs(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Ten
 
 
 def cotangents(outputs: Tensors) -> Tensors:
-    """The gradient of the recipe's total with respect to each loss."""
-    losses = outputs["prediction_losses"]
-    return {
-        "std_loss": torch.full_like(outputs["std_loss"], STD_COEFF),
-        "cov_loss": torch.full_like(outputs["cov_loss"], COV_COEFF),
-        "prediction_losses": torch.full_like(losses, 1 / max(losses.numel(), 1)),
-    }
+    """The gradient of the recipe's total with respect to each of its terms."""
+    return {"losses": torch.ones_like(outputs["losses"])}
 
 
 def compute(function: Callable[..., reference.ProjectedLosses], inputs: Tensors) -> Tensors:
-    """Call one implementation on named tensors; returns its results by name."""
+    """Call one implementation on named tensors; its losses as the terms of the recipe's total, and the statistics.
+
+    The terms are one tensor, so their errors are relative to the largest: of a single number, eager's error is one draw
+    that may be 0 by luck, and no measure for others.
+    """
     predictions = [x for name, x in inputs.items() if name.startswith("prediction")]
     parameters = (inputs[name] for name in _PARAMETERS)
-    return function(inputs["z"], predictions, *parameters, EPS)._asdict()
+    found = function(inputs["z"], predictions, *parameters, EPS)
+    first = torch.stack((STD_COEFF * found.std_loss, COV_COEFF * found.cov_loss))
+    terms = torch.cat((first, found.prediction_losses / len(predictions)))
+    return {"losses": terms, "batch_means": found.batch_means, "batch_vars": found.batch_vars}
 
 
 def compute_fused(inputs: Tensors) -> Tensors:

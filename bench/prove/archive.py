@@ -15,14 +15,14 @@ _LOG_BYTES = 200_000  # of each log: its begin and its end, where the reasons ar
 
 
 def pack(folder: Path, path: Path, most_bytes: int = MOST_BYTES) -> list[str]:
-    """Write the files below `folder` to the .tar.gz `path`, below `most_bytes`; returns the names of what is not in it.
+    """Write the files below `folder` to the .tar.gz `path`, below `most_bytes`; returns what was too large for it.
 
-    Files are taken smallest first, so that rows and tables are in it whatever pictures and logs come to. Long logs are
-    cut in their middle.
+    Weights, clips, truths and other archives are never in it. Of the rest, files are taken smallest first, so that rows
+    and tables are in it whatever pictures and logs come to. Long logs are cut in their middle.
     """
-    found = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.is_symlink() and p != path]
-    left_out = [p for p in found if p.suffix in _LEFT_OUT or _LEFT_OUT_FOLDERS & set(p.relative_to(folder).parts)]
-    contents = {p: _content(p) for p in found if p not in left_out}
+    found = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.is_symlink()]
+    contents = {p: _content(p) for p in found if not _is_left_out(p.relative_to(folder))}
+    left_out: list[Path] = []
     wanted = sorted(contents, key=lambda p: (p.suffix != ".jsonl", len(contents[p])))
     while True:
         packed = _pack(folder, {p: contents[p] for p in wanted})
@@ -35,7 +35,11 @@ def pack(folder: Path, path: Path, most_bytes: int = MOST_BYTES) -> list[str]:
             freed += len(contents[last])
             left_out.append(last)
     write_atomic(path, lambda file: file.write(packed))
-    return sorted(str(p.relative_to(folder)) for p in left_out if p.suffix != ".gz")
+    return sorted(str(p.relative_to(folder)) for p in left_out)
+
+
+def _is_left_out(path: Path) -> bool:
+    return path.suffix in _LEFT_OUT or not _LEFT_OUT_FOLDERS.isdisjoint(path.parts)
 
 
 def _content(path: Path) -> bytes:

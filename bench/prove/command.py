@@ -73,4 +73,4 @@ def sum_up(proof: Proof, environment: Environment) -> str:
     else:
         text += f"no picture of this card: {missing}\n"
     left_out = archive.pack(proof.folder, proof.folder / f"{proof.folder.name}.tar.gz")
-    return text + (f"not in the archive, for its size or kind: {', '.join(left_out)}\n" if left_out else "")
+    return text + (f"too large for the archive: {', '.join(left_out)}\n" if left_out else "")
