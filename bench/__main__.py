@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from fastjepa.optional_packages import MissingPackageError
+
 # name: (module with `main(argv) -> exit status`, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
     "audit": ("bench.audit.command", "compile every kernel without a GPU and judge what the assembler made of it"),
@@ -44,7 +46,11 @@ def main(argv: list[str]) -> int:
             raise
         print(f"python -m bench {argv[0]} needs Triton, which cannot be imported here ({error})", file=sys.stderr)
         return 2
-    return int(module.main(argv[1:]))
+    try:
+        return int(module.main(argv[1:]))
+    except MissingPackageError as error:
+        print(f"python -m bench {argv[0]}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

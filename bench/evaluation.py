@@ -21,6 +21,7 @@ from bench.recipe import Recipe, arithmetic, build_model, make_clips
 from bench.recipe_suite import run_suite
 from fastjepa.fused.swap import accelerate
 from fastjepa.moving_mnist import ClipSet
+from fastjepa.optional_packages import require_packages
 from fastjepa.training.evaluation import evaluate
 
 LITERAL = "original"
@@ -152,5 +153,6 @@ def run(options: suite.Options, parser: argparse.ArgumentParser, recipe: Recipe,
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line; returns 1 if a variant failed."""
+    """The command line; returns 1 if a variant failed. Raises MissingPackageError without torchmetrics."""
+    require_packages("the evaluation", "torchmetrics")
     return run_suite("eval", __doc__ or "", argv, plans)

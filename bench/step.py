@@ -28,6 +28,7 @@ from fastjepa.fused.swap import accelerate
 from fastjepa.graphs import GraphedTrainStep
 from fastjepa.model.projected_losses import ProjectionPath
 from fastjepa.model.step import StepLosses, TrainStep, build_optimizer
+from fastjepa.optional_packages import require_packages
 
 LEARNING_RATE = 1e-3
 ORIGINAL, EAGER_BF16, COMPILED = "original", "bf16, channels-last", "torch.compile(max-autotune)"
@@ -214,6 +215,8 @@ def main(argv: Sequence[str]) -> int:
     add_recipe_options(parser)
     parser.add_argument("--eval", action="store_true", help="afterwards the evaluation too (python -m bench eval)")
     args = parser.parse_args(argv)
+    if args.eval:
+        require_packages("the evaluation", "torchmetrics")
     options = suite.resolve("step", parser, args, argv)
     recipe = chosen_recipe(parser, args, options.device)
     note = " (quick)" if options.quick else ""

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastjepa.figures.runs import draw_step_comparison
+from fastjepa.optional_packages import MissingPackageError
 from fastjepa.storage.run_folder import CHECKPOINT_NAME
 from fastjepa.training.command_line import fail, parse_config, run_from_command_line
 
@@ -29,6 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, flags = parser.parse_known_args(argv)
     if "--resume" in flags:
         fail("--resume is not needed: calling the command again continues the comparison in --out")
+    try:  # now: without matplotlib the runs would be for nothing
+        from fastjepa.figures.runs import draw_step_comparison
+    except MissingPackageError as error:
+        fail(error)
     folders = []
     for steps in own.steps:
         folder = own.out / f"steps-{steps}"

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 
 from fastjepa.config import Config, resolve_device
 from fastjepa.model.jepa import JEPA, build_jepa, build_probes
 from fastjepa.model.networks import DetHead, ImageDecoder
+from fastjepa.optional_packages import MissingPackageError, require_packages
 from fastjepa.storage.checkpoint import load_checkpoint, load_modules
 from fastjepa.storage.run_folder import CHECKPOINT_NAME
 from fastjepa.storage.safe_files import CheckpointError, write_text_atomic
-from fastjepa.training.command_line import fail
+from fastjepa.training.command_line import fail, parse_options
 from fastjepa.training.evaluation import evaluate
 from fastjepa.training.run_clips import load_run_clips
 from fastjepa.training.trainer import set_precision
@@ -63,8 +63,9 @@ def load_run(checkpoint: Path, device: torch.device) -> tuple[Config, JEPA, Imag
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    options = tyro.cli(Options, prog="python -m fastjepa.evaluate", args=argv, use_underscores=True)
+    options = parse_options(Options, argv, prog="python -m fastjepa.evaluate")
     try:
+        require_packages("evaluation", "torchmetrics")
         device = resolve_device(options.device)
         config, jepa, decoder, head = load_run(options.checkpoint, device)
         set_precision(config.precision)
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )  # fmt: skip
         if options.json is not None:
             write_text_atomic(options.json, json.dumps(result.as_row(), indent=2) + "\n")
-    except (ValueError, OSError, CheckpointError) as error:
+    except (ValueError, OSError, CheckpointError, MissingPackageError) as error:
         fail(error)
     print(f"{len(clips):,} clips; guessing would give {result.positive_share:.3f}")
     print("horizon  AP      AP pooled")

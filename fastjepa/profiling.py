@@ -1,8 +1,8 @@
 """Named ranges for profilers.
 
-Ranges appear in Nsight Systems and Nsight Compute as NVTX ranges of the domain "fastjepa" (a GPU only), and in the
-Chrome trace of `training.step_trace` on any machine. A range inside a CUDA graph is seen when the graph is captured,
-not when it is replayed: there, "graph replay" is the range.
+Ranges appear in Nsight Systems and Nsight Compute as NVTX ranges of the domain "fastjepa" (a GPU only; without the
+package nvtx, in the default domain), and in the Chrome trace of `training.step_trace` on any machine. A range inside a
+CUDA graph is seen when the graph is captured, not when it is replayed: there, "graph replay" is the range.
 """
 
 from __future__ import annotations
@@ -42,9 +42,26 @@ def _cuda_is_there() -> bool:
 
 @functools.cache
 def _nvtx_range(name: str) -> AbstractContextManager[Any]:
-    import nvtx  # for a GPU only
-
+    try:
+        import nvtx  # for a GPU only
+    except ModuleNotFoundError:
+        return _TorchRange(name)
     return nvtx.annotate(name, domain=DOMAIN)  # pushes and pops, and holds no state: one object serves all uses
+
+
+class _TorchRange:
+    """An NVTX range by what torch brings, which knows no domains. Holds no state either."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        torch.cuda.nvtx.range_push(self.name)
+
+    def __exit__(self, *_: object) -> None:
+        torch.cuda.nvtx.range_pop()
 
 
 def trace_starts() -> None:

@@ -8,18 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from torch import Tensor
 
 from fastjepa.config import resolve_device
 from fastjepa.environment import device_name
 from fastjepa.evaluate import load_run
-from fastjepa.figures.horizon import draw_horizon_gif
 from fastjepa.graphs import CudaGraphChoice, GraphedRollout, use_cuda_graph
 from fastjepa.model.modes import eval_mode
 from fastjepa.model.networks import CONTEXT
+from fastjepa.optional_packages import MissingPackageError
 from fastjepa.storage.safe_files import CheckpointError
-from fastjepa.training.command_line import fail
+from fastjepa.training.command_line import fail, parse_options
 from fastjepa.training.run_clips import load_run_clips
 from fastjepa.training.trainer import set_precision
 
@@ -70,7 +69,10 @@ def roll_out(options: Options) -> Result:
     Raises:
         ValueError: options out of range, or that this machine cannot serve.
         CheckpointError, OSError: files that cannot be read or written.
+        MissingPackageError: the animation or the data needs a package that is not installed.
     """
+    from fastjepa.figures.horizon import draw_horizon_gif  # now: without matplotlib the work would be for nothing
+
     for name in ("horizon", "clips"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
@@ -129,10 +131,10 @@ def _wait(device: torch.device) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    options = tyro.cli(Options, prog="python -m fastjepa.rollout", args=argv, use_underscores=True)
+    options = parse_options(Options, argv, prog="python -m fastjepa.rollout")
     try:
         result = roll_out(options)
-    except (ValueError, OSError, CheckpointError) as error:
+    except (ValueError, OSError, CheckpointError, MissingPackageError) as error:
         fail(error)
     how = "as a CUDA graph" if result.graph else "step by step"
     print(

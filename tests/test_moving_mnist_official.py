@@ -179,7 +179,7 @@ def test_interrupted_download_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastjepa.moving_mnist.official.tqdm.update", interrupt)
+    monkeypatch.setattr("tqdm.tqdm.update", interrupt)
     with served(sends(CONTENT, len(CONTENT))) as file, pytest.raises(KeyboardInterrupt):
         load_official(None, tmp_path, file)
     assert not list(tmp_path.iterdir())

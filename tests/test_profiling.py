@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def test_a_range_does_nothing_without_cuda_and_without_a_trace(monkeypatch: pyte
 
 
 def test_with_cuda_a_range_is_one_of_nvtx_in_our_domain(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("nvtx")
     pushed: list[tuple[str, str]] = []
 
     class Range:
@@ -51,7 +53,27 @@ def test_with_cuda_a_range_is_one_of_nvtx_in_our_domain(monkeypatch: pytest.Monk
         profiling._nvtx_range.cache_clear()
 
 
+def test_without_the_package_nvtx_a_range_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setitem(sys.modules, "nvtx", None)
+    monkeypatch.setattr(profiling, "_cuda_is_there", lambda: True)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: seen.append(f"push {name}"))
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: seen.append("pop"))
+    profiling._nvtx_range.cache_clear()
+    try:
+        assert span("encode") is span("encode")  # made once: nothing is imported or allocated in a step
+        with span("encode"), span("data"), span("encode"):
+            pass
+        assert seen == ["push encode", "push data", "push encode", "pop", "pop", "pop"]
+        with pytest.raises(KeyError), span("losses"):
+            raise KeyError
+        assert seen[-2:] == ["push losses", "pop"]
+    finally:
+        profiling._nvtx_range.cache_clear()
+
+
 def test_real_nvtx_ranges_nest() -> None:
+    pytest.importorskip("nvtx")
     with profiling._nvtx_range("a"), profiling._nvtx_range("b"), profiling._nvtx_range("a"):
         pass  # without a profiler attached this is all that can be seen: they accept it
 

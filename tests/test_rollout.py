@@ -147,7 +147,9 @@ def test_a_graphed_rollout_is_what_the_command_draws(
 ) -> None:
     """The graph's code path, which a CPU runs plainly once the choice is forced."""
     drawn: list[np.ndarray] = []
-    monkeypatch.setattr("fastjepa.rollout.draw_horizon_gif", lambda video, rollout, *a, **k: drawn.append(rollout))
+    monkeypatch.setattr(
+        "fastjepa.figures.horizon.draw_horizon_gif", lambda video, rollout, *a, **k: drawn.append(rollout)
+    )
     for graph in (False, True):
         monkeypatch.setattr("fastjepa.rollout.use_cuda_graph", lambda *_, graph=graph: graph)
         options = Options(run, horizon=4, clips=3, chunk=2, device="cpu", out=tmp_path / "x.gif")

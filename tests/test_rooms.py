@@ -26,21 +26,23 @@ ROOMS: dict[str, set[str]] = {
     "config": set(),
     "environment": set(),
     "profiling": set(),
+    "optional_packages": set(),
     "model": {"kernels", "profiling"},
-    "storage": {"config", "model"},
-    "moving_mnist": {"storage"},
+    "storage": {"config", "optional_packages", "model"},
+    "moving_mnist": {"optional_packages", "storage"},
     "fused": {"kernels", "measuring", "model"},
     "graphs": {"kernels", "measuring", "profiling", "model", "moving_mnist", "fused"},
-    "figures": {"model", "storage"},
+    "figures": {"optional_packages", "model", "storage"},
     "training": {
-        "kernels", "config", "environment", "profiling", "model", "storage", "moving_mnist", "fused", "graphs",
-        "figures",
+        "kernels", "config", "environment", "profiling", "optional_packages", "model", "storage", "moving_mnist",
+        "fused", "graphs", "figures",
     },
-    "evaluate": {"config", "model", "storage", "training"},
+    "evaluate": {"config", "optional_packages", "model", "storage", "training"},
     "rollout": {
-        "config", "environment", "model", "storage", "graphs", "figures", "training", "evaluate",
+        "config", "environment", "optional_packages", "model", "storage", "graphs", "figures", "training",
+        "evaluate",
     },
-    "compare_steps": {"storage", "figures", "training"},
+    "compare_steps": {"optional_packages", "storage", "figures", "training"},
 }  # fmt: skip
 
 

@@ -9,15 +9,17 @@ import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from bench.harness.case import BOTH
 from bench.harness.roofline import ceilings_of
 from bench.harness.rows import Row
 from bench.recipe import GRAPH
 from fastjepa.figures.style import INK, MUTED, SERIES_COLOURS, plot_style, series_style
+from fastjepa.optional_packages import needed_for
 from fastjepa.storage.safe_files import write_atomic
+
+with needed_for("drawing"):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
 _SUMMED = {"exact": SERIES_COLOURS[0], "inexact": SERIES_COLOURS[1], "unjudged": MUTED}
 

@@ -6,12 +6,13 @@ Reads every .jsonl below a folder (default: bench/results) and writes report.md 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bench.harness.rows import Row, read_rows_below, write_text
-from bench.report import figures
 from fastjepa.environment import ROOT
+from fastjepa.optional_packages import missing_packages
 
 _INTRODUCTION = """# Measurements
 
@@ -21,17 +22,31 @@ graph's own memory is set aside before and not in it. `bench/README.md` says how
 
 
 def render(rows: Sequence[Row], folder: Path) -> str:
-    """The page, for rows of any suites and devices; draws its pictures into `folder`."""
+    """The page, for rows of any suites and devices; draws its pictures into `folder`, if matplotlib is installed."""
     parts = [_INTRODUCTION]
     for device in dict.fromkeys(row.device for row in rows):
         here = [row for row in rows if row.device == device]
         parts.append(f"## {device}\n\n{_sources(here)}")
-        for name, picture in figures.draw_all(here):
-            path = folder / f"{_slug(device)}-{_slug(name)}.png"
-            figures.save(picture, path)
-            parts.append(f"![{name}]({path.name})")
+        parts += _pictures(here, folder / _slug(device))
         parts += _tables(here)
     return "\n\n".join(parts) + "\n"
+
+
+def _pictures(rows: Sequence[Row], prefix: Path) -> Iterable[str]:
+    """Draws the rows of one device into files whose names begin with `prefix`; links to them."""
+    if _missing():
+        return
+    from bench.report import figures
+
+    for name, picture in figures.draw_all(rows):
+        path = prefix.with_name(f"{prefix.name}-{_slug(name)}.png")
+        figures.save(picture, path)
+        yield f"![{name}]({path.name})"
+
+
+def _missing() -> list[str]:
+    """The packages that pictures need and that are not installed."""
+    return missing_packages("matplotlib", "PIL")
 
 
 def _sources(rows: Sequence[Row]) -> str:
@@ -115,4 +130,6 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"there is no .jsonl file with rows below {args.folder}; a suite's --out DIR writes them")
     write_text(args.folder / "report.md", render(rows, args.folder))
     print(f"wrote {args.folder / 'report.md'}, from {len(rows)} rows")
+    if missing := _missing():
+        print(f"pictures are left out, because of what is not installed: {', '.join(missing)}", file=sys.stderr)
     return 0

@@ -11,16 +11,19 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import matplotlib.style
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
-from PIL import Image
 
+from fastjepa.optional_packages import needed_for
 from fastjepa.storage.safe_files import write_atomic
+
+with needed_for("drawing"):
+    import matplotlib.style
+    from matplotlib import colormaps
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import to_rgb
+    from matplotlib.figure import Figure
+    from PIL import Image
 
 INK = "#1b1f24"
 MUTED = "#5b6470"

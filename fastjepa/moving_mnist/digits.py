@@ -10,9 +10,9 @@ import struct
 import zlib
 from pathlib import Path
 
-import cv2
 import numpy as np
-from sklearn.datasets import load_digits
+
+from fastjepa.optional_packages import needed_for
 
 DIGIT_SIZE = 28
 _STROKE_SIZE = 20  # MNIST normalises a digit to 20×20 before it is centred in its 28×28 box
@@ -31,7 +31,13 @@ def embedded_digits() -> tuple[np.ndarray, np.ndarray]:
 
     They are scikit-learn's 8×8 handwritten digits (UCI optdigits) enlarged to MNIST's layout. The split is fixed, and
     is a cut of the file instead of a shuffle: neighbours in the file look alike, so its tail is the stricter test.
+
+    Raises:
+        MissingPackageError: scikit-learn or OpenCV is not installed.
     """
+    with needed_for("the embedded digits"):
+        import cv2
+        from sklearn.datasets import load_digits
     small = load_digits().images  # (1797, 8, 8) float64, 0..16
     small = np.round(small * (255 / 16)).astype(np.uint8)
     margin = (DIGIT_SIZE - _STROKE_SIZE) // 2

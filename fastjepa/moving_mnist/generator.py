@@ -6,8 +6,9 @@ canvas: pixel = int((canvas − digit_size) · position). Legend: N clips, T fra
 
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
+
+from fastjepa.optional_packages import needed_for
 
 GENERATOR_VERSION = 1  # part of the cache key: raise it when the same arguments would give other pixels
 
@@ -70,6 +71,7 @@ def generate_clips(
 
     Raises:
         ValueError: an argument is out of the range given above, or `digits` is not a stack of uint8 images.
+        MissingPackageError: digits must be resized, and OpenCV is not installed.
     """
     _check_arguments(digits, n_clips, n_frames, canvas, digit_size, digits_per_clip)
     digits = _resize(digits, digit_size)
@@ -105,6 +107,8 @@ def _resize(digits: np.ndarray, digit_size: int) -> np.ndarray:
     """Digits as uint8 (n, digit_size, digit_size)."""
     if digits.shape[1:] == (digit_size, digit_size):
         return digits
+    with needed_for("resizing digits"):
+        import cv2
     resized = [cv2.resize(digit, (digit_size, digit_size), interpolation=cv2.INTER_AREA) for digit in digits]
     return np.stack(resized).astype(np.uint8, copy=False)
 

@@ -1,7 +1,8 @@
 """Digit maps: in which cells of a coarse grid the digits of a frame are, found from the pixels alone."""
 
-import cv2
 import numpy as np
+
+from fastjepa.optional_packages import needed_for
 
 DIGIT_MAP_VERSION = 1  # part of the cache key: raise it when the same frames would give another map
 
@@ -29,6 +30,7 @@ def digit_maps(frames: np.ndarray, cells: int = CELLS) -> np.ndarray:
 
     Raises:
         ValueError: another dtype or rank, empty frames, a non-finite value, or `cells` below 1.
+        MissingPackageError: OpenCV is not installed.
     """
     if frames.ndim < 2 or 0 in frames.shape[-2:]:
         raise ValueError(f"frames: expected shape (..., H, W) with H, W ≥ 1, got {frames.shape}")
@@ -41,8 +43,7 @@ def digit_maps(frames: np.ndarray, cells: int = CELLS) -> np.ndarray:
     maps = np.zeros((len(flat), cells, cells), np.uint8)
     for first in range(0, len(flat), _FRAMES_PER_CHUNK):
         chunk = slice(first, first + _FRAMES_PER_CHUNK)
-        for cell_map, bright in zip(maps[chunk], _threshold(flat[chunk]), strict=True):
-            _mark_centres(cell_map, bright)
+        _mark_centres(maps[chunk], _threshold(flat[chunk]))
     return maps.reshape(*frames.shape[:-2], cells, cells)
 
 
@@ -60,13 +61,17 @@ def _threshold(frames: np.ndarray) -> np.ndarray:
     return (frames > middle).view(np.uint8)
 
 
-def _mark_centres(cell_map: np.ndarray, bright: np.ndarray) -> None:
-    cells = len(cell_map)
-    H, W = bright.shape
-    contours, _ = cv2.findContours(bright, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    for contour in contours:
-        x, y, width, height = cv2.boundingRect(contour)
-        # A centre is at least half a pixel inside the frame, so its cell exists.
-        row = int((2 * y + height) / 2 / H * cells)
-        column = int((2 * x + width) / 2 / W * cells)
-        cell_map[row, column] = 1
+def _mark_centres(maps: np.ndarray, thresholded: np.ndarray) -> None:
+    """Sets the cells of `maps` (n, cells, cells) that hold a centre in `thresholded` (n, H, W)."""
+    with needed_for("finding the digits of a frame"):
+        import cv2
+    cells = maps.shape[-1]
+    H, W = thresholded.shape[-2:]
+    for cell_map, bright in zip(maps, thresholded, strict=True):
+        contours, _ = cv2.findContours(bright, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+        for contour in contours:
+            x, y, width, height = cv2.boundingRect(contour)
+            # A centre is at least half a pixel inside the frame, so its cell exists.
+            row = int((2 * y + height) / 2 / H * cells)
+            column = int((2 * x + width) / 2 / W * cells)
+            cell_map[row, column] = 1

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from fastjepa.moving_mnist.cache import open_npy, writing_to
+from fastjepa.optional_packages import needed_for
 from fastjepa.storage.safe_files import atomic_file
 
 logger = logging.getLogger(__name__)
@@ -98,6 +98,7 @@ def download(file: SequenceFile, target: Path) -> None:
     Raises:
         DownloadError: no connection, an incomplete answer, or another content.
         OSError: the folder of `target` cannot be written.
+        MissingPackageError: tqdm is not installed.
     """
     logger.info("downloading %s to %s", file.url, target)
     md5 = hashlib.md5(usedforsecurity=False)
@@ -115,6 +116,8 @@ def download(file: SequenceFile, target: Path) -> None:
 
 def _fetch(file: SequenceFile, target: Path) -> Iterator[bytes]:
     """The blocks of a download. Network errors become DownloadErrors, so that they are not taken for disk errors."""
+    with needed_for("the download"):
+        from tqdm import tqdm
     # The header of a .npy file of plain numbers is 128 bytes or less; a longer answer is something else.
     most = int(np.prod(file.shape)) + 128
     received = 0

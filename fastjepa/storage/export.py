@@ -11,14 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastjepa.model.autoregressive import autoregressive_rollout
 from fastjepa.model.jepa import JEPA
 from fastjepa.model.networks import DetHead, ImageDecoder, ResNet5, ResUNet, StateOnlyPredictor
+from fastjepa.optional_packages import needed_for
 from fastjepa.storage.checkpoint import plain_state
 from fastjepa.storage.safe_files import CheckpointError, write_atomic, write_text_atomic
 from fastjepa.storage.sizes import build_filled, decoder_sizes, detection_head_sizes, encoder_sizes, predictor_sizes
@@ -116,7 +115,10 @@ def export_pretrained(
     Raises:
         TypeError: `config` cannot be written as JSON.
         CheckpointError: a part is not of the published form, or the system refused to write.
+        MissingPackageError: safetensors is not installed.
     """
+    with needed_for("exporting weights"):
+        import safetensors.torch
     folder = Path(folder)
     parts = {"encoder": jepa.encoder, "predictor": jepa.predictor, "decoder": decoder, "detection_head": detection_head}
     architecture, files, contents = {}, {}, {}
@@ -158,6 +160,7 @@ def load_pretrained(folder: str | os.PathLike[str], device: str | torch.device =
     Raises:
         CheckpointError: a file is missing or damaged, does not match its checksum, or has other sizes than recorded.
         ValueError: the device is not there.
+        MissingPackageError: safetensors is not installed.
     """
     folder = Path(folder)
     try:
@@ -206,12 +209,14 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 
 def _read_tensors(path: Path, sha256: object) -> dict[str, Tensor]:
+    with needed_for("reading exported weights"):
+        import safetensors.torch
     data = _read(path)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise CheckpointError(f"{path} is damaged or from another export: its checksum is not the one in config.json")
     try:
         return safetensors.torch.load(data)
-    except SafetensorError as error:
+    except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path} is not a valid safetensors file: {error}") from error
 
 

@@ -9,19 +9,20 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
-
-import tyro
+from typing import NoReturn, TypeVar
 
 from fastjepa.config import MAY_CHANGE_ON_RESUME, Config, preset_config, resolve_device, resolve_preset
 from fastjepa.environment import device_name
 from fastjepa.graphs.capture import use_cuda_graph
 from fastjepa.kernels.checks import unavailable_reason
+from fastjepa.optional_packages import MissingPackageError, needed_for
 from fastjepa.storage.checkpoint import check_same_config
 from fastjepa.storage.run_folder import read_run_config
 from fastjepa.storage.safe_files import CheckpointError
 from fastjepa.training.stop_signals import Interrupted
 from fastjepa.training.trainer import NonFiniteLossError, Trainer
+
+T = TypeVar("T")
 
 DESCRIPTION = """Train and evaluate a Video JEPA on Moving MNIST.
 
@@ -33,6 +34,23 @@ def fail(message: object) -> NoReturn:
     """End the program with exit status 2 and one line that says why."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def parse_options(
+    kind: type[T], argv: Sequence[str] | None, *, prog: str, description: str | None = None, default: T | None = None
+) -> T:
+    """The flags in `argv` (default: sys.argv) as an object of the dataclass `kind`, whose fields are the flags.
+
+    Ends the program with exit status 2 if they cannot be parsed, or if tyro, which does it, is not installed.
+    """
+    try:
+        with needed_for("the command line"):
+            import tyro
+    except MissingPackageError as error:
+        fail(error)
+    if default is None:
+        return tyro.cli(kind, prog=prog, description=description, args=argv, use_underscores=True)
+    return tyro.cli(kind, prog=prog, description=description, default=default, args=argv, use_underscores=True)
 
 
 def parse_config(argv: Sequence[str] | None = None, prog: str = "train.py") -> Config:
@@ -53,7 +71,7 @@ def parse_config(argv: Sequence[str] | None = None, prog: str = "train.py") -> C
             default = preset_config(resolve_preset(chosen.preset, resolve_device(chosen.device)))
         else:
             default = dataclasses.replace(Config.from_json(saved), resume=chosen.resume, out=chosen.resume)
-        config = tyro.cli(Config, prog=prog, description=DESCRIPTION, default=default, args=argv, use_underscores=True)
+        config = parse_options(Config, argv, prog=prog, description=DESCRIPTION, default=default)
         if config.preset == "auto":  # given explicitly; tyro has parsed the word, not what it stands for
             config = dataclasses.replace(config, preset=default.preset)
         if saved is not None:
@@ -87,7 +105,7 @@ def run_from_command_line(config: Config) -> int:
     except Interrupted as stopped:
         print(f"stopped by {stopped}; continue with: python train.py --resume {trainer.folder}")
         return 128 + stopped.signal_number
-    except (ValueError, OSError, CheckpointError, NonFiniteLossError) as error:
+    except (ValueError, OSError, CheckpointError, NonFiniteLossError, MissingPackageError) as error:
         fail(error)
     last = trainer.rows[-1]
     print(f"\ndone in {time.perf_counter() - started:.0f} s: {trainer.epoch} epochs, {trainer.global_step} steps")

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.functional.classification import binary_average_precision
 
 from fastjepa.fused.folding import folded_batch_norm
 from fastjepa.model.jepa import JEPA, detection_loss
 from fastjepa.model.modes import eval_mode
 from fastjepa.model.networks import DetHead, ImageDecoder
 from fastjepa.moving_mnist import ClipSet, sequential_batches
+from fastjepa.optional_packages import needed_for
 from fastjepa.profiling import span
 
 MAX_HORIZONS = 7  # AP_0 … AP_6, as published
@@ -66,7 +66,12 @@ def average_precision(probabilities: Tensor, targets: Tensor) -> Tensor:
     """Area under the precision–recall curve as a step function, float64; NaN if no target is positive.
 
     probabilities and targets: of one shape, in [0, 1] and {0, 1}.
+
+    Raises:
+        MissingPackageError: torchmetrics is not installed.
     """
+    with needed_for("evaluation"):
+        from torchmetrics.functional.classification import binary_average_precision
     targets = targets.flatten().long()
     # torchmetrics counts in the default dtype; float32 would round the result to 7 digits.
     before = torch.get_default_dtype()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from tqdm import tqdm
+from fastjepa.training.progress import say
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run has been saved
@@ -27,7 +27,7 @@ def stop_signals() -> Iterator[list[int]]:
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        tqdm.write(f"received {signal.Signals(number).name}: finishing the step and saving (again to stop at once)")
+        say(f"received {signal.Signals(number).name}: finishing the step and saving (again to stop at once)")
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -9,30 +9,30 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from fastjepa.config import Config, resolve_device
 from fastjepa.environment import run_environment
-from fastjepa.figures.runs import draw_run
 from fastjepa.fused.swap import accelerate
 from fastjepa.graphs import GraphedTrainStep, use_cuda_graph
 from fastjepa.model.jepa import build_jepa, build_probes
 from fastjepa.model.step import StepLosses, TrainStep, build_optimizer
 from fastjepa.moving_mnist import epoch_indices
 from fastjepa.moving_mnist.cache import fingerprint
+from fastjepa.optional_packages import require_packages
 from fastjepa.profiling import span
 from fastjepa.storage.checkpoint import load_checkpoint, load_snapshot, save_checkpoint, snapshot
 from fastjepa.storage.export import export_pretrained
 from fastjepa.storage.run_folder import CHECKPOINT_NAME, prepare_folder
 from fastjepa.storage.safe_files import CheckpointError, write_atomic, write_text_atomic
+from fastjepa.training.board import BOARD_NAME, Board, open_board
 from fastjepa.training.evaluation import Evaluation, evaluate
+from fastjepa.training.left_out import PICTURES, WEIGHTS, left_out, say_what_is_left_out
 from fastjepa.training.picture_arrays import rollout_arrays
+from fastjepa.training.progress import Bar, progress_bar, say
 from fastjepa.training.run_clips import load_run_clips
 from fastjepa.training.step_trace import TRACE_NAME, trace_steps
 from fastjepa.training.stop_signals import Interrupted, stop_signals
@@ -51,9 +51,13 @@ class Trainer:
     Raises:
         ValueError: options that contradict each other, the data or the machine.
         OSError, CheckpointError: files that cannot be read or written; the message names them.
+        MissingPackageError: evaluation or the data needs a package that is not installed. What a run can do without is
+            left out, with a warning at the start.
     """
 
     def __init__(self, config: Config) -> None:
+        require_packages("evaluation", "torchmetrics")
+        say_what_is_left_out()
         self.device = resolve_device(config.device)
         self.folder = prepare_folder(config)
         self.config = dataclasses.replace(config, out=self.folder)
@@ -119,9 +123,9 @@ class Trainer:
         """
         evaluation = None
         with (
-            SummaryWriter(self.folder / "tensorboard", purge_step=self.global_step) as board,
+            open_board(self.folder, self.global_step) as board,
             stop_signals() as received,
-            trace_steps(self.folder / TRACE_NAME if self.config.profile else None, tqdm.write) as step_done,
+            trace_steps(self.folder / TRACE_NAME if self.config.profile else None, say) as step_done,
         ):
             while not self.finished:
                 complete = self._train_epoch(board, received, step_done)
@@ -147,15 +151,12 @@ class Trainer:
         limit = self.config.max_steps
         return self.epoch >= self.config.epochs or (limit is not None and self.global_step >= limit)
 
-    def _train_epoch(self, board: SummaryWriter, received: list[int], step_done: Callable[[], None]) -> bool:
+    def _train_epoch(self, board: Board, received: list[int], step_done: Callable[[], None]) -> bool:
         """Train on the batches left in this epoch; False if `max_steps` ended it early."""
         config = self.config
         batches = epoch_indices(len(self.train_clips), config.batch_size, config.seed, self.epoch, self.device)
         started = time.perf_counter()
-        with tqdm(
-            total=len(batches), initial=self.batch, unit="step", dynamic_ncols=True, mininterval=0.5,
-            desc=f"epoch {self.epoch + 1}/{config.epochs}",
-        ) as bar:  # fmt: skip
+        with progress_bar(f"epoch {self.epoch + 1}/{config.epochs}", len(batches), self.batch) as bar:
             for indices in batches[self.batch :]:
                 self._step(indices)
                 step_done()
@@ -186,7 +187,7 @@ class Trainer:
             self.epoch_losses += losses
             self.interval_losses += losses
 
-    def _log(self, board: SummaryWriter, bar: Any, count: int) -> None:
+    def _log(self, board: Board, bar: Bar, count: int) -> None:
         means = self._read(self.interval_losses / count)
         self.interval_losses.zero_()
         for name, value in means.items():
@@ -204,7 +205,7 @@ class Trainer:
             )
         return values
 
-    def _evaluate(self, board: SummaryWriter) -> Evaluation:
+    def _evaluate(self, board: Board) -> Evaluation:
         evaluation = evaluate(
             self.jepa, self.image_decoder, self.detection_head, self.val_clips, self.config.batch_size,
             autocast_dtype=self.autocast_dtype,
@@ -217,7 +218,7 @@ class Trainer:
         for name in ("rollout", "one_step"):
             strip = np.concatenate(list(getattr(arrays, name)[0]), axis=1)
             board.add_image(f"val/{name}", strip[None], self.global_step)
-        tqdm.write(
+        say(
             f"step {self.global_step}: mAP {evaluation.map:.3f}, AP_0 {evaluation.ap[0]:.3f} "
             f"(chance {evaluation.positive_share:.3f}), reconstruction {evaluation.recon_loss:.4f}"
         )
@@ -271,15 +272,19 @@ class Trainer:
 
     def finish(self) -> list[Path]:
         """Draw the pictures and export the weights; the files and folders that the run leaves."""
-        pretrained = self.folder / "pretrained"
-        export_pretrained(
-            self.jepa, self.config.to_json(), pretrained,
-            decoder=self.image_decoder, detection_head=self.detection_head,
-        )  # fmt: skip
-        written = draw_run(self.folder)
-        names = ("config.json", "environment.json", "metrics.csv", CHECKPOINT_NAME, "tensorboard")
-        traces = [self.folder / TRACE_NAME] if (self.folder / TRACE_NAME).exists() else []
-        return [self.folder / name for name in names] + [pretrained, *traces, *written]
+        missing = left_out()
+        pretrained, written = self.folder / "pretrained", []
+        if WEIGHTS not in missing:
+            export_pretrained(
+                self.jepa, self.config.to_json(), pretrained,
+                decoder=self.image_decoder, detection_head=self.detection_head,
+            )  # fmt: skip
+        if PICTURES not in missing:
+            from fastjepa.figures.runs import draw_run  # which needs matplotlib
+
+            written = draw_run(self.folder)
+        names = ("config.json", "environment.json", "metrics.csv", CHECKPOINT_NAME, BOARD_NAME, pretrained, TRACE_NAME)
+        return [path for name in names if (path := self.folder / name).exists()] + written
 
 
 def set_precision(precision: str) -> None:

@@ -1,0 +1,49 @@
+"""What a run shows while it goes on: lines, and a progress bar where tqdm is installed."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+from fastjepa.optional_packages import missing_packages
+
+PROGRESS_PACKAGES = ("tqdm",)
+
+
+class Bar(Protocol):
+    """The two methods of a progress bar that the trainer calls."""
+
+    def update(self) -> object:
+        """One more is done."""
+
+    def set_postfix(self, values: dict[str, Any], /) -> object:
+        """Show these beside the bar."""
+
+
+class _NoBar:
+    """Shows nothing."""
+
+    def update(self) -> None:
+        pass
+
+    def set_postfix(self, values: dict[str, Any], /) -> None:
+        pass
+
+
+def say(text: str) -> None:
+    """Print a line to stdout, above the bar."""
+    if missing_packages(*PROGRESS_PACKAGES):
+        print(text, flush=True)
+        return
+    from tqdm import tqdm
+
+    tqdm.write(text)
+
+
+def progress_bar(title: str, total: int, done: int) -> AbstractContextManager[Bar]:
+    """A bar of steps on stderr, `done` of `total` made before; without tqdm, one that shows nothing."""
+    if missing_packages(*PROGRESS_PACKAGES):
+        return nullcontext(_NoBar())
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, mininterval=0.5, desc=title)
