@@ -4,22 +4,31 @@
 that is already set is kept: TRITON_INTERPRET=1 on a GPU machine tests the interpreter, TRITON_INTERPRET=0 the compiler.
 
 Where Triton is not installed, tests of the plain path run, and those of kernels are skipped with that reason: a test
-that takes the fixture `device` or `needs_triton`, and a whole module that imports kernels.
+that takes the fixture `device` or `needs_triton`, and a whole module that imports kernels. In the same way a test that
+comes upon another package that is not installed is skipped, and the reason names it: torch, Triton, numpy and pytest
+are enough to run what is marked gpu.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Generator
+import re
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 
+from fastjepa.optional_packages import MissingPackageError, missing_packages
+
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 INTERPRETING = os.environ["TRITON_INTERPRET"] == "1"
 NO_TRITON = None if importlib.util.find_spec("triton") else "needs Triton, which is not installed"
+# Looked for here, before a test can pretend. Where all are installed, nothing is skipped for the lack of one.
+_OPTIONAL = "PIL cv2 hypothesis matplotlib nvtx safetensors scipy sklearn tensorboard torchmetrics tqdm tyro"
+NOT_INSTALLED = [name for name in _OPTIONAL.split() if missing_packages(name)]
 
 
 def _no_gpu_reason() -> str | None:
@@ -38,16 +47,52 @@ def pytest_make_collect_report(
     if NO_TRITON and report.failed and "import triton" in str(report.longrepr):
         report.outcome = "skipped"
         report.longrepr = (str(collector.path), 0, f"Skipped: {NO_TRITON}")
+    elif NOT_INSTALLED and report.failed and (found := _MISSING_IMPORT.search(str(report.longrepr))):
+        report.outcome = "skipped"
+        report.longrepr = (str(collector.path), 0, f"Skipped: {found.group().strip()}")
     return report
+
+
+_MISSING_IMPORT = re.compile(
+    rf"ModuleNotFoundError: (No module named '|import of )({'|'.join(NOT_INSTALLED)})\b.*|MissingPackageError: .*"
+)
+
+
+@contextmanager
+def _skipped_for_lack_of_a_package() -> Iterator[None]:
+    """Skips the test that ends with such an error, or with one that was raised because of it."""
+    try:
+        yield
+    except BaseException as error:
+        cause: BaseException | None = error
+        while NOT_INSTALLED and cause is not None:
+            name = (cause.name or "").partition(".")[0] if isinstance(cause, ModuleNotFoundError) else ""
+            if isinstance(cause, MissingPackageError) or name in NOT_INSTALLED:
+                pytest.skip(str(cause))
+            cause = cause.__cause__ or cause.__context__
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None, object, object]:
+    with _skipped_for_lack_of_a_package():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    with _skipped_for_lack_of_a_package():
+        return (yield)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = _no_gpu_reason()
-    if reason is None:
-        return
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if reason is not None and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
+        named = [name for marker in item.iter_markers("packages") for name in marker.args if name in NOT_INSTALLED]
+        if named:
+            item.add_marker(pytest.mark.skip(reason=f"needs what is not installed: {', '.join(named)}"))
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ import torch
 from fastjepa.config import PRESETS, Config, preset_config, resolve_device, resolve_preset
 from fastjepa.training.command_line import parse_config
 
+pytestmark = pytest.mark.packages("tyro")
+
 PUBLISHED = (
     "--batch_size 64 --dobs 1 --henc 32 --hpre 32 --dstc 16 --steps 1 --cov_coeff 10.0 --std_coeff 200.0 --epochs 100 "
     "--lr 5e-4"

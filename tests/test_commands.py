@@ -12,6 +12,8 @@ from fastjepa import compare_steps, evaluate
 from fastjepa.training.command_line import parse_config
 from fastjepa.training.trainer import Trainer
 
+pytestmark = pytest.mark.packages("tyro", "torchmetrics", "cv2", "sklearn")
+
 TINY = (
     "--device cpu --preset demo --henc 2 --hpre 2 --dstc 4 --canvas 16 --digit_size 8 --n_train 6 --n_val 5 "
     "--n_frames 5 --batch_size 3 --epochs 1"

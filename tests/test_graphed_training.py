@@ -21,7 +21,10 @@ TINY = (
     "--batch_size 3 --epochs 2 --log_every 2 --checkpoint_every 2"
 ).split()
 
-pytestmark = pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True"),
+    pytest.mark.packages("tyro", "torchmetrics", "cv2", "sklearn"),
+]
 
 
 @pytest.fixture(scope="module")

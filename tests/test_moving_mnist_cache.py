@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fastjepa.moving_mnist.cache import cache_key, cached_array, default_cache_dir, fingerprint, open_npy
+from properties import given, settings, st
 
 ARRAY = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)
 

@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fastjepa.moving_mnist import clips as clips_module
 from fastjepa.moving_mnist.clips import ClipSet, epoch_indices, load_clips, sequential_batches
 from fastjepa.moving_mnist.labels import digit_maps
 from fastjepa.moving_mnist.official import SequenceFile
+from properties import given, settings, st
 
 CPU_AND_GPU = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -5,12 +5,11 @@ import math
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fastjepa.moving_mnist import generator
 from fastjepa.moving_mnist.digits import embedded_digits
 from fastjepa.moving_mnist.generator import bounce, generate_clips
+from properties import given, settings, st
 
 # A full square: where it is can be read off a frame.
 SQUARE = np.full((1, 28, 28), 255, np.uint8)

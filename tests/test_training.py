@@ -21,6 +21,8 @@ from fastjepa.storage.safe_files import CheckpointError
 from fastjepa.training.command_line import parse_config
 from fastjepa.training.trainer import NonFiniteLossError, Trainer
 
+pytestmark = pytest.mark.packages("tyro", "torchmetrics", "cv2", "sklearn")
+
 ROOT = Path(__file__).parent.parent
 # 7 steps an epoch, the last batch ragged.
 TINY = (

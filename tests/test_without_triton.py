@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-from fastjepa.environment import ROOT
+import pytest
 
-BLOCKED = "import sys\nsys.modules['triton'] = None\n"
+from absence import python, run_as_main, without
+
+BLOCKED = without("triton")
 TINY = (
     "--device cpu --preset demo --henc 2 --hpre 2 --dstc 4 --canvas 16 --digit_size 8 --n_train 6 --n_val 5 "
     "--n_frames 5 --batch_size 3 --epochs 1"
 ).split()
-
-
-def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`code` in a fresh process, in the root of the checkout, where TRITON_INTERPRET=1 could not hide anything."""
-    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables, timeout=300, check=False)
-
-
-def run_as_main(target: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python train.py ...` or `python -m module ...` without Triton."""
-    call = f"run_path({target!r}" if target.endswith(".py") else f"run_module({target!r}, alter_sys=True"
-    code = f"{BLOCKED}import runpy\nsys.argv = [{target!r}, *sys.argv[1:]]\nrunpy.{call}, run_name='__main__')"
-    return python(code, *arguments)
 
 
 def test_importing_the_package_is_light() -> None:
@@ -96,38 +81,40 @@ print(float(TrainStep(jepa, *build_probes(dobs=1, dstc=4), steps=1)(video, digit
     assert (swapped, trained) == ("regularizer predcost", "True")
 
 
+@pytest.mark.packages("tyro", "torchmetrics", "cv2", "sklearn", "matplotlib", "PIL")
 def test_training_evaluation_and_pictures(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    trained = run_as_main("train.py", *TINY, "--cache_dir", str(tmp_path / "cache"), "--out", str(run))
+    trained = run_as_main(BLOCKED, "train.py", *TINY, "--cache_dir", str(tmp_path / "cache"), "--out", str(run))
     assert trained.returncode == 0, trained.stderr
     assert "mAP" in trained.stdout
-    evaluated = run_as_main("fastjepa.evaluate", "--checkpoint", str(run), "--device", "cpu")
+    evaluated = run_as_main(BLOCKED, "fastjepa.evaluate", "--checkpoint", str(run), "--device", "cpu")
     assert evaluated.returncode == 0, evaluated.stderr
     assert "AP_0" in evaluated.stdout
-    rolled_out = run_as_main("fastjepa.rollout", "--checkpoint", str(run), "--horizon", "4", "--device", "cpu")
+    rolled_out = run_as_main(BLOCKED, "fastjepa.rollout", "--checkpoint", str(run), "--horizon", "4", "--device", "cpu")
     assert rolled_out.returncode == 0, rolled_out.stderr
 
 
+@pytest.mark.packages("tyro")
 def test_the_flag_that_asks_for_kernels_is_refused_in_one_line(tmp_path: Path) -> None:
-    refused = run_as_main("train.py", *TINY, "--out", str(tmp_path / "run"), "--backend", "fused")
+    refused = run_as_main(BLOCKED, "train.py", *TINY, "--out", str(tmp_path / "run"), "--backend", "fused")
     assert refused.returncode == 2
     (line,) = refused.stderr.splitlines()
     assert line.startswith("error: --backend fused cannot be served: kernels need Triton")
 
 
 def test_a_benchmark_measures_what_it_can(tmp_path: Path) -> None:
-    done = run_as_main("bench", "step", "--quick", "--no-memory", "--device", "cpu", "--out", str(tmp_path))
+    done = run_as_main(BLOCKED, "bench", "step", "--quick", "--no-memory", "--device", "cpu", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "each thing once" in done.stdout
 
 
 def test_the_benchmarks_that_need_kernels_say_so_in_one_line() -> None:
     for command in ("audit", "tune"):
-        refused = run_as_main("bench", command, "--help")
+        refused = run_as_main(BLOCKED, "bench", command, "--help")
         assert refused.returncode == 2
         (line,) = refused.stderr.splitlines()
         assert line.startswith(f"python -m bench {command} needs Triton, which cannot be imported here")
-    counted = run_as_main("bench", "saved", "--batch", "1")
+    counted = run_as_main(BLOCKED, "bench", "saved", "--batch", "1")
     assert counted.returncode == 0, counted.stderr
     lines = {line.split("  ")[1]: line for line in counted.stdout.splitlines()[1:]}
     assert lines["eager fp32"].endswith(" GB")

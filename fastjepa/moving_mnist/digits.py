@@ -35,7 +35,7 @@ def embedded_digits() -> tuple[np.ndarray, np.ndarray]:
     Raises:
         MissingPackageError: scikit-learn or OpenCV is not installed.
     """
-    with needed_for("the embedded digits"):
+    with needed_for("making the embedded digits"):
         import cv2
         from sklearn.datasets import load_digits
     small = load_digits().images  # (1797, 8, 8) float64, 0..16
