@@ -23,6 +23,7 @@ def test_importing_the_package_is_light() -> None:
     assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
 
 
+@pytest.mark.packages("safetensors")
 def test_the_package_is_imported_where_nothing_can_fork() -> None:
     """Windows has no os.register_at_fork; what others do with it on import has happened before it is taken away."""
     code = "import os, safetensors.torch\ndel os.register_at_fork\nimport fastjepa\nprint('imported')"
@@ -30,6 +31,7 @@ def test_the_package_is_imported_where_nothing_can_fork() -> None:
     assert (done.stdout.strip(), done.returncode) == ("imported", 0), done.stderr
 
 
+@pytest.mark.packages("matplotlib", "PIL")
 def test_every_room_but_the_kernels_is_imported_without_triton() -> None:
     """All modules, except those that are kernels or call them: these end with the one exception that names Triton."""
     code = f"""{BLOCKED}
