@@ -18,10 +18,11 @@ from bench.harness import suite
 from bench.harness.row_file import RowFile
 from bench.harness.rows import read_rows_below, write_text
 from bench.prove import archive, card
-from bench.prove.parts import Part, missing_packages, parts
+from bench.prove.parts import Part, parts
 from bench.prove.proof import PASSED, SKIPPED, Proof
 from bench.prove.supervise import prove
 from fastjepa.environment import ROOT, Environment, collect
+from fastjepa.optional_packages import missing_packages
 
 
 def main(argv: Sequence[str]) -> int:
@@ -68,9 +69,9 @@ def sum_up(proof: Proof, environment: Environment) -> str:
     text = card.render(title, lines)
     write_text(proof.folder / "card.txt", text)
     missing = missing_packages("matplotlib")
-    if missing is None:
+    if not missing:
         card.draw(title, lines, proof.folder / "card.png")
     else:
-        text += f"no picture of this card: {missing}\n"
+        text += f"no picture of this card: {', '.join(missing)} is not installed\n"
     left_out = archive.pack(proof.folder, proof.folder / f"{proof.folder.name}.tar.gz")
     return text + (f"too large for the archive: {', '.join(left_out)}\n" if left_out else "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import sys
@@ -16,6 +15,7 @@ from bench.recipe import GRAPH
 from bench.step import EAGER_BF16, ORIGINAL
 from fastjepa.environment import ROOT
 from fastjepa.kernels import OPS
+from fastjepa.optional_packages import missing_packages
 
 HEADLINE = (ORIGINAL, "TF32", EAGER_BF16, "fused blocks", GRAPH)
 # Tests that run the kernels, besides those marked gpu.
@@ -72,7 +72,7 @@ def parts(out: Path, device: torch.device, quick: bool) -> list[Part]:
     def tests(name: str, marker: str, *stems: str) -> Part:
         # Failures are printed as they come, and the time ends it with SIGINT: pytest then prints what it has.
         files = [str(_test_file(stem).relative_to(ROOT)) for stem in stems]
-        reason = no_gpu or missing_packages("pytest")
+        reason = no_gpu or _not_installed("pytest")
         return Part(name, [python, "-m", "pytest", "-q", "--tb=short", "-m", marker, *files], 150,
                     unavailable=reason, variables=compiled)  # fmt: skip
 
@@ -103,13 +103,13 @@ def parts(out: Path, device: torch.device, quick: bool) -> list[Part]:
         suite("moments", "moments", 45, "--seconds", "0.5", per_variant=45),
         suite("layers", "layers", 150, "--seconds", "0.5"),
         Part("train", [python, "-m", "bench", "train", "--out", folder, *training], 240 if gpu or quick else 600,
-             unavailable=missing_packages(*_TRAINING)),
+             unavailable=_not_installed(*_TRAINING)),
         *(sanitized(op) for op in OPS),
         Part("ncu", ["bash", "bench/profile/ncu.sh", f"{folder}/ncu"], 90, variables={"PYTHON_GPU": python},
              unavailable=no_gpu or missing_program("ncu")),
         tests("tests marked gpu", "gpu"),
         tests("kernel tests", "not gpu", *_KERNEL_TESTS),
-        suite("eval", "eval", 90, "--seconds", "3", reason=missing_packages("torchmetrics")),
+        suite("eval", "eval", 90, "--seconds", "3", reason=_not_installed("torchmetrics")),
         suite("step, all variants", "step", 900, "--seconds", "4", per_variant=400, reason=no_gpu),
         suite("rollout, all variants", "rollout", 400, "--horizon", "1", "8", "50", "--seconds", "0.5",
               per_variant=120, reason=no_gpu),
@@ -128,9 +128,9 @@ def _kernels_of(op: str) -> tuple[str, str]:
     return "fused", "fused bf16"
 
 
-def missing_packages(*names: str) -> str | None:
-    """Which of these packages are not installed, in words; None if all are."""
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
+def _not_installed(*modules: str) -> str | None:
+    """Which of the packages of these modules are not installed, in words; None if all are."""
+    missing = missing_packages(*modules)
     return f"not installed: {', '.join(missing)}" if missing else None
 
 

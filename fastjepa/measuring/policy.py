@@ -10,9 +10,9 @@ A NaN or an infinity never passes, unless truth has the same one in the same pla
 computed on the device of the result.
 
 What goes through many layers (a whole training step, a network) is judged by norms instead: err(x) = ‖x − truth‖₂ and
-scale = ‖truth‖₂. A rounding may move an activation across ReLU's zero, which changes single entries of a gradient by far
-more than a rounding; the worst entry then says which activations happened to lie near zero, and two runs of eager with
-another order of sums differ in it as much.
+scale = ‖truth‖₂. A rounding may move an activation across ReLU's zero, which changes single entries of a gradient by
+far more than a rounding; the worst entry then says which activations happened to lie near zero, and two runs of eager
+with another order of sums differ in it as much.
 """
 
 from __future__ import annotations
