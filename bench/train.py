@@ -66,7 +66,7 @@ class TimedTrainer(Trainer):
         spent = self.seconds - self.last_seconds or wall - (self.found[-1].quality["seconds"] if self.found else 0.0)
         self.found.append(
             Row(
-                suite=SUITE, case=f"preset {config.preset}, B={config.batch_size}",
+                suite=SUITE, case=f"preset {config.preset}, B={config.batch_size}, seed {config.seed}",
                 variant=f"{config.backend} {config.precision}, graph {config.cuda_graph}",
                 phase=f"step {self.global_step}", precision=config.precision, status="unjudged",
                 reason="a training run: its mAP says how good it is", rounds=max(steps, 1),
