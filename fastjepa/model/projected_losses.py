@@ -17,7 +17,7 @@ from fastjepa.kernels.checks import require_available
 from fastjepa.kernels.projected_losses import closed_form
 from fastjepa.kernels.projected_losses.reference import std_and_cov_loss
 from fastjepa.model.losses import project
-from fastjepa.model.running_stats import BatchStatistics, BatchStatisticsRecorder, advance_buffers, updating_batch_norms
+from fastjepa.model.running_stats import BatchStatistics, BatchStatisticsRecorder, advance_buffers
 
 ProjectionPath = Literal["auto", "eager", "closed_form", "fused"]
 
@@ -135,7 +135,7 @@ def _eager(vc_proj: nn.Module, pred_proj: nn.Module, state: Tensor, predictions:
             losses.append(F.mse_loss(projected, target))
             prediction_stats.append(statistics)
     std_loss, cov_loss = std_and_cov_loss(target if shared else project(vc_proj, state))
-    for i, layer in enumerate(updating_batch_norms(pred_proj)):
+    for i, layer in enumerate(recorder.layers):
         calls = [target_stats[i]] if shared else []  # VC(z)
         for statistics in prediction_stats:
             calls += [target_stats[i], statistics[i]]

@@ -72,11 +72,11 @@ class BatchStatisticsRecorder:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._layers = updating_batch_norms(module)
+        self.layers = updating_batch_norms(module)
         self._saved: list[tuple[float | None, Tensor, Tensor, Tensor | None]] = []
 
     def __enter__(self) -> BatchStatisticsRecorder:
-        for layer in self._layers:
+        for layer in self.layers:
             self._saved.append((layer.momentum, *_buffers(layer), layer.num_batches_tracked))
             layer.momentum = 1.0  # the scratch buffers then *are* the statistics of the call
             if layer.num_batches_tracked is not None:
@@ -84,14 +84,14 @@ class BatchStatisticsRecorder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for layer, (momentum, mean, var, count) in zip(self._layers, self._saved, strict=True):
+        for layer, (momentum, mean, var, count) in zip(self.layers, self._saved, strict=True):
             layer.momentum = momentum
             layer.running_mean, layer.running_var, layer.num_batches_tracked = mean, var, count
 
     def call(self, function: Callable[[], Tensor]) -> tuple[Tensor, list[BatchStatistics]]:
         """What `function`, which calls the module once, returns; and that call's statistics, one for each layer."""
         statistics = []
-        for layer, (_, mean, var, _) in zip(self._layers, self._saved, strict=True):
+        for layer, (_, mean, var, _) in zip(self.layers, self._saved, strict=True):
             layer.running_mean, layer.running_var = torch.zeros_like(mean), torch.zeros_like(var)
             statistics.append(BatchStatistics(layer.running_mean, layer.running_var))
         return function(), statistics
