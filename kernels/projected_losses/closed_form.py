@@ -1,25 +1,35 @@
 """The projected losses in closed form, in plain torch: the path that a CPU takes. Any dtype and device, no Triton.
 
 The numbers and the gradients of `reference.projected_losses` from small moments (see `algebra`): it walks over the
-pixels in chunks that stay in cache and stores nothing of size (N, hidden), forward or backward.
+pixels in chunks (see `chunks`) and keeps nothing of size (N, hidden), forward or backward.
+
+Under torch.compile the passes are traced, so that the compiler may fuse them; on a CPU, whose threads it cannot trace,
+forward and backward are one op each instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.library import custom_op
 
 from fastjepa.kernels.projected_losses import algebra
 from fastjepa.kernels.projected_losses.algebra import ProjectorParameters
-from fastjepa.kernels.projected_losses.chunk_pool import map_groups
-from fastjepa.kernels.projected_losses.reference import ProjectedLosses, as_rows, check_shapes
-
-_CHUNK = 2048  # pixels: the three (hidden, chunk) temporaries then take 1.5 MB at 64 features in fp32 and stay in L2
+from fastjepa.kernels.projected_losses.chunks import (
+    Chunking,
+    chunking_for,
+    columns,
+    from_rows,
+    row_products,
+    row_sums,
+    same_layout,
+)
+from fastjepa.kernels.projected_losses.reference import ProjectedLosses, check_shapes
 
 
 def projected_losses(
@@ -62,21 +72,11 @@ class _ClosedForm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, eps: float, *inputs: Tensor) -> tuple[Tensor, ...]:
-        params, tensors = _parameters_and_tensors(inputs)
-        n_rows = tensors[0].numel() // tensors[0].shape[1]
-        columns = [_columns(x) for x in _same_layout(tensors)]
-        means, scatters = zip(*(_moments(c) for c in columns), strict=True)
-        mean, scatter = torch.stack(means), torch.stack(scatters)
-        affine = algebra.hidden_affine(params, mean, scatter, n_rows, eps)
-        mean_r, scatter_r, delta_moments = _activation_moments(columns, affine, mean, params.bn_bias, n_rows)
-        cov = algebra.covariance(params.weight2, scatter_r, n_rows)
-        std_loss, cov_loss = algebra.std_and_cov_from_moments(cov.diagonal(), cov)
-        prediction = algebra.prediction_losses(params.weight2, delta_moments, n_rows)
-        ctx.save_for_backward(*inputs, *algebra.Saved(mean, scatter, mean_r, scatter_r, delta_moments))
-        ctx.eps, ctx.n_inputs, ctx.n_rows = eps, len(inputs), n_rows
-        wide = _compute_dtype(tensors[0].dtype)
-        losses = ProjectedLosses(std_loss, cov_loss, prediction, affine.hidden_mean, affine.hidden_var)
-        losses = ProjectedLosses(*(x.to(wide) for x in losses))
+        run = _forward_op if _is_opaque(inputs) else _forward
+        results = run(list(inputs), eps)
+        losses = ProjectedLosses(*results[: len(ProjectedLosses._fields)])
+        ctx.save_for_backward(*inputs, *results[len(losses) :])
+        ctx.eps, ctx.n_inputs = eps, len(inputs)
         ctx.mark_non_differentiable(losses.batch_means, losses.batch_vars)
         return tuple(losses)
 
@@ -84,29 +84,53 @@ class _ClosedForm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         inputs, saved = ctx.saved_tensors[: ctx.n_inputs], ctx.saved_tensors[ctx.n_inputs :]
-        mean, scatter, mean_r, scatter_r, delta_moments = algebra.Saved(*saved)
-        params, tensors = _parameters_and_tensors(inputs)
-        affine = algebra.hidden_affine(params, mean, scatter, ctx.n_rows, ctx.eps)
         grad_losses = ProjectedLosses(*grads)
-        out = algebra.output_gradients(
-            params.weight2,
-            scatter_r,
-            delta_moments,
-            ctx.n_rows,
-            grad_losses.std_loss,
-            grad_losses.cov_loss,
-            grad_losses.prediction_losses,
-        )
-        same = _same_layout(tensors)
-        columns = [_columns(x) for x in same]
-        results = [torch.empty_like(x) for x in same]
-        grad_columns = [_columns(x) for x in results]
-        sums = _slope_gradients(columns, grad_columns, affine, mean, params.bn_bias, mean_r, out)
-        grad = algebra.input_gradients(params, affine, scatter, *sums, ctx.n_rows)
-        _subtract_correction(columns, grad_columns, mean, grad.constant, grad.linear)
-        grad_params = ProjectorParameters(grad.weight1, grad.bias1, grad.bn_weight, grad.bn_bias, out.weight2)
-        grad_tensors = [_from_rows(g, x) if g.shape != x.shape else g for g, x in zip(results, tensors, strict=True)]
-        return (None, *(g.to(p.dtype) for g, p in zip(grad_params, params, strict=True)), *grad_tensors)
+        run = _backward_op if _is_opaque(inputs) else _backward
+        found = run(list(grad_losses[:3]), list(inputs), list(saved), ctx.eps)
+        return (None, *found)
+
+
+def _forward(inputs: list[Tensor], eps: float) -> list[Tensor]:
+    """From the parameters, z and the predictions: the fields of `ProjectedLosses`, then those of `algebra.Saved`."""
+    params, tensors = _parameters_and_tensors(inputs)
+    n_rows, chunking = _n_rows(tensors), _chunking(tensors)
+    chunks = [columns(x, chunking) for x in same_layout(tensors, chunking)]
+    means, scatters = zip(*(_moments(c, chunking) for c in chunks), strict=True)
+    mean, scatter = torch.stack(means), torch.stack(scatters)
+    affine = algebra.hidden_affine(params, mean, scatter, n_rows, eps)
+    mean_r, scatter_r, delta_moments = _activation_moments(chunks, chunking, affine, mean, params.bn_bias, n_rows)
+    cov = algebra.covariance(params.weight2, scatter_r, n_rows)
+    std_loss, cov_loss = algebra.std_and_cov_from_moments(cov.diagonal(), cov)
+    prediction = algebra.prediction_losses(params.weight2, delta_moments, n_rows)
+    losses = ProjectedLosses(std_loss, cov_loss, prediction, affine.hidden_mean, affine.hidden_var)
+    wide = _compute_dtype(tensors[0].dtype)
+    saved = algebra.Saved(mean, scatter, mean_r, scatter_r, delta_moments)
+    return [*(x.to(wide).contiguous() for x in losses), *(x.contiguous() for x in saved)]
+
+
+def _backward(grads: list[Tensor], inputs: list[Tensor], saved: list[Tensor], eps: float) -> list[Tensor]:
+    """The gradient of each input, from those of the three losses."""
+    mean, scatter, mean_r, scatter_r, delta_moments = algebra.Saved(*saved)
+    params, tensors = _parameters_and_tensors(inputs)
+    n_rows, chunking = _n_rows(tensors), _chunking(tensors)
+    affine = algebra.hidden_affine(params, mean, scatter, n_rows, eps)
+    out = algebra.output_gradients(params.weight2, scatter_r, delta_moments, n_rows, *grads)
+    same = same_layout(tensors, chunking)
+    chunks = [columns(x, chunking) for x in same]
+    results = [torch.empty_like(x) for x in same]
+    grad_chunks = [columns(x, chunking) for x in results]
+    sums = _slope_gradients(chunks, grad_chunks, chunking, affine, mean, params.bn_bias, mean_r, out)
+    grad = algebra.input_gradients(params, affine, scatter, *sums, n_rows)
+    _subtract_correction(chunks, grad_chunks, chunking, mean, grad.constant, grad.linear)
+    grad_params = ProjectorParameters(grad.weight1, grad.bias1, grad.bn_weight, grad.bn_bias, out.weight2)
+    return [
+        *(g.to(p.dtype).contiguous() for g, p in zip(grad_params, params, strict=True)),
+        *(_in_shape_of(x, g) for x, g in zip(tensors, results, strict=True)),
+    ]
+
+
+def _in_shape_of(x: Tensor, grad: Tensor) -> Tensor:
+    return from_rows(grad, x) if grad.shape != x.shape else grad
 
 
 def _parameters_and_tensors(inputs: Sequence[Tensor]) -> tuple[ProjectorParameters, Sequence[Tensor]]:
@@ -115,39 +139,62 @@ def _parameters_and_tensors(inputs: Sequence[Tensor]) -> tuple[ProjectorParamete
     return ProjectorParameters(*inputs[:n_params]), inputs[n_params:]
 
 
-# -- Layout: a tensor is a list of (D, L) matrices, one per batch entry, in whatever memory order it has
+def _n_rows(tensors: Sequence[Tensor]) -> int:
+    return tensors[0].numel() // tensors[0].shape[1]
+
+
+def _chunking(tensors: Sequence[Tensor]) -> Chunking:
+    return chunking_for(tensors[0].device.type, compiling=torch.compiler.is_compiling())
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _same_layout(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors, so that all can be walked in the same order without copying; else their rows, (N, D)."""
-    if all(x.movedim(1, -1).is_contiguous() for x in tensors):
-        return [as_rows(x) for x in tensors]
-    long_maps = tensors[0].dim() > 2 and tensors[0][0, 0].numel() >= _CHUNK
-    if long_maps and all(x.is_contiguous() for x in tensors):
-        return list(tensors)
-    return [as_rows(x).contiguous() for x in tensors]
+# -- The same two functions as ops, into which torch.compile does not look
 
 
-def _columns(x: Tensor) -> list[Tensor]:
-    matrices = [x.T] if x.dim() == 2 else x.flatten(2).unbind(0)
-    return [chunk for matrix in matrices for chunk in matrix.split(_CHUNK, dim=1)]
+def _is_opaque(inputs: Sequence[Tensor]) -> bool:
+    return torch.compiler.is_compiling() and _chunking(inputs).threads
 
 
-def _from_rows(rows: Tensor, like: Tensor) -> Tensor:
-    shape = (like.shape[0], *like.shape[2:], like.shape[1])
-    return rows.view(shape).movedim(-1, 1)
+_forward_op = custom_op("fastjepa::projected_losses_closed_form", _forward, mutates_args=())
+_backward_op = custom_op("fastjepa::projected_losses_closed_form_backward", _backward, mutates_args=())
+
+
+@_forward_op.register_fake
+def _(inputs: list[Tensor], eps: float) -> list[Tensor]:
+    params, tensors = _parameters_and_tensors(inputs)
+    (hidden, channels), n_tensors = params.weight1.shape, len(tensors)
+    z, n_predictions = tensors[0], n_tensors - 1
+    losses = ((), (), (n_predictions,), (n_tensors, hidden), (n_tensors, hidden))
+    saved = (
+        (n_tensors, channels),
+        (n_tensors, channels, channels),
+        (hidden,),
+        (hidden, hidden),
+        (n_predictions, hidden, hidden),
+    )
+    wide = _compute_dtype(z.dtype)
+    return [z.new_empty(s, dtype=wide) for s in losses] + [z.new_empty(s, dtype=torch.float64) for s in saved]
+
+
+@_backward_op.register_fake
+def _(grads: list[Tensor], inputs: list[Tensor], saved: list[Tensor], eps: float) -> list[Tensor]:
+    params, tensors = _parameters_and_tensors(inputs)
+    results = [torch.empty_like(x) for x in same_layout(tensors, _chunking(tensors))]
+    return [
+        *(torch.empty_like(p, memory_format=torch.contiguous_format) for p in params),
+        *(_in_shape_of(x, g) for x, g in zip(tensors, results, strict=True)),
+    ]
 
 
 # -- The passes
 
 
-def _moments(columns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _moments(chunks: Sequence[Tensor], chunking: Chunking) -> tuple[Tensor, Tensor]:
     """Mean (D,) and scatter (D, D) in float64: every chunk about its own centre, combined by Chan's formula."""
-    wide = _compute_dtype(columns[0].dtype)
+    wide = _compute_dtype(chunks[0].dtype)
 
     def moments_of_group(group: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         found = []
@@ -156,18 +203,23 @@ def _moments(columns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
             centre = x.mean(1, keepdim=True)
             x = x - centre
             # The centre is rounded; the exact chunk mean is centre + residual.
-            residual = x.mean(1).double()
-            scatter = (x @ x.T).double() - x.shape[1] * torch.outer(residual, residual)
+            residual = row_sums(x) / x.shape[1]
+            scatter = row_products(x, x) - x.shape[1] * torch.outer(residual, residual)
             found.append((centre[:, 0].double() + residual, scatter))
         return found
 
-    means, scatters = zip(*chain.from_iterable(map_groups(moments_of_group, columns)), strict=True)
-    counts = [chunk.shape[1] for chunk in columns]
-    n = torch.tensor(counts, dtype=torch.float64, device=columns[0].device).unsqueeze(1)
+    means, scatters = zip(*chain.from_iterable(chunking.map(moments_of_group, chunks)), strict=True)
     chunk_means = torch.stack(means)
+    n = _counts(chunks, chunk_means)
     mean = (n * chunk_means).sum(0) / n.sum()
     apart = chunk_means - mean
     return mean, torch.stack(scatters).sum(0) + (n * apart).T @ apart
+
+
+def _counts(chunks: Sequence[Tensor], like: Tensor) -> Tensor:
+    """The pixels in every chunk, (n_chunks, 1). Made where `like` is: a copy from the host would wait for a GPU."""
+    runs = [(count, len(list(run))) for count, run in groupby(chunk.shape[1] for chunk in chunks)]
+    return torch.cat([like.new_full((times, 1), count) for count, times in runs])
 
 
 class _ChunkAffine(NamedTuple):
@@ -194,10 +246,15 @@ def _affines(affine: algebra.HiddenAffine, mean: Tensor, bn_bias: Tensor, dtype:
 
 
 def _activation_moments(
-    columns: Sequence[Sequence[Tensor]], affine: algebra.HiddenAffine, mean: Tensor, bn_bias: Tensor, n_rows: int
+    tensors: Sequence[Sequence[Tensor]],
+    chunking: Chunking,
+    affine: algebra.HiddenAffine,
+    mean: Tensor,
+    bn_bias: Tensor,
+    n_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean (H,) and scatter (H, H) of r(z), and ΣΔΔᵀ (K, H, H); float64."""
-    affines = _affines(affine, mean, bn_bias, columns[0][0].dtype)
+    affines = _affines(affine, mean, bn_bias, tensors[0][0].dtype)
     wide = affines[0].slope.dtype
     shift = affine.shift.to(wide).unsqueeze(1)
     hidden = shift.shape[0]
@@ -205,33 +262,34 @@ def _activation_moments(
     def moments_of_group(group: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor, Tensor]:
         total = mean.new_zeros(hidden)
         second = mean.new_zeros(hidden, hidden)
-        delta_moments = mean.new_zeros(len(columns) - 1, hidden, hidden)
+        delta_moments = mean.new_zeros(len(tensors) - 1, hidden, hidden)
         for chunks in group:
             r = affines[0](chunks[0])[1]
             for k, chunk in enumerate(chunks[1:]):
                 delta = affines[k + 1](chunk)[1].sub_(r)
-                delta_moments[k] += delta @ delta.T
+                delta_moments[k] += row_products(delta, delta)
             r -= shift
-            total += r.sum(1)
-            second += r @ r.T
+            total += row_sums(r)
+            second += row_products(r, r)
         return total, second, delta_moments
 
-    total, second, delta_moments = _sums(map_groups(moments_of_group, list(zip(*columns, strict=True))))
+    total, second, delta_moments = _sums(chunking.map(moments_of_group, list(zip(*tensors, strict=True))))
     residual = total / n_rows
     return residual + shift[:, 0], second - n_rows * torch.outer(residual, residual), delta_moments
 
 
 def _slope_gradients(
-    columns: Sequence[Sequence[Tensor]],
-    grad_columns: Sequence[Sequence[Tensor]],
+    tensors: Sequence[Sequence[Tensor]],
+    grad_tensors: Sequence[Sequence[Tensor]],
+    chunking: Chunking,
     affine: algebra.HiddenAffine,
     mean: Tensor,
     bn_bias: Tensor,
     mean_r: Tensor,
     out: algebra.OutputGradients,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Write Aᵀdy of every tensor to `grad_columns`; return what `algebra.input_gradients` takes, in float64."""
-    affines = _affines(affine, mean, bn_bias, columns[0][0].dtype)
+    """Write Aᵀdy of every tensor to `grad_tensors`; return what `algebra.input_gradients` takes, in float64."""
+    affines = _affines(affine, mean, bn_bias, tensors[0][0].dtype)
     wide = affines[0].slope.dtype
     variance, gram = out.variance.to(wide), out.gram.to(wide)
     scaled_grams = [c * gram for c in out.prediction.to(wide)]
@@ -243,8 +301,8 @@ def _slope_gradients(
 
         def reduce(t: int, dy: Tensor, x: Tensor, grad_chunk: Tensor) -> None:
             grad_chunk.copy_(affines[t].slope.T @ dy)
-            sum_dy[t] += dy.sum(1)
-            dy_x[t] += dy @ x.T
+            sum_dy[t] += row_sums(dy)
+            dy_x[t] += row_products(dy, x)
 
         for chunks, grad_chunks in group:
             x_z, r_z = affines[0](chunks[0])
@@ -257,8 +315,8 @@ def _slope_gradients(
             reduce(0, torch.ops.aten.threshold_backward(dr_z, r_z, 0), x_z, grad_chunks[0])
         return sum_dy, dy_x
 
-    pairs = list(zip(zip(*columns, strict=True), zip(*grad_columns, strict=True), strict=True))
-    sum_dy, dy_x = _sums(map_groups(gradients_of_group, pairs))
+    pairs = list(zip(zip(*tensors, strict=True), zip(*grad_tensors, strict=True), strict=True))
+    sum_dy, dy_x = _sums(chunking.map(gradients_of_group, pairs))
     # The chunks were centred at the rounded mean.
     rounding = mean - torch.stack([a.centre[:, 0].double() for a in affines])
     dy_x -= sum_dy.unsqueeze(-1) * rounding.unsqueeze(1)
@@ -266,26 +324,29 @@ def _slope_gradients(
 
 
 def _subtract_correction(
-    columns: Sequence[Sequence[Tensor]],
-    grad_columns: Sequence[Sequence[Tensor]],
+    tensors: Sequence[Sequence[Tensor]],
+    grad_tensors: Sequence[Sequence[Tensor]],
+    chunking: Chunking,
     mean: Tensor,
     constant: Tensor,
     linear: Tensor,
 ) -> None:
     """grad ← grad − constant − linear·(x − μ), in place."""
-    wide = _compute_dtype(columns[0][0].dtype)
+    wide = _compute_dtype(tensors[0][0].dtype)
     centre = mean.to(wide)
     constant = constant - torch.einsum("tde,te->td", linear, mean - centre.double())
-    for t, (chunks, grad_chunks) in enumerate(zip(columns, grad_columns, strict=True)):
+    for t, (chunks, grad_chunks) in enumerate(zip(tensors, grad_tensors, strict=True)):
         c, m, s = centre[t].unsqueeze(1), linear[t].to(wide), constant[t].to(wide).unsqueeze(1)
 
         def correct(group: Sequence[tuple[Tensor, Tensor]], c: Tensor = c, m: Tensor = m, s: Tensor = s) -> None:
             for chunk, grad_chunk in group:
                 grad_chunk.copy_(grad_chunk.to(wide) - torch.addmm(s, m, chunk.to(wide) - c))
 
-        map_groups(correct, list(zip(chunks, grad_chunks, strict=True)))
+        chunking.map(correct, list(zip(chunks, grad_chunks, strict=True)))
 
 
 def _sums(groups: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
     """The sum over groups of each of their tensors, in the order of the groups."""
+    if len(groups) == 1:
+        return list(groups[0])
     return [torch.stack(tensors).sum(0) for tensors in zip(*groups, strict=True)]
