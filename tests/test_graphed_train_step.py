@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastjepa.graphs import GraphedTrainStep, make_capturable
+from fastjepa.graphs import GraphedTrainStep, make_capturable, train_step
 from fastjepa.graphs.capture import Recording
 from fastjepa.model.modes import eval_mode
 from fastjepa.model.step import TrainStep, build_optimizer
@@ -84,6 +84,75 @@ def test_warm_up_leaves_no_trace(device: str) -> None:
         assert torch.equal(torch.get_rng_state(), numbers)
         reference(*clips.batch(batches(1, device)[0]))
         assert same(everything(step), everything(reference))
+
+
+def parameters(step: TrainStep) -> list[nn.Parameter]:
+    return [p for module in (step.jepa, step.image_decoder, step.detection_head) for p in module.parameters()]
+
+
+def assert_same_gradients(step: TrainStep, plain: TrainStep) -> None:
+    for found, expected in zip(parameters(step), parameters(plain), strict=True):
+        assert (found.grad is None) == (expected.grad is None)
+        assert found.grad is None or torch.equal(found.grad, expected.grad)
+    assert any(p.grad is not None and p.grad.any() for p in parameters(step))
+
+
+class EmulatedGraph(Recording):
+    """A recording as a graph is one, on a CPU: each replay writes gradients where the capture left them, and `.grad` of
+    the parameters is none of its business.
+    """
+
+    def __init__(self, body: Any, device: torch.device, *, no_trace: Any, **_: Any) -> None:
+        self._run, self._recorded = body, body.__self__
+        with no_trace():
+            body()
+        self.captured = [(p, g) for p, g in self._recorded._gradients if g is not None]
+
+    def replay(self) -> None:
+        seen = [(p, p.grad) for p, _ in self._recorded._gradients]
+        with torch.no_grad():
+            handed_out = self._recorded._gradients
+            self._run()
+            for parameter, memory in self.captured:
+                assert parameter.grad is not None
+                memory.copy_(parameter.grad)
+        self._recorded._gradients = handed_out
+        for parameter, gradient in seen:
+            parameter.grad = gradient
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_gradients_are_those_of_the_last_step(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With plain steps in between, which leave gradients of their own, with several shapes, and with frozen parts."""
+    static = device != "cpu"
+    if device == "emulated":
+        monkeypatch.setattr(train_step, "Recording", EmulatedGraph)
+        device = "cpu"
+    clips, step, plain = some_clips(device), some_step(device), some_step(device)
+    graphed, addresses = GraphedTrainStep(step, clips), []
+    full, ragged = batches(6, device)[1:3]
+    weight: Any = step.jepa.encoder.conv1.weight
+    for indices in (full, ragged, full, ragged):
+        graphed(indices)
+        plain(*clips.batch(indices))
+        assert_same_gradients(step, plain)
+        addresses.append(weight.grad.data_ptr())
+        for either in (step, plain):  # a plain step in between
+            either(*clips.batch(full))
+        assert_same_gradients(step, plain)
+    if static:
+        assert addresses[0] == addresses[2] != addresses[1] == addresses[3]
+    several = torch.stack([full, full.flip(0)])
+    graphed(several)
+    for indices in several:
+        plain(*clips.batch(indices))
+    assert_same_gradients(step, plain)
+    for either in (step, plain):
+        either.jepa.predictor.requires_grad_(False)
+    graphed(full)
+    plain(*clips.batch(full))
+    assert all(p.grad is None for p in step.jepa.predictor.parameters())
+    assert_same_gradients(step, plain)
 
 
 @EVERY_DEVICE

@@ -24,8 +24,11 @@ class GraphedTrainStep:
 
     There is one recording for each shape of `indices`: one for full batches, one for a ragged last batch, and so on.
     A replay equals the plain step with the same optimizer bit for bit. The learning rate is a tensor on the device
-    (see `make_capturable`): fill it, or let a scheduler of torch.optim do so, and the next call uses it. After a
-    call `.grad` of the parameters is undefined: it is scratch memory of the graph.
+    (see `make_capturable`): fill it, or let a scheduler of torch.optim do so, and the next call uses it.
+
+    After a call `.grad` of every parameter is the gradient of that step, as after a plain one (None where it has none);
+    after K steps in one launch, of the last. On a GPU it is memory of the graph, where the next call of this object, or
+    of anything else that was recorded in the same pool, writes again: clone what must last.
 
     Args:
         step: the step. Its optimizer must be `torch.optim.Adam`; it is made capturable, in place.
@@ -149,6 +152,7 @@ class _RecordedStep:
         self.indices = indices.clone()
         dtype = torch.promote_types(next(owner.step.jepa.parameters()).dtype, torch.float32)
         self.losses = torch.empty(*indices.shape[:-1], len(StepLosses._fields), dtype=dtype, device=indices.device)
+        self._gradients: list[tuple[nn.Parameter, Tensor | None]] = []
         self._recording = Recording(
             self._body, indices.device, name="the training step", no_trace=self._no_trace, **owner._recording_options
         )
@@ -160,6 +164,8 @@ class _RecordedStep:
     def run(self, indices: Tensor) -> Tensor:
         self.indices.copy_(indices)
         self._recording.replay()
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient  # a plain step in between, or another recording, left its own there
         if self._watch is None:  # only now: on a CPU, which warms nothing up, Adam has made its state just now
             owner = self._owner
             tensors = (owner.clips.video, owner.clips.digit_maps, *owner.accumulators)
@@ -177,6 +183,9 @@ class _RecordedStep:
             out.copy_(losses)
             for accumulator in self._owner.accumulators:
                 accumulator.add_(losses)
+        # The last run is the capture, whose gradients are where every replay writes them. Held, they keep that memory
+        # from the recordings that are made after this one in the same pool.
+        self._gradients = [(p, p.grad) for module in self._modules for p in module.parameters()]
 
     @contextlib.contextmanager
     def _no_trace(self) -> Iterator[None]:
