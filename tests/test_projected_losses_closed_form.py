@@ -2,14 +2,29 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compare import assert_as_exact_as_eager, assert_close_to_truth
 from fastjepa.kernels.projected_losses import closed_form, reference
-from projector_cases import Case, loss_and_gradients, make_case, with_offset_and_dead_channels
+from fastjepa.kernels.projected_losses.chunks import BLOCK, Chunking, chunking_for
+from projector_cases import EPS, Case, loss_and_gradients, make_case, with_offset_and_dead_channels
 
 # Both sides add at most a few thousand float64 terms per result: 1e-12 leaves 4,000 units of rounding.
 FLOAT64_LIMIT = 1e-12
+CHUNKINGS = {
+    "small": chunking_for("cpu", compiling=False),
+    "large": chunking_for("cuda", compiling=False),
+    "several large": Chunking(2 * BLOCK, threads=False),
+    "all": chunking_for("cuda", compiling=True),
+}
+every_chunking = pytest.mark.parametrize("chunking", CHUNKINGS, indirect=True)
 BIAS1 = "gradient of bias1"  # exactly 0: BatchNorm undoes a shift; eager returns rounding noise
+
+
+@pytest.fixture
+def chunking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice for another device, on tensors of this one."""
+    monkeypatch.setattr(closed_form, "chunking_for", lambda *_, **__: CHUNKINGS[request.param])
 
 
 def _check_float64(case: Case, limit: float = FLOAT64_LIMIT) -> None:
@@ -21,6 +36,8 @@ def _check_float64(case: Case, limit: float = FLOAT64_LIMIT) -> None:
         assert_close_to_truth(value, truth[name], name, limit=limit)
 
 
+@pytest.mark.usefixtures("chunking")
+@every_chunking
 @pytest.mark.parametrize("n_predictions", [0, 1, 3])
 @pytest.mark.parametrize(
     ("shape", "hidden", "out"),
@@ -35,12 +52,16 @@ def test_closed_form_is_the_definition(shape: tuple[int, ...], hidden: int, out:
     _check_float64(make_case(shape, n_predictions, hidden=hidden, out=out))
 
 
+@pytest.mark.usefixtures("chunking")
+@every_chunking
 def test_two_rows() -> None:
     # Two normalised rows are ±1 whatever they were: BatchNorm's backward subtracts terms that differ by eps/var ≈ 1e-5
     # of their size, which costs five of float64's sixteen digits.
     _check_float64(make_case((2, 64), 1, hidden=8, out=8), limit=FLOAT64_LIMIT / 1e-5)
 
 
+@pytest.mark.usefixtures("chunking")
+@every_chunking
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "mixed", "sliced"])
 def test_every_layout(layout: str) -> None:
     case = make_case((2, 6, 3, 64, 20), 2, hidden=8, out=9)
@@ -57,6 +78,8 @@ def test_every_layout(layout: str) -> None:
     _check_float64(case)
 
 
+@pytest.mark.usefixtures("chunking")
+@every_chunking
 def test_expanded_inputs_and_gradients() -> None:
     case = make_case((3, 4, 5, 6), 1, hidden=8, out=8).double()
     expanded = Case(
@@ -108,6 +131,8 @@ def test_batch_statistics_are_those_of_batch_norm() -> None:
     assert not losses.batch_vars.requires_grad
 
 
+@pytest.mark.usefixtures("chunking")
+@every_chunking
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_closed_form_is_as_exact_as_eager(dtype: torch.dtype) -> None:
     case = make_case((2, 16, 2, 17, 19), 3, dtype=dtype)
@@ -119,6 +144,8 @@ def test_closed_form_is_as_exact_as_eager(dtype: torch.dtype) -> None:
         assert_as_exact_as_eager(value, eager[name], truth[name], name, precision=dtype)
 
 
+@pytest.mark.usefixtures("chunking")
+@every_chunking
 def test_offset_constant_and_dead_channels() -> None:
     case = with_offset_and_dead_channels(make_case((2, 16, 2, 40, 33), 2))
     truth = loss_and_gradients(reference.projected_losses, case.double())
@@ -128,12 +155,48 @@ def test_offset_constant_and_dead_channels() -> None:
         assert_close_to_truth(value, truth[name], name)
 
 
+@pytest.mark.usefixtures("chunking")
+@pytest.mark.parametrize("chunking", ["small", "large"], indirect=True)
 def test_millions_of_rows() -> None:
     case = make_case((2_600_003, 4), 1, hidden=6, out=5)
     truth = loss_and_gradients(closed_form.projected_losses, case.double())
     closed = loss_and_gradients(closed_form.projected_losses, case)
     for name in truth.keys() - {BIAS1, "gradient of z", "gradient of predictions[0]"}:
         assert_close_to_truth(closed[name], truth[name], name)
+
+
+@every_chunking
+@pytest.mark.usefixtures("chunking")
+def test_no_copy_from_the_host_is_needed() -> None:
+    """Fresh tensors are made where the inputs are: "meta" has no values that could be copied or waited for."""
+    case = make_case((2, 3, 2, 64, 33), 2, hidden=8, out=9)
+    on_meta = Case(case.z.to("meta"), [p.to("meta") for p in case.predictions], [p.to("meta") for p in case.parameters])
+    found = loss_and_gradients(closed_form.projected_losses, on_meta)
+    expected = loss_and_gradients(closed_form.projected_losses, case)
+    assert {name: (x.device.type, x.shape) for name, x in found.items()} == {
+        name: ("meta", x.shape) for name, x in expected.items()
+    }
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "mixed"])
+@pytest.mark.parametrize("n_predictions", [0, 2])
+def test_the_ops_are_as_they_say(layout: str, n_predictions: int) -> None:
+    """Their fake versions above all, by which torch.compile plans memory: shapes, dtypes and strides."""
+    z, predictions, parameters = make_case((2, 3, 2, 5, 7), n_predictions, hidden=8, out=9)
+    if layout != "contiguous":
+        z = z.to(memory_format=torch.channels_last_3d)
+    if layout == "channels last":
+        predictions = [p.to(memory_format=torch.channels_last_3d) for p in predictions]
+    inputs = [*parameters, z, *predictions]
+    torch.library.opcheck(closed_form._forward_op, (inputs, EPS))
+    losses = len(reference.ProjectedLosses._fields)
+    saved = closed_form._forward(inputs, EPS)[losses:]
+    grads = [torch.ones(()), torch.ones(()), torch.ones(n_predictions)]
+    torch.library.opcheck(closed_form._backward_op, (grads, inputs, saved, EPS))
+    expected = closed_form._backward(grads, inputs, saved, EPS)
+    with FakeTensorMode() as mode:
+        fake = closed_form._backward_op(*([mode.from_tensor(x) for x in xs] for xs in (grads, inputs, saved)), EPS)
+    assert [(x.shape, x.stride(), x.dtype) for x in fake] == [(x.shape, x.stride(), x.dtype) for x in expected]
 
 
 def test_std_and_cov_loss_of_uncorrelated_unit_rows() -> None:
