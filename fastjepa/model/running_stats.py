@@ -69,6 +69,10 @@ class BatchStatisticsRecorder:
     Used as a context manager: inside, each call gets scratch buffers of its own, and at the end the layers have their
     own buffers back, to be moved by `advance_buffers`. (Restoring values in place would not do: autograd keeps the
     buffers of each call and rejects a backward once they have changed.)
+
+    Attributes:
+        layers: those whose buffers moved when this was made, in order of definition. torch.compile cannot look for them
+            again after their buffers were exchanged.
     """
 
     def __init__(self, module: nn.Module) -> None:

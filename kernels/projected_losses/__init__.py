@@ -4,7 +4,8 @@
 
 P(x) = W2·relu(BatchNorm(W1·x + b1)), BatchNorm in train mode. Three modules have the function `projected_losses`, with
 one signature: `reference` materialises every projection, as the definition says; `closed_form` computes the same
-numbers from small moments in plain torch (`chunk_pool` spreads it over a CPU's threads); `fused` does that in Triton.
+numbers from small moments in plain torch (`pixel_passes` over `chunks`, which `chunk_pool` spreads over a CPU's
+threads); `fused` does that in Triton.
 
 The closed form never stores the (N, hidden) and (N, out) activations: four passes over the D-wide rows replace them.
 

@@ -10,25 +10,16 @@ forward and backward are one op each instead.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain, groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
-from fastjepa.kernels.projected_losses import algebra
+from fastjepa.kernels.projected_losses import algebra, pixel_passes
 from fastjepa.kernels.projected_losses.algebra import ProjectorParameters
-from fastjepa.kernels.projected_losses.chunks import (
-    Chunking,
-    chunking_for,
-    columns,
-    from_rows,
-    row_products,
-    row_sums,
-    same_layout,
-)
+from fastjepa.kernels.projected_losses.chunks import Chunking, chunking_for, columns, from_rows, same_layout
 from fastjepa.kernels.projected_losses.reference import ProjectedLosses, check_shapes
 
 
@@ -95,15 +86,17 @@ def _forward(inputs: list[Tensor], eps: float) -> list[Tensor]:
     params, tensors = _parameters_and_tensors(inputs)
     n_rows, chunking = _n_rows(tensors), _chunking(tensors)
     chunks = [columns(x, chunking) for x in same_layout(tensors, chunking)]
-    means, scatters = zip(*(_moments(c, chunking) for c in chunks), strict=True)
+    means, scatters = zip(*(pixel_passes.row_moments(c, chunking) for c in chunks), strict=True)
     mean, scatter = torch.stack(means), torch.stack(scatters)
     affine = algebra.hidden_affine(params, mean, scatter, n_rows, eps)
-    mean_r, scatter_r, delta_moments = _activation_moments(chunks, chunking, affine, mean, params.bn_bias, n_rows)
+    mean_r, scatter_r, delta_moments = pixel_passes.activation_moments(
+        chunks, chunking, affine, mean, params.bn_bias, n_rows
+    )
     cov = algebra.covariance(params.weight2, scatter_r, n_rows)
     std_loss, cov_loss = algebra.std_and_cov_from_moments(cov.diagonal(), cov)
     prediction = algebra.prediction_losses(params.weight2, delta_moments, n_rows)
     losses = ProjectedLosses(std_loss, cov_loss, prediction, affine.hidden_mean, affine.hidden_var)
-    wide = _compute_dtype(tensors[0].dtype)
+    wide = pixel_passes.compute_dtype(tensors[0].dtype)
     saved = algebra.Saved(mean, scatter, mean_r, scatter_r, delta_moments)
     return [*(x.to(wide).contiguous() for x in losses), *(x.contiguous() for x in saved)]
 
@@ -119,9 +112,9 @@ def _backward(grads: list[Tensor], inputs: list[Tensor], saved: list[Tensor], ep
     chunks = [columns(x, chunking) for x in same]
     results = [torch.empty_like(x) for x in same]
     grad_chunks = [columns(x, chunking) for x in results]
-    sums = _slope_gradients(chunks, grad_chunks, chunking, affine, mean, params.bn_bias, mean_r, out)
+    sums = pixel_passes.slope_gradients(chunks, grad_chunks, chunking, affine, mean, params.bn_bias, mean_r, out)
     grad = algebra.input_gradients(params, affine, scatter, *sums, n_rows)
-    _subtract_correction(chunks, grad_chunks, chunking, mean, grad.constant, grad.linear)
+    pixel_passes.subtract_correction(chunks, grad_chunks, chunking, mean, grad.constant, grad.linear)
     grad_params = ProjectorParameters(grad.weight1, grad.bias1, grad.bn_weight, grad.bn_bias, out.weight2)
     return [
         *(g.to(p.dtype).contiguous() for g, p in zip(grad_params, params, strict=True)),
@@ -145,10 +138,6 @@ def _n_rows(tensors: Sequence[Tensor]) -> int:
 
 def _chunking(tensors: Sequence[Tensor]) -> Chunking:
     return chunking_for(tensors[0].device.type, compiling=torch.compiler.is_compiling())
-
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # -- The same two functions as ops, into which torch.compile does not look
@@ -175,7 +164,7 @@ def _(inputs: list[Tensor], eps: float) -> list[Tensor]:
         (hidden, hidden),
         (n_predictions, hidden, hidden),
     )
-    wide = _compute_dtype(z.dtype)
+    wide = pixel_passes.compute_dtype(z.dtype)
     return [z.new_empty(s, dtype=wide) for s in losses] + [z.new_empty(s, dtype=torch.float64) for s in saved]
 
 
@@ -187,166 +176,3 @@ def _(grads: list[Tensor], inputs: list[Tensor], saved: list[Tensor], eps: float
         *(torch.empty_like(p, memory_format=torch.contiguous_format) for p in params),
         *(_in_shape_of(x, g) for x, g in zip(tensors, results, strict=True)),
     ]
-
-
-# -- The passes
-
-
-def _moments(chunks: Sequence[Tensor], chunking: Chunking) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and scatter (D, D) in float64: every chunk about its own centre, combined by Chan's formula."""
-    wide = _compute_dtype(chunks[0].dtype)
-
-    def moments_of_group(group: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        found = []
-        for chunk in group:
-            x = chunk.to(wide)
-            centre = x.mean(1, keepdim=True)
-            x = x - centre
-            # The centre is rounded; the exact chunk mean is centre + residual.
-            residual = row_sums(x) / x.shape[1]
-            scatter = row_products(x, x) - x.shape[1] * torch.outer(residual, residual)
-            found.append((centre[:, 0].double() + residual, scatter))
-        return found
-
-    means, scatters = zip(*chain.from_iterable(chunking.map(moments_of_group, chunks)), strict=True)
-    chunk_means = torch.stack(means)
-    n = _counts(chunks, chunk_means)
-    mean = (n * chunk_means).sum(0) / n.sum()
-    apart = chunk_means - mean
-    return mean, torch.stack(scatters).sum(0) + (n * apart).T @ apart
-
-
-def _counts(chunks: Sequence[Tensor], like: Tensor) -> Tensor:
-    """The pixels in every chunk, (n_chunks, 1). Made where `like` is: a copy from the host would wait for a GPU."""
-    runs = [(count, len(list(run))) for count, run in groupby(chunk.shape[1] for chunk in chunks)]
-    return torch.cat([like.new_full((times, 1), count) for count, times in runs])
-
-
-class _ChunkAffine(NamedTuple):
-    """y = slope·(x − centre) + offset at the compute precision; offset carries what rounding took from the centre."""
-
-    centre: Tensor  # (D, 1)
-    slope: Tensor  # (H, D)
-    offset: Tensor  # (H, 1)
-
-    def __call__(self, chunk: Tensor) -> tuple[Tensor, Tensor]:
-        """(x − centre, relu(y))."""
-        x = chunk.to(self.slope.dtype) - self.centre
-        return x, torch.addmm(self.offset, self.slope, x).relu_()
-
-
-def _affines(affine: algebra.HiddenAffine, mean: Tensor, bn_bias: Tensor, dtype: torch.dtype) -> list[_ChunkAffine]:
-    wide = _compute_dtype(dtype)
-    centre = mean.to(wide)
-    offset = bn_bias.double() - torch.einsum("thd,td->th", affine.slope, mean - centre.double())
-    return [
-        _ChunkAffine(c.unsqueeze(1), s, o.unsqueeze(1))
-        for c, s, o in zip(centre, affine.slope.to(wide), offset.to(wide), strict=True)
-    ]
-
-
-def _activation_moments(
-    tensors: Sequence[Sequence[Tensor]],
-    chunking: Chunking,
-    affine: algebra.HiddenAffine,
-    mean: Tensor,
-    bn_bias: Tensor,
-    n_rows: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (H,) and scatter (H, H) of r(z), and ΣΔΔᵀ (K, H, H); float64."""
-    affines = _affines(affine, mean, bn_bias, tensors[0][0].dtype)
-    wide = affines[0].slope.dtype
-    shift = affine.shift.to(wide).unsqueeze(1)
-    hidden = shift.shape[0]
-
-    def moments_of_group(group: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor, Tensor]:
-        total = mean.new_zeros(hidden)
-        second = mean.new_zeros(hidden, hidden)
-        delta_moments = mean.new_zeros(len(tensors) - 1, hidden, hidden)
-        for chunks in group:
-            r = affines[0](chunks[0])[1]
-            for k, chunk in enumerate(chunks[1:]):
-                delta = affines[k + 1](chunk)[1].sub_(r)
-                delta_moments[k] += row_products(delta, delta)
-            r -= shift
-            total += row_sums(r)
-            second += row_products(r, r)
-        return total, second, delta_moments
-
-    total, second, delta_moments = _sums(chunking.map(moments_of_group, list(zip(*tensors, strict=True))))
-    residual = total / n_rows
-    return residual + shift[:, 0], second - n_rows * torch.outer(residual, residual), delta_moments
-
-
-def _slope_gradients(
-    tensors: Sequence[Sequence[Tensor]],
-    grad_tensors: Sequence[Sequence[Tensor]],
-    chunking: Chunking,
-    affine: algebra.HiddenAffine,
-    mean: Tensor,
-    bn_bias: Tensor,
-    mean_r: Tensor,
-    out: algebra.OutputGradients,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Write Aᵀdy of every tensor to `grad_tensors`; return what `algebra.input_gradients` takes, in float64."""
-    affines = _affines(affine, mean, bn_bias, tensors[0][0].dtype)
-    wide = affines[0].slope.dtype
-    variance, gram = out.variance.to(wide), out.gram.to(wide)
-    scaled_grams = [c * gram for c in out.prediction.to(wide)]
-    centre_r = mean_r.to(wide).unsqueeze(1)
-
-    def gradients_of_group(group: Sequence[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]) -> tuple[Tensor, Tensor]:
-        sum_dy = torch.zeros_like(affine.inv_std)
-        dy_x = torch.zeros_like(affine.slope)
-
-        def reduce(t: int, dy: Tensor, x: Tensor, grad_chunk: Tensor) -> None:
-            grad_chunk.copy_(affines[t].slope.T @ dy)
-            sum_dy[t] += row_sums(dy)
-            dy_x[t] += row_products(dy, x)
-
-        for chunks, grad_chunks in group:
-            x_z, r_z = affines[0](chunks[0])
-            dr_z = variance @ (r_z - centre_r)
-            for k, chunk in enumerate(chunks[1:]):
-                x, r = affines[k + 1](chunk)
-                dr = scaled_grams[k] @ (r - r_z)
-                dr_z -= dr
-                reduce(k + 1, torch.ops.aten.threshold_backward(dr, r, 0), x, grad_chunks[k + 1])
-            reduce(0, torch.ops.aten.threshold_backward(dr_z, r_z, 0), x_z, grad_chunks[0])
-        return sum_dy, dy_x
-
-    pairs = list(zip(zip(*tensors, strict=True), zip(*grad_tensors, strict=True), strict=True))
-    sum_dy, dy_x = _sums(chunking.map(gradients_of_group, pairs))
-    # The chunks were centred at the rounded mean.
-    rounding = mean - torch.stack([a.centre[:, 0].double() for a in affines])
-    dy_x -= sum_dy.unsqueeze(-1) * rounding.unsqueeze(1)
-    return sum_dy.sum(0), dy_x, torch.einsum("th,thd->td", sum_dy, affine.slope)
-
-
-def _subtract_correction(
-    tensors: Sequence[Sequence[Tensor]],
-    grad_tensors: Sequence[Sequence[Tensor]],
-    chunking: Chunking,
-    mean: Tensor,
-    constant: Tensor,
-    linear: Tensor,
-) -> None:
-    """grad ← grad − constant − linear·(x − μ), in place."""
-    wide = _compute_dtype(tensors[0][0].dtype)
-    centre = mean.to(wide)
-    constant = constant - torch.einsum("tde,te->td", linear, mean - centre.double())
-    for t, (chunks, grad_chunks) in enumerate(zip(tensors, grad_tensors, strict=True)):
-        c, m, s = centre[t].unsqueeze(1), linear[t].to(wide), constant[t].to(wide).unsqueeze(1)
-
-        def correct(group: Sequence[tuple[Tensor, Tensor]], c: Tensor = c, m: Tensor = m, s: Tensor = s) -> None:
-            for chunk, grad_chunk in group:
-                grad_chunk.copy_(grad_chunk.to(wide) - torch.addmm(s, m, chunk.to(wide) - c))
-
-        chunking.map(correct, list(zip(chunks, grad_chunks, strict=True)))
-
-
-def _sums(groups: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
-    """The sum over groups of each of their tensors, in the order of the groups."""
-    if len(groups) == 1:
-        return list(groups[0])
-    return [torch.stack(tensors).sum(0) for tensors in zip(*groups, strict=True)]
