@@ -75,8 +75,12 @@ def row_launch(key: str, n_rows: int, n_channels: int, dtype: torch.dtype) -> Ro
 
     A tile is at most 64 channels wide: a whole 128-byte line of bf16. Wider ones would leave the 8×8 maps of the recipe
     too few programs.
+
+    Under torch.compile a size may be a symbol. What a BLOCK_* is made from has to be a number: it is compiled into the
+    kernel, and next_power_of_2 of a symbol is an expression that sympy does not get to the end of. int() guards it.
+    n_rows may stay a symbol.
     """
-    tiling = TILINGS[key]
+    tiling, n_channels = TILINGS[key], int(n_channels)
     block_c = min(triton.next_power_of_2(n_channels), 64)
     block_n = tiling.tile_bytes // (dtype.itemsize * block_c)
     channel_blocks = triton.cdiv(n_channels, block_c)
@@ -90,6 +94,7 @@ def merge_config(n_partials: int) -> LaunchConfig:
 
     8 channels of fp32 are one 32-byte sector, the least that a load fetches.
     """
+    n_partials = int(n_partials)  # as in row_launch
     blocks = {"BLOCK_P": triton.next_power_of_2(n_partials), "BLOCK_C": 8}
     return LaunchConfig(num_warps=8 if n_partials > 256 else 4, blocks=blocks)
 

@@ -10,14 +10,14 @@ MAX_D = 512  # the largest size that is tested and audited
 
 
 def block_d_for(n_channels: int) -> int:
-    """The block of channels in which both kernels work."""
-    return min(64, max(16, triton.next_power_of_2(n_channels)))
+    """The block of channels in which both kernels work; a number, also where torch.compile has a symbol."""
+    return min(64, max(16, triton.next_power_of_2(int(n_channels))))
 
 
 def padded_size(n_channels: int) -> int:
     """`n_channels` rounded up to whole blocks: the size in which centres and matrices are passed to the kernels."""
     block_d = block_d_for(n_channels)
-    return -(-n_channels // block_d) * block_d
+    return -(-int(n_channels) // block_d) * block_d
 
 
 def padded(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -71,8 +71,9 @@ class Operands(NamedTuple):
 
 
 def block_sizes(n_channels: int, n_hidden: int) -> tuple[int, int]:
-    """(BLOCK_D, BLOCK_H): sizes padded to powers of two that tensor cores take."""
-    return max(16, triton.next_power_of_2(n_channels)), 64 if n_hidden <= 64 else 128
+    """(BLOCK_D, BLOCK_H): sizes padded to powers of two that tensor cores take; numbers, also under torch.compile."""
+    block_d = max(16, triton.next_power_of_2(int(n_channels)))
+    return block_d, 64 if n_hidden <= 64 else 128
 
 
 def with_block_d(config: LaunchConfig, block_d: int) -> LaunchConfig:
