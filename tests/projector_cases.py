@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -34,10 +35,11 @@ def make_case(
     seed: int = 0,
 ) -> Case:
     """A state ≥ 0, as ReLU leaves it, and predictions near it. Every parameter is off its initial value."""
-    g = torch.Generator().manual_seed(seed)
+    # On the CPU, so that a seed means the same numbers everywhere; but gigabytes are drawn where they are needed.
+    g = torch.Generator(device if math.prod(shape) > 2**22 else "cpu").manual_seed(seed)
 
     def randn(*size: int) -> Tensor:
-        return torch.randn(*size, generator=g, dtype=torch.float64)
+        return torch.randn(*size, generator=g, dtype=torch.float64, device=g.device)
 
     z = randn(*shape).relu() * 2 + 0.1
     predictions = [z + 0.3 * randn(*shape) for _ in range(n_predictions)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import warnings
 from typing import NamedTuple
 
@@ -45,7 +46,9 @@ def random_bn(n_channels: int, dims: int = 4, **options: object) -> BatchNorm:
 
 
 def random_rows(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
-    tensor = (torch.randn(shape) * 1.5 + 0.3).to(device, dtype)
+    # On the CPU, so that a seed means the same numbers everywhere; but gigabytes are drawn where they are needed.
+    drawn_on = device if math.prod(shape) > 2**22 else "cpu"
+    tensor = (torch.randn(shape, device=drawn_on) * 1.5 + 0.3).to(device, dtype)
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
@@ -544,14 +547,26 @@ def test_cut_of_the_recipes_shapes_fills_the_gpu() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("n_channels", "size"), [(16, 64), (32, 64), (64, 64), (64, 32), (128, 16), (256, 8)])
+@pytest.mark.usefixtures("gpu_to_itself")  # up to 15 GB
+@pytest.mark.parametrize(
+    ("n_channels", "size", "dtype"),
+    # Each block of channels and each dtype that the audit compiles; then several blocks of channels: the 128 channels
+    # of 16×16 maps and the 64 of 32×32 ones run the same code.
+    [
+        (16, 64, torch.bfloat16),
+        (32, 64, torch.bfloat16),
+        (32, 64, torch.float32),
+        (64, 64, torch.bfloat16),
+        (256, 8, torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize("form", FORMS)
 def test_recipe_shapes_on_the_gpu(form: str, n_channels: int, size: int, dtype: torch.dtype) -> None:
     check(random_inputs((576, n_channels, size, size), form, dtype, "cuda"))
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("gpu_to_itself")  # 20 GB
 def test_more_than_2_to_the_31_elements() -> None:
     n_rows, n_channels = 2**26 + 3, 33
     x = torch.zeros(n_rows, n_channels, dtype=torch.bfloat16, device="cuda")

@@ -132,16 +132,16 @@ def test_weights_of_a_rollout(device: str) -> None:
     assert rollout.recordings_made == 2
 
 
-@pytest.mark.usefixtures("needs_triton")
-def test_a_fused_network_is_known_to_compute_channels_last() -> None:
-    jepa = trained_jepa()
+def test_a_fused_network_is_known_to_compute_channels_last(device: str) -> None:
+    jepa = trained_jepa(device)
     assert not _is_channels_last(jepa.predictor)
     assert _is_channels_last(accelerate(jepa, backend="fused", verbose=False).predictor)
 
 
 @EVERY_DEVICE
-@pytest.mark.usefixtures("needs_triton")
-def test_a_rollout_after_accelerate(device: str) -> None:
+def test_a_rollout_after_accelerate(device: str, request: pytest.FixtureRequest) -> None:
+    if device == "cpu":
+        request.getfixturevalue("interpreted")
     jepa, states = trained_jepa(device), some_states(device, batch=1, size=(8, 8))
     rollout = GraphedRollout(jepa, 1)
     eager = rollout(states)

@@ -46,7 +46,9 @@ def test_a_block_keeps_convolution_outputs_only(
     small = 32 * channels[1] * 4  # vectors of one value per channel
     for block, tensors in ((fused, fused_tensors), (eager, eager_tensors)):
         kept = kept_bytes(lambda block=block: block(x), eager) - x.nbytes  # type: ignore[misc]
-        assert tensors * one <= kept <= tensors * one + small
+        assert tensors * one <= kept
+        if block is fused or device == "cpu":  # cuDNN's BatchNorm may keep a reserve of its own choice
+            assert kept <= tensors * one + small
 
 
 @pytest.mark.parametrize(

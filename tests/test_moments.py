@@ -19,11 +19,14 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def rows(n: int, d: int, dtype: torch.dtype, device: str) -> Tensor:
-    g = torch.Generator().manual_seed(n + d)
-    mixing = (
-        0.5 * torch.eye(d, dtype=torch.float64) + 0.3 * torch.randn(d, d, generator=g, dtype=torch.float64) / d**0.5
-    )
-    return (torch.randn(n, d, generator=g, dtype=torch.float64) @ mixing + 0.4).to(device, dtype)
+    # On the CPU, so that a seed means the same numbers everywhere; but what is large is drawn where it is needed.
+    g = torch.Generator(device if n * d > 2**20 else "cpu").manual_seed(n + d)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g, dtype=torch.float64, device=g.device)
+
+    mixing = 0.5 * torch.eye(d, dtype=torch.float64, device=g.device) + 0.3 * randn(d, d) / d**0.5
+    return (randn(n, d) @ mixing + 0.4).to(device, dtype)
 
 
 def apply_linear(x: Tensor, mean: Tensor, constant: Tensor | None, linear: Tensor, base: Tensor | None) -> Tensor:

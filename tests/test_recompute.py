@@ -58,6 +58,7 @@ def test_nothing_is_recorded_without_gradients() -> None:
         (x * 2).sum()
 
 
+@pytest.mark.usefixtures("ordered_sums")
 def test_gradients_are_bitwise_those_of_kept_activations(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also the second time, with retain_graph, and for odd sizes, where skips are resized."""
     from fastjepa.fused import networks as fused_module  # only here: it needs Triton
