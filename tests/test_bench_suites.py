@@ -80,7 +80,7 @@ def test_every_way_of_the_step_gives_the_losses_and_gradients_of_the_original() 
 SMALL = Recipe(batch=1, frames=3, pixels=8, henc=2, hpre=2, dstc=4, steps=1)  # for Triton's interpreter
 
 
-def test_fused_variants_give_what_they_are_compared_with(needs_triton: None) -> None:
+def test_fused_variants_give_what_they_are_compared_with(interpreted: None) -> None:
     inputs = make_batch(SMALL, CPU, torch.float32)
     exact = step.truth(SMALL, {name: x.double() for name, x in inputs.items()})
     found = step.build(SMALL, step.Way(projection="fused", fused_blocks=True), CPU)(inputs)
@@ -153,7 +153,7 @@ def test_blocks_are_those_of_the_networks() -> None:
 
 
 @pytest.mark.parametrize("form", [batch_norm.PLAIN, batch_norm.RESIDUAL, batch_norm.NORMALIZED])
-def test_fused_block_computes_what_it_is_compared_with(form: str, needs_triton: None) -> None:
+def test_fused_block_computes_what_it_is_compared_with(form: str, interpreted: None) -> None:
     block = batch_norm.Block(3, 4, 5, form)
     inputs = batch_norm.make_block_inputs(block, CPU, torch.float32)
     eager, fused = (

@@ -70,11 +70,14 @@ def parts(out: Path, device: torch.device, quick: bool) -> list[Part]:
         return ["--variant", *names]
 
     def tests(name: str, marker: str, *stems: str) -> Part:
-        # Failures are printed as they come, and the time ends it with SIGINT: pytest then prints what it has.
+        # Compiling some 350 kernels is work for several processes; each failure is printed at once, and the time ends
+        # the run with SIGINT, at which pytest prints the rest.
+        parallel = [] if missing_packages("xdist") else ["-n", "8"]
         files = [str(_test_file(stem).relative_to(ROOT)) for stem in stems]
-        reason = no_gpu or _not_installed("pytest")
-        return Part(name, [python, "-m", "pytest", "-q", "--tb=short", "-m", marker, *files], 150,
-                    unavailable=reason, variables=compiled)  # fmt: skip
+        return Part(
+            name, [python, "-m", "pytest", "-q", "--tb=short", *parallel, "-m", marker, *files], 150,
+            unavailable=no_gpu or _not_installed("pytest"), variables=compiled,
+        )  # fmt: skip
 
     def sanitized(op: str) -> Part:
         command = [python, "-m", "bench", op, "--quick", "--no-memory", "--rounds", "1", "--device", "cuda"]
