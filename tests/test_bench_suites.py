@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import batch_norm, evaluation, layers, moments, rollout, saved, step, train
+from bench import batch_norm, ceilings, checks, evaluation, layers, moments, rollout, saved, step, train
 from bench.harness.case import BACKWARD, BOTH, FORWARD
 from bench.harness.roofline import H200
 from bench.harness.rows import Row, read_rows
@@ -267,3 +267,43 @@ def test_counting_without_computing_whatever_the_number_of_threads() -> None:
     finally:
         torch.set_num_threads(before)
     assert 0 < closed < eager
+
+
+# -- ceilings and checks
+
+
+def test_ceilings_know_every_3x3_convolution_of_the_recipe() -> None:
+    found = ceilings.convolutions_of(Recipe())
+    assert len(found) == 16
+    assert ceilings.Convolution(640, 1, 32, 64, 1) in found
+    down = ceilings.Convolution(576, 32, 64, 64, 2)
+    assert down in found
+    assert down.flops == 2 * 576 * 32**2 * 32 * 64 * 9
+    inputs = ceilings.make_convolution_inputs(ceilings.convolutions_of(TINY)[0], CPU, torch.float32)
+    out = torch.nn.functional.conv2d(inputs["x"], inputs["weight"], padding=1)
+    exact = torch.autograd.functional.vjp(
+        lambda x, weight: torch.nn.functional.conv2d(x, weight, padding=1),
+        (inputs["x"], inputs["weight"]),
+        inputs["grad"],
+    )[1]
+    for direction, expected in zip(ceilings.DIRECTIONS, (out, *exact), strict=True):
+        compute = ceilings.convolve(ceilings.convolutions_of(TINY)[0], direction, True, False, CPU)
+        torch.testing.assert_close(compute(inputs)["out"], expected)
+
+
+def test_checks_find_graphs_equal_and_kernels_unavailable_on_a_cpu(tmp_path: Path) -> None:
+    arguments = ["--quick", "--device", "cpu", "--no-memory", "--rounds", "1", "--only", "graphed"]
+    assert checks.main([*arguments, "--out", str(tmp_path)]) == 0
+    rows = read_rows(tmp_path / "checks.jsonl")
+    assert {row.case for row in rows} == {"graphed training step = plain", "graphed rollout = plain"}
+    for row in rows:
+        assert row.status == ("unavailable" if "fused" in row.variant else "exact"), row
+
+
+def test_one_number_that_differs_fails_a_check() -> None:
+    same = {"a": torch.ones(3), "b": torch.zeros(2)}
+    other = {"a": torch.ones(3), "b": torch.tensor([0.0, 1e-30])}
+    assert checks.differences(same, same)[checks.DIFFERENCES] == 0
+    assert checks.differences(same, other)[checks.DIFFERENCES] == 1
+    nan = {"a": torch.full((3,), torch.nan), "b": torch.zeros(2)}
+    assert checks.differences(nan, nan)[checks.DIFFERENCES] == 3  # what is no number is equal to nothing
