@@ -201,5 +201,6 @@ def projected_losses(
     params = ProjectorParameters(weight1=weight1, weight2=weight2, **vectors)
     rows = [as_rows(x).contiguous() for x in (z, *predictions)]
     found = _forward(rows[0], rows[1:], *params, float(eps))
-    losses = ProjectedLosses(*found[: len(ProjectedLosses._fields)])
-    return losses._replace(batch_means=losses.batch_means.detach(), batch_vars=losses.batch_vars.detach())
+    std_loss, cov_loss, prediction_losses, batch_means, batch_vars = found[: len(ProjectedLosses._fields)]
+    # Not `_replace`, which torch.compile of torch 2.11 cannot trace.
+    return ProjectedLosses(std_loss, cov_loss, prediction_losses, batch_means.detach(), batch_vars.detach())

@@ -7,7 +7,7 @@ tensors: z, then the predictions. Sums are float64, everything of size (hidden, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain, groupby
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -48,8 +48,11 @@ def row_moments(chunks: Sequence[Tensor], chunking: Chunking) -> tuple[Tensor, T
 
 def _counts(chunks: Sequence[Tensor], like: Tensor) -> Tensor:
     """The pixels in every chunk, (n_chunks, 1). Made where `like` is: a copy from the host would wait for a GPU."""
-    runs = [(count, len(list(run))) for count, run in groupby(chunk.shape[1] for chunk in chunks)]
-    return torch.cat([like.new_full((times, 1), count) for count, times in runs])
+    counts: list[int] = [chunk.shape[1] for chunk in chunks]
+    # One fill for all that are alike, and one for each change of length, at the end of every batch entry.
+    starts = [i for i, count in enumerate(counts) if i == 0 or count != counts[i - 1]]
+    ends = [*starts[1:], len(counts)]
+    return torch.cat([like.new_full((end - start, 1), counts[start]) for start, end in zip(starts, ends, strict=True)])
 
 
 class _ChunkAffine(NamedTuple):
