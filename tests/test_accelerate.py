@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 import fastjepa
 from compare import assert_near
-from fastjepa.fused import swap
+from fastjepa.calibration.choice import Choice
 from fastjepa.fused.losses import ClosedFormVCLoss
 from fastjepa.model.step import TrainStep
 from original import OriginalJEPA
@@ -183,12 +184,16 @@ def test_what_cannot_be_swapped_is_named(device: str) -> None:
     [
         ({"backend": "fast"}, ValueError, "backend must be one of auto, eager, fused; got 'fast'"),
         ({"precision": "fp8"}, ValueError, "precision must be one of keep, bf16; got 'fp8'"),
-        ({"precision": "bf16"}, ValueError, "ask for backend='fused' too"),
+        ({"purpose": "fun"}, ValueError, "purpose must be one of train, inference; got 'fun'"),
+        ({"example": (2, 1, 4, 16)}, ValueError, r"example must be the shape \(B, C, T, H, W\) of a video"),
+        ({"example": (2, 3, 4, 16, 16)}, ValueError, "example has 3 channels, and this JEPA encodes videos of 1"),
+        ({"example": (2, 1, 2, 16, 16)}, ValueError, "train takes clips of at least 3 frames, got 2"),
+        ({"choice": Choice(), "backend": "fused"}, ValueError, "and so does backend='fused'; give one of them"),
     ],
 )
-def test_bad_options(options: dict[str, str], error: type[Exception], message: str) -> None:
+def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        fastjepa.accelerate(original(), **options)  # type: ignore[arg-type]
+        fastjepa.accelerate(original(), **options)
 
 
 def test_bad_objects() -> None:
@@ -207,13 +212,3 @@ def test_fused_where_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("fastjepa.kernels.launch.INTERPRET", False)
     with pytest.raises(RuntimeError, match="backend 'fused' cannot be served: Triton kernels need a CUDA device"):
         fastjepa.accelerate(original(), backend="fused")
-
-
-def test_auto_on_a_gpu_asks_for_a_measurement_and_then_whether_kernels_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = torch.device("cuda")
-    monkeypatch.setattr(swap, "unavailable_reason", lambda device: "no kernels here")
-    assert "no measurement on a GPU says yet" in str(swap._not_chosen("auto", "batch_norm", gpu))
-    monkeypatch.setitem(swap.MEASURED_WINS, "batch_norm", "bench/results/some.jsonl")
-    assert swap._not_chosen("auto", "batch_norm", gpu) == "no kernels here"
-    monkeypatch.setattr(swap, "unavailable_reason", lambda device: None)
-    assert swap._not_chosen("auto", "batch_norm", gpu) is None
