@@ -29,11 +29,13 @@ _REASON_LENGTH = 300
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Seconds: for everything, for one candidate, and for the start of a child with its first candidate."""
+    """Seconds: for everything, for the start of a child until eager is done, and for one candidate, whose kernels may
+    have to compile.
+    """
 
     total: float = 60.0
-    candidate: float = 15.0
-    start: float = 30.0
+    start: float = 25.0
+    candidate: float = 25.0
 
 
 def measure(
@@ -62,11 +64,11 @@ def measure(
             child = _Child(Path(folder) / str(number), limits, say, begun_at)
             ended = child.run(setting, device, trials, left, makers)
             trials += child.finished
-            if child.begun is not None or not child.finished:
+            if child.begun is not None or not child.started:
                 trials.append(_blame(child.begun or choice, ended, child.too_slow))
                 say(f"[{time.monotonic() - begun_at:3.0f} s] {trials[-1]}")
-            if ended.status is None and not child.too_slow:
-                break
+            if not child.started or (ended.status is None and not child.too_slow):
+                break  # no child can be started, or eager itself does not run; or the time is over
     return tuple(trials)
 
 
@@ -87,6 +89,7 @@ class _Child:
         self.folder, self.limits, self.say, self.begun_at = folder, limits, say, begun_at
         self.finished: list[Trial] = []
         self.begun: Choice | None = None
+        self.started = False
         self.too_slow = False
         self._read = 0  # bytes of the results that were understood
         self._since, self._allowed = time.monotonic(), limits.start
@@ -126,13 +129,12 @@ class _Child:
         for line in whole.splitlines():
             values: Any = json.loads(line)
             if "begin" in values:
-                self.begun = Choice.from_json(values["begin"])
-                if self.finished:
-                    self._since, self._allowed = time.monotonic(), self.limits.candidate
+                self.begun, self.started = Choice.from_json(values["begin"]), True
             else:
-                self.finished.append(Trial.from_json(values))
                 self.begun = None
-                self._since, self._allowed = time.monotonic(), self.limits.candidate
+                self.finished.append(Trial.from_json(values))
+            self._since, self._allowed = time.monotonic(), self.limits.candidate
+            if self.begun is None:
                 self.say(f"[{self._since - self.begun_at:3.0f} s] {self.finished[-1]}")
 
 

@@ -29,6 +29,7 @@ def main(request: Path, results: Path) -> None:
         torch.cuda.set_device(device)
     trials = [Trial.from_json(trial) for trial in question["trials"]]
     contest = Contest(setting, device, _maker(question["makers"]))
+    contest.prepare()
     with results.open("a", encoding="utf-8") as file:
         while (choice := next_choice(setting.purpose, trials)) is not None:
             print(json.dumps({"begin": choice.to_json()}), file=file, flush=True)

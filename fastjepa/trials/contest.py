@@ -23,6 +23,7 @@ T = TypeVar("T")
 WARMUP_RUNS, LEAST_ROUNDS, MOST_ROUNDS, ROUND_SECONDS = 1, 5, 30, 1.0
 SLOW_SECONDS = 6.0  # of rounds: on a machine so slow, fewer must do
 HOPELESS = 5.0  # times as slow as eager in the first round: the others would tell nothing new
+CHECKED_BATCH = 16  # float64 is slow on most GPUs: more clips would take seconds and hardly change an error
 # At the full size, where there may be no memory for float64, a candidate is held against eager at the same precision:
 # this many times the sum of both bounds. What breaks only at large sizes (an index beyond 2³¹, a tile left out) is off
 # by orders of magnitude more; the policy itself is kept at the checked size.
@@ -32,18 +33,28 @@ _FULL_SIZE_SLACK = 10.0
 class Contest:
     """The candidates of one setting, each against eager. What eager and float64 gave is computed once.
 
-    The policy is checked at the largest batch, halved from the user's, for which there is memory for float64; time is
-    taken at the user's.
+    The policy is checked at the user's batch, or at `CHECKED_BATCH` clips, halved until there is memory for float64;
+    time is taken at the user's.
     """
 
     def __init__(self, setting: Setting, device: torch.device, make: Maker) -> None:
         self.setting, self.device, self.make = setting, device, make
-        self.batch = setting.batch  # at which the policy is checked
+        self.batch = min(setting.batch, CHECKED_BATCH)  # at which the policy is checked
         self._truth: Tensors | None = None
         self._eager_errors: dict[str, Error] = {}
         self._reference: Work | None = None  # at full size
         self._reference_fits = True
         self._reference_first: Tensors = {}
+
+    def prepare(self) -> None:
+        """Compute the truth, and what eager makes of it; without these nothing can be judged.
+
+        Raises:
+            torch.OutOfMemoryError: there is no memory for one clip. Whatever else eager raises here is raised.
+        """
+        with arithmetic(self.setting):
+            self._find_truth()
+        self._release()
 
     def try_out(self, choice: Choice) -> Trial:
         """What comes of one candidate; whatever it raises becomes its trial."""
