@@ -49,7 +49,9 @@ GRAPH, CHANNELS_LAST = Choice(cuda_graph=True), Choice(channels_last=True)
 BOTH = Choice(cuda_graph=True, channels_last=True)
 
 
-def of_every_kind(setting: Setting, choice: Choice, batch: int, device: torch.device, dtype: torch.dtype) -> StandIn:
+def of_every_kind(
+    setting: Setting, choice: Choice, batch: int, device: torch.device, dtype: torch.dtype, draw: int
+) -> StandIn:
     """Fused blocks with fused losses crash in a graph and hang without; alone, blocks have no memory and losses are
     wrong. The closed form is slow. A graph is fast, channels-last a little, and both are fastest.
     """
@@ -67,7 +69,7 @@ def of_every_kind(setting: Setting, choice: Choice, batch: int, device: torch.de
 
 
 def only_channels_last(
-    setting: Setting, choice: Choice, batch: int, device: torch.device, dtype: torch.dtype
+    setting: Setting, choice: Choice, batch: int, device: torch.device, dtype: torch.dtype, draw: int
 ) -> StandIn:
     """Nothing but channels-last works."""
     if choice not in (EAGER, CHANNELS_LAST):
@@ -75,6 +77,8 @@ def only_channels_last(
     return StandIn(0.02 if choice == EAGER else 0.0)
 
 
-def nothing(setting: Setting, choice: Choice, batch: int, device: torch.device, dtype: torch.dtype) -> StandIn:
+def nothing(
+    setting: Setting, choice: Choice, batch: int, device: torch.device, dtype: torch.dtype, draw: int
+) -> StandIn:
     """The process ends at once, as where the GPU is somebody else's."""
     os._exit(3)

@@ -140,12 +140,12 @@ def accelerate(
         if new is not None:
             _put(jepa, part.name, new)
         swaps.append(Swap(part.name, type(part.module).__name__, type(new).__name__ if new else None, part.reason))
-    moved = _lay_channels_last(jepa) if decision.choice.channels_last else []
+    strides = _lay_channels_last(jepa) if decision.choice.channels_last else {}
     report = Report(backend, str(device), tuple(swaps), decision.choice.channels_last, decision.calibration)
     # Past nn.Module's __setattr__, which would register the originals as submodules a second time.
     object.__setattr__(jepa, "acceleration", report)
     object.__setattr__(jepa, "_before_acceleration", originals)
-    object.__setattr__(jepa, "_laid_channels_last", moved)
+    object.__setattr__(jepa, "_strides_before", strides)
     if verbose:
         print(report)
     return jepa
@@ -164,22 +164,25 @@ def restore(jepa: Jepa) -> Jepa:
     for name, module in originals.items():
         _copy_modes(jepa.get_submodule(name), module)
         _put(jepa, name, module)
-    parameters = dict(jepa.named_parameters())
-    for name in jepa._laid_channels_last:  # type: ignore[union-attr]
-        parameters[name].data = parameters[name].data.contiguous()
+    strides: dict[str, tuple[int, ...]] = jepa._strides_before  # type: ignore[assignment]
+    for name, stride in strides.items():
+        parameter = jepa.get_parameter(name)
+        parameter.data = torch.empty_strided(
+            parameter.shape, stride, dtype=parameter.dtype, device=parameter.device
+        ).copy_(parameter.data)
     object.__setattr__(jepa, "acceleration", None)
     object.__setattr__(jepa, "_before_acceleration", {})
-    object.__setattr__(jepa, "_laid_channels_last", [])
+    object.__setattr__(jepa, "_strides_before", {})
     return jepa
 
 
-def _lay_channels_last(jepa: nn.Module) -> list[str]:
-    """Lay the networks' weights out channels-last, in place; the names of those that were contiguous."""
+def _lay_channels_last(jepa: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Lay the networks' weights out channels-last, in place; the strides before of those that this changed, by name."""
     source: Any = jepa
-    before = {name for name, parameter in jepa.named_parameters() if parameter.is_contiguous()}
+    before = {name: parameter.stride() for name, parameter in jepa.named_parameters()}
     for network in (source.encoder, source.predictor):
         network.to(memory_format=torch.channels_last)
-    return [name for name, parameter in jepa.named_parameters() if name in before and not parameter.is_contiguous()]
+    return {name: before[name] for name, parameter in jepa.named_parameters() if parameter.stride() != before[name]}
 
 
 def _copy_modes(source: nn.Module, target: nn.Module) -> None:

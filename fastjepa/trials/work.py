@@ -23,6 +23,7 @@ from fastjepa.model.step import StepLosses, TrainStep, build_optimizer
 from fastjepa.moving_mnist import ClipSet
 
 Tensors = dict[str, Tensor]
+GRADIENT = "gradient of "  # how names of results begin that jump where a ReLU switches
 SEED, LEARNING_RATE = 2025, 1e-3
 STD_COEFF, COV_COEFF = 10.0, 100.0  # of the recipe; they cost nothing
 
@@ -39,14 +40,16 @@ class Work(Protocol):
         ...
 
 
-# (setting, choice, clips in a batch, device, floating dtype of weights and data) → work
-Maker = Callable[[Setting, Choice, int, torch.device, torch.dtype], Work]
+# (setting, choice, clips in a batch, device, floating dtype of weights and data, which draw of them) → work
+Maker = Callable[[Setting, Choice, int, torch.device, torch.dtype, int], Work]
 
 
-def make_work(setting: Setting, choice: Choice, batch: int, device: torch.device, dtype: torch.dtype) -> Work:
+def make_work(
+    setting: Setting, choice: Choice, batch: int, device: torch.device, dtype: torch.dtype, draw: int = 0
+) -> Work:
     """The real work; raises whatever the candidate raises when it is built."""
     kind = Step if setting.purpose == "train" else Rollout
-    return kind(setting, choice, batch, device, dtype)
+    return kind(setting, choice, batch, device, dtype, draw)
 
 
 @contextlib.contextmanager
@@ -65,8 +68,11 @@ def arithmetic(setting: Setting) -> Iterator[None]:
 class Step:
     """A training step, as the trainer makes it. In float64 it is the truth: losses in closed form, for less memory."""
 
-    def __init__(self, setting: Setting, choice: Choice, batch: int, device: torch.device, dtype: torch.dtype) -> None:
-        jepa, decoder, head = _model(setting)
+    def __init__(
+        self, setting: Setting, choice: Choice, batch: int, device: torch.device, dtype: torch.dtype, draw: int = 0
+    ) -> None:
+        seed = SEED + draw
+        jepa, decoder, head = _model(setting, seed)
         model = (jepa.to(device, dtype), decoder.to(device, dtype), head.to(device, dtype))
         projection: ProjectionPath = "closed_form" if dtype == torch.float64 else choice.losses
         accelerate(jepa, choice=choice, verbose=False)
@@ -79,11 +85,11 @@ class Step:
         self.graphed: GraphedTrainStep | None = None
         self.clips: ClipSet | None = None
         if setting.dobs == 1:
-            self.clips = _clips(setting, batch).to(device)
+            self.clips = _clips(setting, batch, seed).to(device)
             self.indices = torch.arange(batch, device=device)
         else:
-            self.video = _video(setting, batch).to(device, dtype)
-            self.digit_location = _digit_maps(setting, batch).to(device, dtype)
+            self.video = _video(setting, batch, seed).to(device, dtype)
+            self.digit_location = _digit_maps(setting, batch, seed).to(device, dtype)
         if choice.cuda_graph:
             if self.clips is None:
                 raise ValueError(f"a graphed step takes clips of one channel, and these have {setting.dobs}")
@@ -116,7 +122,7 @@ class Step:
         for name, module in groups.items():
             parameters = dict(module.named_parameters())
             moments = [self.optimizer.state[parameters[key]]["exp_avg"].flatten() for key in sorted(parameters)]
-            found[f"gradient of {name}"] = torch.cat(moments)
+            found[GRADIENT + name] = torch.cat(moments)
             buffers = {key: value for key, value in module.named_buffers() if value.is_floating_point()}
             if buffers:
                 found[f"buffers of {name}"] = torch.cat([buffers[key].flatten() for key in sorted(buffers)])
@@ -126,13 +132,16 @@ class Step:
 class Rollout:
     """A video encoded, and rolled out. With a graph: encoded, then rolled out in one launch with BatchNorm folded."""
 
-    def __init__(self, setting: Setting, choice: Choice, batch: int, device: torch.device, dtype: torch.dtype) -> None:
-        jepa = _model(setting)[0]
-        _move_buffers(jepa)
+    def __init__(
+        self, setting: Setting, choice: Choice, batch: int, device: torch.device, dtype: torch.dtype, draw: int = 0
+    ) -> None:
+        seed = SEED + draw
+        jepa = _model(setting, seed)[0]
+        _move_buffers(jepa, seed)
         self.jepa = jepa.to(device, dtype).eval()
         accelerate(self.jepa, choice=choice, purpose="inference", verbose=False)
         self.steps, self.autocast_dtype = setting.steps, _autocast(setting, dtype)
-        self.video = _video(setting, batch).to(device, dtype)
+        self.video = _video(setting, batch, seed).to(device, dtype)
         self.graphed = GraphedRollout(self.jepa, self.steps, fold_batch_norm=True) if choice.cuda_graph else None
         self.states: Tensor | None = None
 
@@ -158,9 +167,9 @@ def _autocast(setting: Setting, dtype: torch.dtype) -> torch.dtype | None:
     return torch.bfloat16 if setting.precision == "bf16" and dtype == torch.float32 else None
 
 
-def _model(setting: Setting) -> tuple[JEPA, ImageDecoder, DetHead]:
+def _model(setting: Setting, seed: int) -> tuple[JEPA, ImageDecoder, DetHead]:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+        torch.manual_seed(seed)
         jepa = build_jepa(
             dobs=setting.dobs, henc=setting.henc, hpre=setting.hpre, dstc=setting.dstc, projector=setting.projector,
             std_coeff=STD_COEFF, cov_coeff=COV_COEFF,
@@ -168,9 +177,9 @@ def _model(setting: Setting) -> tuple[JEPA, ImageDecoder, DetHead]:
         return jepa, *build_probes(dobs=setting.dobs, dstc=setting.dstc)
 
 
-def _move_buffers(jepa: nn.Module) -> None:
+def _move_buffers(jepa: nn.Module, seed: int) -> None:
     """Statistics that are not those of a BatchNorm that has seen nothing: folding 0 and 1 would prove nothing."""
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(seed)
     for layer in jepa.modules():
         if isinstance(layer, nn.BatchNorm2d):
             assert layer.running_mean is not None
@@ -179,18 +188,18 @@ def _move_buffers(jepa: nn.Module) -> None:
             layer.running_var.copy_(0.5 + torch.rand(layer.num_features, generator=generator))
 
 
-def _clips(setting: Setting, batch: int) -> ClipSet:
-    generator = torch.Generator().manual_seed(SEED)
+def _clips(setting: Setting, batch: int, seed: int) -> ClipSet:
+    generator = torch.Generator().manual_seed(seed)
     shape = (batch, setting.frames, setting.height, setting.width)
     video = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    return ClipSet(video, _digit_maps(setting, batch).to(torch.uint8))
+    return ClipSet(video, _digit_maps(setting, batch, seed).to(torch.uint8))
 
 
-def _video(setting: Setting, batch: int) -> Tensor:
+def _video(setting: Setting, batch: int, seed: int) -> Tensor:
     shape = (batch, setting.dobs, setting.frames, setting.height, setting.width)
-    return torch.rand(shape, generator=torch.Generator().manual_seed(SEED))
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _digit_maps(setting: Setting, batch: int) -> Tensor:
+def _digit_maps(setting: Setting, batch: int, seed: int) -> Tensor:
     shape = (batch, setting.frames, DetHead.CELLS, DetHead.CELLS)
-    return (torch.rand(shape, generator=torch.Generator().manual_seed(SEED)) < 0.03).float()
+    return (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.03).float()
