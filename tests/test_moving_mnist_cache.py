@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastjepa.moving_mnist.cache import cache_key, cached_array, default_cache_dir, fingerprint, open_npy
+from fastjepa.moving_mnist.cache import cache_key, cached_array, fingerprint, open_npy
+from fastjepa.storage.cache_folder import default_cache_dir
 
 ARRAY = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)
 

@@ -29,7 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "model": {"kernels", "profiling"},
     "storage": {"config", "model"},
     "moving_mnist": {"storage"},
-    "calibration": {"measuring", "config", "environment", "storage", "moving_mnist"},
+    "calibration": {"measuring", "config", "environment", "storage"},
     "fused": {"kernels", "model", "calibration"},
     "graphs": {"kernels", "profiling", "model", "moving_mnist", "fused"},
     "trials": {"kernels", "measuring", "model", "moving_mnist", "calibration", "fused", "graphs"},

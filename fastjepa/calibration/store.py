@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from fastjepa.calibration.setting import Setting
 from fastjepa.calibration.trial import Trial
-from fastjepa.moving_mnist.cache import default_cache_dir
+from fastjepa.storage.cache_folder import default_cache_dir
 from fastjepa.storage.safe_files import write_text_atomic
 
 if sys.platform == "win32":

@@ -103,7 +103,7 @@ def resolve(
     Args:
         setting: the question.
         device: where candidates run.
-        cache_dir: default: the user's, `moving_mnist.cache.default_cache_dir()`.
+        cache_dir: default: the user's, `storage.cache_folder.default_cache_dir()`.
         measuring: False only looks up.
         redo: measure even if there are rows.
         limits: of time; default: `Limits()`.
