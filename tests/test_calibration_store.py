@@ -26,6 +26,7 @@ from fastjepa.calibration.store import (
     write_rows,
 )
 from fastjepa.calibration.trial import Trial
+from fastjepa.calibration.verdict import Verdict
 from fastjepa.config import Config
 from original import OriginalJEPA
 from tiny import tiny_jepa
@@ -220,6 +221,35 @@ def test_the_command_measures_on_a_gpu_only(capsys: pytest.CaptureFixture[str]) 
     assert "there is nothing to calibrate on a CPU" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         calibrate.main(["--show", "--redo"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], {"purpose": "train", "steps": 4, "precision": "bf16", "redo": False, "deterministic": True}),
+        (["--redo", "--nondeterministic"], {"redo": True, "deterministic": False}),
+        (["--inference", "--precision", "fp32"], {"purpose": "inference", "steps": 8, "precision": "fp32"}),
+        (["--batch_size", "2", "--canvas", "32", "--n_frames", "5"], {"batch": 2, "height": 32, "frames": 5}),
+    ],
+)
+def test_what_the_command_asks_on_a_gpu(
+    flags: list[str], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The GPU is pretended."""
+    asked: dict[str, Any] = {}
+
+    def pretended(setting: Setting, device: torch.device, **options: Any) -> Verdict:
+        asked.update(setting.to_json(), **options)
+        return Verdict(setting, ROWS, "pretended")
+
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(calibrate, "resolve_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(calibrate, "resolve_precision", lambda name, _: "bf16" if name == "auto" else name)
+    monkeypatch.setattr(calibrate, "setting_of_config", lambda config, _, p: setting_of_config(config, CPU, p))
+    monkeypatch.setattr(calibrate, "resolve", pretended)
+    assert calibrate.main(flags) == 0
+    assert {name: asked[name] for name in expected} == expected
+    assert "2.50× eager" in capsys.readouterr().out
 
 
 def test_words_of_a_choice() -> None:
