@@ -16,7 +16,7 @@ from compare import assert_near
 from fastjepa.calibration.choice import Choice
 from fastjepa.calibration.trial import Trial
 from fastjepa.calibration.verdict import Verdict
-from fastjepa.fused import swap
+from fastjepa.fused import decision
 from fastjepa.fused.losses import ClosedFormVCLoss
 from fastjepa.model.step import TrainStep
 from original import OriginalJEPA
@@ -224,27 +224,27 @@ def test_fused_where_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None
 
 def decided(monkeypatch: pytest.MonkeyPatch, *rows: Trial, origin: str = "pretended", **options: Any) -> Any:
     """What "auto" decides on a GPU where a calibration gives these rows."""
-    monkeypatch.setattr(swap, "setting_of_jepa", lambda *_, **kw: some_setting(purpose=kw["purpose"]))
-    monkeypatch.setattr(swap, "resolve", lambda setting, _: Verdict(setting, rows, origin))
+    monkeypatch.setattr(decision, "setting_of_jepa", lambda *_, **kw: some_setting(purpose=kw["purpose"]))
+    monkeypatch.setattr(decision, "resolve", lambda setting, _: Verdict(setting, rows, origin))
     arguments = {"precision": "keep", "example": None, "purpose": "train", "choice": None, **options}
-    return swap._decide(tiny_jepa(), torch.device("cuda"), "auto", **arguments)
+    return decision.decide(tiny_jepa(), torch.device("cuda"), "auto", **arguments)
 
 
 def test_auto_on_a_gpu_takes_the_best_that_modules_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks, graph = Choice(batch_norm=True, channels_last=True), Choice(batch_norm=True, cuda_graph=True)
     losses = trial(Choice(losses="fused"), 20.0)
-    decision = decided(monkeypatch, trial(graph, 2.0), trial(blocks, 5.0), losses)
-    assert decision.choice == blocks
-    assert decision.reasons["projected_losses"] == "measured here: fused losses: 0.50× eager (20.00 ms), exact"
-    assert "→ fused blocks + channels-last: 2.00× eager, 5.00 ms instead of 10.00" in decision.calibration
-    assert "with fastjepa.graphs.GraphedTrainStep, fused blocks + CUDA graph would be 5.00×" in decision.calibration
+    made = decided(monkeypatch, trial(graph, 2.0), trial(blocks, 5.0), losses)
+    assert made.choice == blocks
+    assert made.reasons["projected_losses"] == "measured here: fused losses: 0.50× eager (20.00 ms), exact"
+    assert "→ fused blocks + channels-last: 2.00× eager, 5.00 ms instead of 10.00" in made.calibration
+    assert "with fastjepa.graphs.GraphedTrainStep, fused blocks + CUDA graph would be 5.00×" in made.calibration
 
 
 def test_auto_on_a_gpu_says_why_nothing_was_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     hung = Trial(Choice(batch_norm=True), "hung", "no result after 25 s")
-    decision = decided(monkeypatch, hung, trial(Choice(losses="fused"), 20.0))
-    assert decision.choice == Choice()
-    assert decision.reasons["batch_norm"] == "measured here: fused blocks: hung: no result after 25 s"
+    made = decided(monkeypatch, hung, trial(Choice(losses="fused"), 20.0))
+    assert made.choice == Choice()
+    assert made.reasons["batch_norm"] == "measured here: fused blocks: hung: no result after 25 s"
     off = decided(monkeypatch, origin="FASTJEPA_CALIBRATE=0 is set")
     assert set(off.reasons.values()) == {"FASTJEPA_CALIBRATE=0 is set"}
     inference = decided(monkeypatch, trial(Choice(batch_norm=True), 5.0), purpose="inference")
@@ -252,12 +252,12 @@ def test_auto_on_a_gpu_says_why_nothing_was_taken(monkeypatch: pytest.MonkeyPatc
 
 
 def test_auto_on_a_gpu_leaves_what_is_not_of_the_published_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(swap, "resolve", lambda *_: pytest.fail("it measures"))
+    monkeypatch.setattr(decision, "resolve", lambda *_: pytest.fail("it measures"))
     jepa = tiny_jepa()
     jepa.encoder = nn.Identity()  # type: ignore[assignment]
-    decision = swap._decide(jepa, torch.device("cuda"), "auto", "keep", None, "train", None)
-    assert decision.choice == Choice()
-    assert "is not calibrated: it is not of the published form" in decision.reasons["batch_norm"]
+    made = decision.decide(jepa, torch.device("cuda"), "auto", "keep", None, "train", None)
+    assert made.choice == Choice()
+    assert "is not calibrated: it is not of the published form" in made.reasons["batch_norm"]
 
 
 def test_a_choice_is_served_laid_out_and_undone(device: str) -> None:

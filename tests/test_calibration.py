@@ -203,3 +203,24 @@ def test_what_is_hardly_faster_than_eager_is_noise() -> None:
 def test_where_eager_does_not_fit_the_fastest_wins() -> None:
     rows = tuple(Trial(choice, "exact", milliseconds=ms) for choice, ms in ((BOTH, 5.0), (CHANNELS_LAST, 4.0)))
     assert Verdict(some_setting(), rows, "").best() == CHANNELS_LAST
+
+
+def test_a_child_is_told_which_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
+    monkeypatch.setattr(
+        "fastjepa.calibration.verdict.measure",
+        lambda setting, device, say, **_: asked.append(device) or (trial(BOTH, 4.0),),  # type: ignore[func-returns-value]
+    )
+    for name in ("cuda", "cuda:1"):
+        resolve(some_setting(), torch.device(name), cache_dir=tmp_path, redo=True, say=lambda _: None)
+    assert asked == ["cuda:3", "cuda:1"]
+
+
+def test_rows_that_cannot_be_kept_still_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastjepa.calibration.verdict.measure", lambda *_, **__: (trial(BOTH, 4.0),))
+    blocked = tmp_path / "file"
+    blocked.touch()
+    verdict = resolve(some_setting(), CPU, cache_dir=blocked, say=lambda _: None)
+    assert verdict.best() == BOTH
+    assert verdict.origin.startswith("measured now, but not kept: ")

@@ -114,6 +114,9 @@ def test_what_breaks_at_the_full_size_only_is_found(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(contest_module, "CHECKED_BATCH", 1)
     choice = Choice(losses="closed_form")
     assert outcome(choice, "cpu", **SMALL).checked_batch == 1
+    # What one ReLU may do.
+    assert outcome(choice, "cpu", Planted("gradient of encoder", 1.001, batch=4), **SMALL).status == "exact"
+    assert outcome(choice, "cpu", Planted("losses", 1.001, batch=4), **SMALL).status == "wrong"
     trial = outcome(choice, "cpu", Planted("gradient of encoder", 1.5, batch=4), **SMALL)
     assert trial.status == "wrong"
     assert trial.reason.startswith("at 4 clips gradient of encoder differs from eager by ")

@@ -145,6 +145,8 @@ def _measure(
         f"measuring once what is fastest on {setting.gpu}, in child processes, for at most {limits.total:.0f} s "
         f"({VARIABLE}=0 leaves it out)"
     )
+    if device.type == "cuda" and device.index is None:  # a child's current device is another matter
+        device = torch.device("cuda", torch.cuda.current_device())
     rows = measure(setting, str(device), say, limits=limits, makers=makers)
     if not any(row.milliseconds is not None or row.status == "wrong" for row in rows):
         # Perhaps another program has the GPU, or its memory: the next start may do better.

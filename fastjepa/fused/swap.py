@@ -13,17 +13,15 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import nn
 
-from fastjepa.calibration.choice import EAGER, Choice
-from fastjepa.calibration.setting import Purpose, Setting, ambient_precision, setting_of_jepa
-from fastjepa.calibration.verdict import Verdict, resolve
+from fastjepa.calibration.choice import Choice
+from fastjepa.calibration.setting import Purpose
 from fastjepa.fused.autocast import InBf16
+from fastjepa.fused.decision import Backend, Decision, SwapPrecision, decide
 from fastjepa.fused.losses import ClosedFormSquareLoss, ClosedFormVCLoss
 from fastjepa.fused.recognition import difference, encoder_problem, predictor_problem, unet_problem
 from fastjepa.kernels.checks import unavailable_reason
 from fastjepa.model.projected_losses import HiddenLayer, hidden_layer
 
-Backend = Literal["auto", "eager", "fused"]
-SwapPrecision = Literal["keep", "bf16"]
 Jepa = TypeVar("Jepa", bound=nn.Module)
 
 # A module with the structure of a published one must also compute the same: its fused form may differ by this much,
@@ -126,7 +124,7 @@ def accelerate(
     if needs_kernels and (unavailable := unavailable_reason(device)) is not None:
         raise RuntimeError(f"{demanded} cannot be served: {unavailable}")
 
-    decision = _decide(jepa, device, backend, precision, example, purpose, choice)
+    decision = decide(jepa, device, backend, precision, example, purpose, choice)
     plan = _plan(jepa, decision, torch.bfloat16 if precision == "bf16" else None)
     problems = [f"{part.name}: {part.reason}" for part in plan if part.make is None and part.wanted]
     if (backend == "fused" or choice is not None) and strict and problems:
@@ -197,68 +195,6 @@ def _copy_modes(source: nn.Module, target: nn.Module) -> None:
 
 
 @dataclass(frozen=True)
-class _Decision:
-    """What is wanted, and why the rest is not: op → reason."""
-
-    choice: Choice
-    reasons: dict[str, str]
-    calibration: str = ""
-
-
-def _decide(
-    jepa: nn.Module,
-    device: torch.device,
-    backend: Backend,
-    precision: SwapPrecision,
-    example: Sequence[int] | None,
-    purpose: Purpose,
-    choice: Choice | None,
-) -> _Decision:
-    """Which parts are wanted."""
-    if choice is not None:
-        return _Decision(choice, dict.fromkeys(_OPS, f"it is not in the choice ({choice})"))
-    if backend == "eager":
-        return _Decision(EAGER, dict.fromkeys(_OPS, "backend 'eager' was asked for"))
-    if backend == "fused":
-        return _Decision(Choice(batch_norm=True, losses="fused", recompute=True), {})
-    setting: Setting | str = ""
-    if device.type != "cpu" or example is not None:  # so that a wrong `example` fails everywhere
-        arithmetic = "bf16" if precision == "bf16" else ambient_precision(device)
-        setting = setting_of_jepa(jepa, device, example=example, purpose=purpose, precision=arithmetic)
-    if device.type == "cpu":
-        reason = "on a CPU, eager is fastest; fused kernels need a GPU"
-        return _Decision(Choice(losses="closed_form"), dict.fromkeys(_OPS, reason))
-    if isinstance(setting, str):
-        reason = f"auto takes only what was measured, and this model is not calibrated: {setting}"
-        return _Decision(EAGER, dict.fromkeys(_OPS, reason))
-    verdict = resolve(setting, device)
-    chosen = verdict.best(_without_graph)
-    reasons = {
-        "batch_norm": verdict.why_not(lambda c: c.batch_norm, _without_graph),
-        "projected_losses": verdict.why_not(lambda c: c.losses != "eager", _without_graph)
-        if purpose == "train" or not verdict.rows
-        else "inference computes no losses",
-    }
-    return _Decision(chosen, reasons, verdict.report(chosen) + _graph_hint(verdict, chosen))
-
-
-_OPS = ("batch_norm", "projected_losses")
-
-
-def _without_graph(choice: Choice) -> bool:
-    return not choice.cuda_graph
-
-
-def _graph_hint(verdict: Verdict, chosen: Choice) -> str:
-    """What a graph would give, which modules alone cannot: the caller makes it."""
-    best = verdict.best()
-    if not best.cuda_graph or best == chosen:
-        return ""
-    name = "GraphedTrainStep" if verdict.setting.purpose == "train" else "GraphedRollout"
-    return f"\n  with fastjepa.graphs.{name}, {best} would be {verdict.gain(best)}"
-
-
-@dataclass(frozen=True)
 class _Part:
     """One part of the plan: `make` builds the replacement; None leaves the module as it is, for the reason."""
 
@@ -269,7 +205,7 @@ class _Part:
     wanted: bool = True  # whether it was to be replaced
 
 
-def _plan(jepa: nn.Module, decision: _Decision, autocast_dtype: torch.dtype | None) -> list[_Part]:
+def _plan(jepa: nn.Module, decision: Decision, autocast_dtype: torch.dtype | None) -> list[_Part]:
     """What to do with each part, decided before anything is touched."""
     source: Any = jepa
     wrapper = source.predictor
@@ -290,7 +226,7 @@ def _network(
     name: str,
     kind: Literal["FusedResNet5", "FusedResUNet", "FusedStateOnlyPredictor"],
     problem_of: Callable[[nn.Module], str | None],
-    decision: _Decision,
+    decision: Decision,
     autocast_dtype: torch.dtype | None,
 ) -> _Part:
     """The plan for a network; `kind` is the class of `fused.networks` that would replace it."""
@@ -331,7 +267,7 @@ def _in_bf16(part: _Part) -> _Part:
 
 
 def _loss(
-    module: nn.Module, name: str, kind: type[ClosedFormVCLoss] | type[ClosedFormSquareLoss], decision: _Decision
+    module: nn.Module, name: str, kind: type[ClosedFormVCLoss] | type[ClosedFormSquareLoss], decision: Decision
 ) -> _Part:
     path = decision.choice.losses
     needed = ("proj", "std_coeff", "cov_coeff") if kind is ClosedFormVCLoss else ("proj",)

@@ -35,7 +35,7 @@ def main(request: Path, results: Path) -> None:
             print(json.dumps({"begin": choice.to_json()}), file=file, flush=True)
             trials.append(contest.try_out(choice))
             print(json.dumps(trials[-1].to_json()), file=file, flush=True)
-            if trials[-1].status == "failed" and not _usable(device):
+            if trials[-1].status in ("failed", "out of memory") and not _usable(device):
                 return  # another process goes on
 
 
