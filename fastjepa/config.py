@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 Preset = Literal["auto", "full", "demo"]
-Precision = Literal["fp32", "tf32", "bf16"]
+Precision = Literal["auto", "fp32", "tf32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,14 @@ class Config:
     preset: Preset = "auto"
     """Where the other defaults come from: "full" is the published recipe, "demo" a small one for a CPU; "auto"
     takes full on a GPU and demo without one."""
-    precision: Precision = "fp32"
-    """Arithmetic of the networks: fp32, tf32 (CUDA only) or bf16 autocast. Losses are always fp32."""
+    precision: Precision = "auto"
+    """Arithmetic of the networks: fp32, tf32 (CUDA only) or bf16 autocast; "auto" takes bf16 on a GPU with tensor cores
+    for it, and fp32 elsewhere. Losses are always fp32."""
     backend: Literal["auto", "eager", "fused"] = "auto"
-    """Fused kernels (a GPU only), plain PyTorch, or whichever is known to be faster; see fastjepa.accelerate."""
+    """Fused kernels (a GPU only), plain PyTorch, or auto: what was measured to be fastest on this GPU, which the first
+    run does for up to a minute (python -m fastjepa.calibrate; FASTJEPA_CALIBRATE=0 leaves it out)."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """Whole training steps in one launch (a GPU only): on, off, or auto: where that is known to be faster."""
+    """Whole training steps in one launch (a GPU only): on, off, or auto: where that was measured to be faster."""
     device: str = "auto"
     """"auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N"."""
 
@@ -177,6 +179,16 @@ def resolve_device(device: str) -> torch.device:
             f"--device {device} was asked for, but there are only {torch.cuda.device_count()} CUDA devices"
         )
     return resolved
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp32", "tf32", "bf16"]:
+    """ "auto" → bf16 on a GPU that has tensor cores for it (compute capability 8.0 or more), else fp32."""
+    if precision != "auto":
+        return precision
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return "fp32"
+    with torch.cuda.device(device):
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
 
 
 def resolve_preset(preset: str, device: torch.device) -> str:

@@ -79,6 +79,16 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
 
 
+def driver_version(device: torch.device) -> str:
+    """Of the NVIDIA driver, "" without one; quick where the kernel tells it."""
+    if device.type != "cuda":
+        return ""
+    try:
+        return Path("/sys/module/nvidia/version").read_text().strip()
+    except OSError:
+        return _query_gpu(device, "driver_version") or ""
+
+
 def clocks_mhz(device: torch.device) -> tuple[int | None, int | None]:
     """(SM clock, memory clock) of a GPU now; None where nvidia-smi does not say. Call it right after the work."""
     values = (_query_gpu(device, "clocks.sm,clocks.mem") or "").split(",")

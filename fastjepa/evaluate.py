@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from fastjepa.calibration.choice import EAGER, Choice
 from fastjepa.config import Config, resolve_device
+from fastjepa.fused.swap import accelerate
+from fastjepa.kernels.checks import unavailable_reason
 from fastjepa.model.jepa import JEPA, build_jepa, build_probes
 from fastjepa.model.networks import DetHead, ImageDecoder
 from fastjepa.optional_packages import MissingPackageError, require_packages
@@ -18,8 +22,11 @@ from fastjepa.storage.run_folder import CHECKPOINT_NAME
 from fastjepa.storage.safe_files import CheckpointError, write_text_atomic
 from fastjepa.training.command_line import fail, parse_options
 from fastjepa.training.evaluation import evaluate
+from fastjepa.training.resolution import read_choice
 from fastjepa.training.run_clips import load_run_clips
 from fastjepa.training.trainer import set_precision
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,9 @@ class Options:
 def load_run(checkpoint: Path, device: torch.device) -> tuple[Config, JEPA, ImageDecoder, DetHead]:
     """The configuration and the modules of a run, from its folder or checkpoint file.
 
+    The networks compute as the run resolved when it began; where its fused kernels cannot run, a warning says so and
+    they are eager, because a run must be usable on any machine.
+
     Raises:
         CheckpointError: missing, damaged, or not the checkpoint of a run.
     """
@@ -58,7 +68,18 @@ def load_run(checkpoint: Path, device: torch.device) -> tuple[Config, JEPA, Imag
     )  # fmt: skip
     decoder, head = build_probes(dobs=config.dobs, dstc=config.dstc)
     load_modules(state, {"jepa": jepa, "image_decoder": decoder, "detection_head": head})
-    return config, jepa.to(device), decoder.to(device), head.to(device)
+    jepa.to(device)
+    choice = read_choice(state, path)
+    reason = unavailable_reason(device) if choice.batch_norm else None
+    if reason is not None:
+        logger.warning("the run was trained with fused blocks, which cannot run here (%s): eager networks", reason)
+    networks = Choice(
+        batch_norm=choice.batch_norm and reason is None,
+        channels_last=choice.channels_last and device.type == "cuda",  # on a CPU the evaluation lays its copies out
+    )
+    if networks != EAGER:
+        accelerate(jepa, choice=networks, purpose="inference", verbose=False)
+    return config, jepa, decoder.to(device), head.to(device)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,10 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastjepa.config import resolve_device
+from fastjepa.calibration.setting import setting_of_jepa
+from fastjepa.calibration.verdict import resolve
+from fastjepa.config import Config, resolve_device, resolve_precision
 from fastjepa.environment import device_name
 from fastjepa.evaluate import load_run
 from fastjepa.graphs import CudaGraphChoice, GraphedRollout, use_cuda_graph
+from fastjepa.model.jepa import JEPA
 from fastjepa.model.modes import eval_mode
 from fastjepa.model.networks import CONTEXT
 from fastjepa.optional_packages import MissingPackageError
@@ -42,7 +45,7 @@ class Options:
     device: str = "auto"
     """"auto", "cpu", "cuda" or "cuda:N"."""
     cuda_graph: CudaGraphChoice = "auto"
-    """Predict in one launch (a GPU only): on, off, or auto: where that is known to be faster."""
+    """Predict in one launch (a GPU only): on, off, or auto: where that was measured to be faster."""
     cache_dir: Path | None = None
     """Folder of the data; default: as in training."""
 
@@ -79,7 +82,7 @@ def roll_out(options: Options) -> Result:
     if options.chunk is not None and options.chunk < 1:
         raise ValueError(f"--chunk must be at least 1, got {options.chunk}")
     device = resolve_device(options.device)
-    graph = use_cuda_graph(options.cuda_graph, "rollout", device)
+    use_cuda_graph(options.cuda_graph, device)  # refuses what cannot be served, before anything is read
     run_folder = options.checkpoint if options.checkpoint.is_dir() else options.checkpoint.parent
     path = options.out or run_folder / "figures" / f"rollout-{options.horizon}.gif"
     if path.suffix.lower() != ".gif":
@@ -92,11 +95,12 @@ def roll_out(options: Options) -> Result:
         raise ValueError(
             f"--clips must be at most {len(validation)}, the validation clips of the run; got {options.clips}"
         )
+    graph = use_cuda_graph(options.cuda_graph, device, measured_faster=_measured_faster(options, config, jepa, device))
     video, _ = validation.subset(options.clips).to(device).batch(torch.arange(options.clips, device=device))
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16")
     with eval_mode(jepa, decoder, head), autocast:
         context = torch.cat([jepa.encode(part) for part in video[:, :, :CONTEXT].split(options.chunk or options.clips)])
-        graphed = GraphedRollout(jepa, options.horizon) if graph else None
+        graphed = GraphedRollout(jepa, options.horizon, fold_batch_norm=True) if graph else None
 
         def predict() -> Tensor:
             if graphed is None:
@@ -112,6 +116,22 @@ def roll_out(options: Options) -> Result:
         context=CONTEXT, max_clips=PICTURED_CLIPS,
     )  # fmt: skip
     return Result(path, options.clips * options.horizon, seconds, graph, device_name(device))
+
+
+def _measured_faster(options: Options, config: Config, jepa: JEPA, device: torch.device) -> bool:
+    """Whether a calibration found a graph to be faster at these sizes. It is only looked up: a picture that takes
+    seconds is not worth a minute of measuring (`python -m fastjepa.calibrate --inference` does that).
+    """
+    if device.type != "cuda" or options.cuda_graph != "auto":
+        return False
+    shape = (options.chunk or options.clips, config.dobs, CONTEXT, config.canvas, config.canvas)
+    precision = resolve_precision(config.precision, device)
+    setting = setting_of_jepa(jepa, device, example=shape, purpose="inference", precision=precision)
+    if isinstance(setting, str):
+        return False
+    verdict = resolve(setting, device, cache_dir=options.cache_dir or config.cache_dir, measuring=False)
+    fused = any(getattr(module, "is_fused", False) for module in jepa.modules())
+    return verdict.best(lambda choice: choice.batch_norm == fused).cuda_graph
 
 
 def _measured(predict: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import fastjepa
+from calibration_standins import some_setting, trial
 from compare import assert_near
-from fastjepa.fused import swap
+from fastjepa.calibration.choice import Choice
+from fastjepa.calibration.trial import Trial
+from fastjepa.calibration.verdict import Verdict
+from fastjepa.fused import decision
 from fastjepa.fused.losses import ClosedFormVCLoss
 from fastjepa.model.step import TrainStep
 from original import OriginalJEPA
@@ -183,12 +189,16 @@ def test_what_cannot_be_swapped_is_named(device: str) -> None:
     [
         ({"backend": "fast"}, ValueError, "backend must be one of auto, eager, fused; got 'fast'"),
         ({"precision": "fp8"}, ValueError, "precision must be one of keep, bf16; got 'fp8'"),
-        ({"precision": "bf16"}, ValueError, "ask for backend='fused' too"),
+        ({"purpose": "fun"}, ValueError, "purpose must be one of train, inference; got 'fun'"),
+        ({"example": (2, 1, 4, 16)}, ValueError, r"example must be the shape \(B, C, T, H, W\) of a video"),
+        ({"example": (2, 3, 4, 16, 16)}, ValueError, "example has 3 channels, and this JEPA encodes videos of 1"),
+        ({"example": (2, 1, 2, 16, 16)}, ValueError, "train takes clips of at least 3 frames, got 2"),
+        ({"choice": Choice(), "backend": "fused"}, ValueError, "and so does backend='fused'; give one of them"),
     ],
 )
-def test_bad_options(options: dict[str, str], error: type[Exception], message: str) -> None:
+def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        fastjepa.accelerate(original(), **options)  # type: ignore[arg-type]
+        fastjepa.accelerate(original(), **options)
 
 
 def test_bad_objects() -> None:
@@ -209,11 +219,96 @@ def test_fused_where_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None
         fastjepa.accelerate(original(), backend="fused")
 
 
-def test_auto_on_a_gpu_asks_for_a_measurement_and_then_whether_kernels_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = torch.device("cuda")
-    monkeypatch.setattr(swap, "unavailable_reason", lambda device: "no kernels here")
-    assert "no measurement on a GPU says yet" in str(swap._not_chosen("auto", "batch_norm", gpu))
-    monkeypatch.setitem(swap.MEASURED_WINS, "batch_norm", "bench/results/some.jsonl")
-    assert swap._not_chosen("auto", "batch_norm", gpu) == "no kernels here"
-    monkeypatch.setattr(swap, "unavailable_reason", lambda device: None)
-    assert swap._not_chosen("auto", "batch_norm", gpu) is None
+# ---- auto on a GPU, which is pretended, and choices ------------------------------------------------------------------
+
+
+def decided(monkeypatch: pytest.MonkeyPatch, *rows: Trial, origin: str = "pretended", **options: Any) -> Any:
+    """What "auto" decides on a GPU where a calibration gives these rows."""
+    monkeypatch.setattr(decision, "setting_of_jepa", lambda *_, **kw: some_setting(purpose=kw["purpose"]))
+    monkeypatch.setattr(decision, "resolve", lambda setting, _: Verdict(setting, rows, origin))
+    arguments = {"precision": "keep", "example": None, "purpose": "train", "choice": None, **options}
+    return decision.decide(tiny_jepa(), torch.device("cuda"), "auto", **arguments)
+
+
+def test_auto_on_a_gpu_takes_the_best_that_modules_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks, graph = Choice(batch_norm=True, channels_last=True), Choice(batch_norm=True, cuda_graph=True)
+    losses = trial(Choice(losses="fused"), 20.0)
+    made = decided(monkeypatch, trial(graph, 2.0), trial(blocks, 5.0), losses)
+    assert made.choice == blocks
+    assert made.reasons["projected_losses"] == "measured here: fused losses: 0.50× eager (20.00 ms), exact"
+    assert "→ fused blocks + channels-last: 2.00× eager, 5.00 ms instead of 10.00" in made.calibration
+    assert "with fastjepa.graphs.GraphedTrainStep, fused blocks + CUDA graph would be 5.00×" in made.calibration
+
+
+def test_auto_on_a_gpu_says_why_nothing_was_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    hung = Trial(Choice(batch_norm=True), "hung", "no result after 25 s")
+    made = decided(monkeypatch, hung, trial(Choice(losses="fused"), 20.0))
+    assert made.choice == Choice()
+    assert made.reasons["batch_norm"] == "measured here: fused blocks: hung: no result after 25 s"
+    off = decided(monkeypatch, origin="FASTJEPA_CALIBRATE=0 is set")
+    assert set(off.reasons.values()) == {"FASTJEPA_CALIBRATE=0 is set"}
+    inference = decided(monkeypatch, trial(Choice(batch_norm=True), 5.0), purpose="inference")
+    assert inference.reasons["projected_losses"] == "inference computes no losses"
+
+
+def test_auto_on_a_gpu_leaves_what_is_not_of_the_published_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decision, "resolve", lambda *_: pytest.fail("it measures"))
+    jepa = tiny_jepa()
+    jepa.encoder = nn.Identity()  # type: ignore[assignment]
+    made = decision.decide(jepa, torch.device("cuda"), "auto", "keep", None, "train", None)
+    assert made.choice == Choice()
+    assert "is not calibrated: it is not of the published form" in made.reasons["batch_norm"]
+
+
+def test_a_choice_is_served_laid_out_and_undone(device: str) -> None:
+    jepa = original().to(device)
+    before = {name: p.stride() for name, p in jepa.named_parameters()}
+    choice = Choice(batch_norm=True, losses="closed_form", channels_last=True)
+    fastjepa.accelerate(jepa, choice=choice, verbose=False)
+    assert not jepa.encoder.recompute
+    assert jepa.regularizer.projection_path == "closed_form"
+    weight = jepa.encoder.layer1.conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert "channels-last in memory" in str(jepa.acceleration)
+    fastjepa.restore(jepa)
+    assert {name: p.stride() for name, p in jepa.named_parameters()} == before
+    assert jepa.encoder.layer1.conv1.weight is weight
+    assert torch.equal(weight, original().encoder.layer1.conv1.weight.to(device))
+
+
+@pytest.mark.usefixtures("needs_triton")
+def test_a_choice_that_cannot_be_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastjepa.kernels.launch.INTERPRET", False)
+    with pytest.raises(RuntimeError, match=r"the choice \(fused losses\) cannot be served: Triton kernels need"):
+        fastjepa.accelerate(original(), choice=Choice(losses="fused"))
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_bf16_where_networks_stay_eager(backend: Any) -> None:
+    jepa, fast = original(), original()
+    keys, ids = list(fast.state_dict()), {name: id(p) for name, p in fast.named_parameters()}
+    fastjepa.accelerate(fast, backend=backend, precision="bf16", verbose=False)
+    assert {swap.part: swap.by for swap in fast.acceleration.swaps if swap.by == "InBf16"} == {
+        "encoder": "InBf16", "predictor.predictor": "InBf16",
+    }  # fmt: skip
+    assert sorted(fast.state_dict()) == sorted(keys)
+    assert {name: id(p) for name, p in fast.named_parameters()} == ids
+    assert fast.action_encoder is fast.encoder
+    seen = []
+    hook = fast.encoder.layer1.conv1.register_forward_hook(lambda _m, _i, output: seen.append(output.dtype))
+    video = tiny_batch(2, 4)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        state = jepa.encoder(video)
+        expected = jepa.predictor(state.float(), None)
+    assert torch.equal(fast.encoder(video), state.float())
+    assert torch.equal(fast.predictor(state.float(), None), expected.float())
+    assert seen == [torch.bfloat16]
+    hook.remove()
+    fast.loss(video, steps=1).backward()
+    assert all(p.grad is not None for p in fast.encoder.parameters())
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(fast.encoder.eval())))
+    assert torch.equal(twin(video), fast.encoder(video))
+    fastjepa.restore(fast)
+    assert type(fast.encoder).__name__ == "Encoder"
+    assert not fast.encoder.training
+    assert list(fast.state_dict()) == keys

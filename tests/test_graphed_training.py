@@ -34,7 +34,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastjepa.training.trainer.use_cuda_graph", lambda *_: True)
+    monkeypatch.setattr("fastjepa.training.resolution.use_cuda_graph", lambda *_: True)
 
 
 def trainer(cache: Path, folder: Path, *flags: str, device: str = "cpu") -> Trainer:
@@ -71,7 +71,7 @@ def test_a_graphed_run_is_the_plain_run_and_resumes_exactly(
     resumed.run()
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
-    monkeypatch.setattr("fastjepa.training.trainer.use_cuda_graph", lambda *_: False)
+    monkeypatch.setattr("fastjepa.training.resolution.use_cuda_graph", lambda *_: False)
     plain = trainer(cache, tmp_path / "plain", device=device)
     make_capturable(plain.optimizer)  # the same Adam
     plain.run()
@@ -81,10 +81,10 @@ def test_a_graphed_run_is_the_plain_run_and_resumes_exactly(
 
 def test_a_run_may_go_on_without_graphs(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for first in (True, False):
-        monkeypatch.setattr("fastjepa.training.trainer.use_cuda_graph", lambda *_, graph=first: graph)
+        monkeypatch.setattr("fastjepa.training.resolution.use_cuda_graph", lambda *_, graph=first: graph)
         folder = tmp_path / str(first)
         trainer(cache, folder, "--max_steps", "2").run()
-        monkeypatch.setattr("fastjepa.training.trainer.use_cuda_graph", lambda *_, graph=not first: graph)
+        monkeypatch.setattr("fastjepa.training.resolution.use_cuda_graph", lambda *_, graph=not first: graph)
         resumed = Trainer(parse_config(["--resume", str(folder), "--max_steps", "3", "--cuda_graph", "off"]))
         resumed.run()
         saved = load_checkpoint(folder / CHECKPOINT_NAME)

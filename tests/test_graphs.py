@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastjepa.graphs import GraphCaptureError, GraphedRollout, GraphedTrainStep, use_cuda_graph
 from fastjepa.graphs import capture as graph_capture
 from fastjepa.graphs.capture import Recording
-from fastjepa.measuring.wins import MEASURED_WINS
 from fastjepa.model.step import StepLosses
 from graph_cases import batches, some_clips, some_states, some_step, trained_jepa
 from tiny import tiny_jepa
@@ -45,17 +44,19 @@ def test_a_step_never_waits_for_the_device() -> None:
             torch.ones(1).item()  # the check itself works
 
 
-def test_when_a_graph_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_a_graph_is_used() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setitem(MEASURED_WINS, "rollout", "bench/results/some.jsonl")
-    monkeypatch.delitem(MEASURED_WINS, "train_step", raising=False)
-    assert [use_cuda_graph(choice, "rollout", cuda) for choice in ("auto", "on", "off")] == [True, True, False]
-    assert [use_cuda_graph(choice, "train_step", cuda) for choice in ("auto", "on", "off")] == [False, True, False]
-    assert [use_cuda_graph(choice, "rollout", cpu) for choice in ("auto", "off")] == [False, False]
+
+    def used(device: torch.device, measured_faster: bool, *choices: Any) -> list[bool]:
+        return [use_cuda_graph(choice, device, measured_faster=measured_faster) for choice in choices]
+
+    assert used(cuda, True, "auto", "on", "off") == [True, True, False]
+    assert used(cuda, False, "auto", "on", "off") == [False, True, False]
+    assert used(cpu, True, "auto", "off") == [False, False]
     with pytest.raises(ValueError, match="--cuda_graph on needs a CUDA device, and this runs on cpu"):
-        use_cuda_graph("on", "rollout", cpu)
+        use_cuda_graph("on", cpu)
     with pytest.raises(ValueError, match="must be auto, on or off; got 'yes'"):
-        use_cuda_graph("yes", "rollout", cpu)  # type: ignore[arg-type]
+        use_cuda_graph("yes", cpu)  # type: ignore[arg-type]
 
 
 class FakeCuda:

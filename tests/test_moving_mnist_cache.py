@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastjepa.moving_mnist.cache import cache_key, cached_array, default_cache_dir, fingerprint, open_npy
+from fastjepa.moving_mnist.cache import cache_key, cached_array, fingerprint, open_npy
+from fastjepa.storage.cache_folder import default_cache_dir
 from properties import given, settings, st
 
 ARRAY = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)

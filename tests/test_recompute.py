@@ -59,26 +59,27 @@ def test_nothing_is_recorded_without_gradients() -> None:
 
 
 @pytest.mark.usefixtures("ordered_sums")
-def test_gradients_are_bitwise_those_of_kept_activations(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_bitwise_those_of_kept_activations(device: str) -> None:
     """Also the second time, with retain_graph, and for odd sizes, where skips are resized."""
     from fastjepa.fused import networks as fused_module  # only here: it needs Triton
 
     torch.manual_seed(0)
-    network = fused_module.FusedResUNet.from_eager(ResUNet(4, 2, 3).to(device))
+    eager = ResUNet(4, 2, 3).to(device)
+    network = fused_module.FusedResUNet.from_eager(eager)
     x = torch.rand(2, 4, 11, 9, device=device)
     weight = torch.rand(2, 3, 11, 9, device=device)
     parameters = list(network.parameters())
     loss = (network(x) * weight).sum()
     found = [torch.autograd.grad(loss, parameters, retain_graph=True) for _ in range(2)]
-    monkeypatch.setattr(fused_module, "recompute_activations", lambda: _keep_all())
-    kept = torch.autograd.grad((network(x) * weight).sum(), parameters)
+    keeping = fused_module.FusedResUNet.from_eager(eager, recompute=False)
+    assert not keeping.enc1.recompute
+    kept = torch.autograd.grad((keeping(x) * weight).sum(), parameters)
     for again in found:
         assert all(torch.equal(a, b) for a, b in zip(again, kept, strict=True))
 
 
-class _keep_all:  # noqa: N801 - used like the function it replaces
-    def __enter__(self) -> Recomputation:
-        return Recomputation()
-
-    def __exit__(self, *_: object) -> None:
-        pass
+def test_without_recomputation_nothing_is_remembered() -> None:
+    with recompute_activations(False) as memory:
+        x = memory.announce(torch.rand(3, requires_grad=True) * 1, lambda: pytest.fail("never asked for"))
+        assert memory.maker_of(x) is None
+        (x * x).sum().backward()

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastjepa.figures.horizon import draw_horizon_gif
+from fastjepa.measuring.policy import FP32_RELATIVE_LIMIT
 from fastjepa.model.jepa import JEPA
 from fastjepa.rollout import Options, main, roll_out
 from fastjepa.storage.export import PretrainedJEPA
@@ -145,16 +146,16 @@ def test_bad_flags(run: Path, flags: str, message: str, capsys: pytest.CaptureFi
 def test_a_graphed_rollout_is_what_the_command_draws(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The graph's code path, which a CPU runs plainly once the choice is forced."""
+    """The graph's code path, which a CPU runs plainly once the choice is forced; it folds BatchNorm, which rounds."""
     drawn: list[np.ndarray] = []
     monkeypatch.setattr(
         "fastjepa.figures.horizon.draw_horizon_gif", lambda video, rollout, *a, **k: drawn.append(rollout)
     )
     for graph in (False, True):
-        monkeypatch.setattr("fastjepa.rollout.use_cuda_graph", lambda *_, graph=graph: graph)
+        monkeypatch.setattr("fastjepa.rollout.use_cuda_graph", lambda *_, graph=graph, **__: graph)
         options = Options(run, horizon=4, clips=3, chunk=2, device="cpu", out=tmp_path / "x.gif")
         assert roll_out(options).graph is graph
-    assert np.array_equal(*drawn)
+    assert np.abs(drawn[1] - drawn[0]).max() <= FP32_RELATIVE_LIMIT * np.abs(drawn[0]).max()
 
 
 # ---- the animation ---------------------------------------------------------------------------------------------------

@@ -2,5 +2,5 @@
 
 A fused module is made from the eager one it replaces and shares its parameters, buffers and names. Fused kernels are
 called from here and from `model.projected_losses` only; what needs Triton (`networks`) is imported when it is first
-needed. It may import `fastjepa.kernels`, `measuring` and `model`.
+needed. It may import `fastjepa.kernels`, `model`, and `calibration`, which it asks what `auto` takes.
 """

@@ -1,6 +1,7 @@
 """Fused networks: the published ones with everything between the convolutions done in one pass each way.
 
-For the backward pass only raw outputs of convolutions are kept; what lies between is computed again (`recompute`).
+For the backward pass only raw outputs of convolutions are kept; what lies between is computed again, unless a network
+was made with `recompute=False`: then autograd keeps everything, for more memory and the same numbers bit for bit.
 
 `from_eager` shares every parameter, buffer and submodule name with the module it replaces, so state_dicts, optimizers
 and freezing go on as before. Frames are kept channels-last (N, H, W, C in memory) throughout; results have the shapes
@@ -58,23 +59,24 @@ def join(memory: Recomputation, x: Tensor, skip: Tensor) -> Tensor:
 class FusedResidualBlock(nn.Module):
     """`ResidualBlock` with BatchNorm, the addition and ReLU in one pass."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, recompute: bool = True) -> None:
         super().__init__()
         source: Any = block
         self.conv1, self.bn1 = source.conv1, source.bn1
         self.conv2, self.bn2 = source.conv2, source.bn2
         self.shortcut = source.shortcut
+        self.recompute = recompute
         self.training = block.training
 
     @classmethod
-    def from_eager(cls, block: nn.Module) -> FusedResidualBlock:
+    def from_eager(cls, block: nn.Module, recompute: bool = True) -> FusedResidualBlock:
         """Share everything with `block`. Raises ValueError, saying why, if it is not of the published form."""
         require(block_problem(block))
-        return cls(block)
+        return cls(block, recompute)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, in, H, W) → (N, out, H/stride, W/stride), channels-last."""
-        with recompute_activations() as memory:
+        with recompute_activations(self.recompute) as memory:
             return self.frames(memory, x.contiguous(memory_format=torch.channels_last))
 
     def frames(self, memory: Recomputation, x: Tensor) -> Tensor:
@@ -92,20 +94,21 @@ class FusedNetwork(nn.Module):
     is_fused = True  # for whoever asks what a network is without importing this module, which needs Triton
     blocks: tuple[str, ...] = ()
 
-    def __init__(self, network: nn.Module, autocast_dtype: torch.dtype | None) -> None:
+    def __init__(self, network: nn.Module, autocast_dtype: torch.dtype | None, recompute: bool) -> None:
         super().__init__()
         source: Any = network
         self.conv1, self.bn1 = source.conv1, source.bn1
         for name in self.blocks:
-            setattr(self, name, FusedResidualBlock.from_eager(getattr(network, name)))
+            setattr(self, name, FusedResidualBlock.from_eager(getattr(network, name), recompute))
         self.autocast_dtype = autocast_dtype
+        self.recompute = recompute
         self.training = network.training
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in, T, H, W) or (N, in, H, W) → the same with the output channels, in the dtype of x if the network
         has an autocast of its own.
         """
-        with recompute_activations() as memory:
+        with recompute_activations(self.recompute) as memory:
             return self.run(memory, x)
 
     def run(self, memory: Recomputation, x: Tensor) -> Tensor:
@@ -132,10 +135,12 @@ class FusedResNet5(FusedNetwork):
     layer3: FusedResidualBlock
 
     @classmethod
-    def from_eager(cls, network: nn.Module, autocast_dtype: torch.dtype | None = None) -> FusedResNet5:
+    def from_eager(
+        cls, network: nn.Module, autocast_dtype: torch.dtype | None = None, recompute: bool = True
+    ) -> FusedResNet5:
         """Share everything with `network`. Raises ValueError, saying why, if it is not of the published form."""
         require(encoder_problem(network))
-        return cls(network, autocast_dtype)
+        return cls(network, autocast_dtype, recompute)
 
     def _body(self, memory: Recomputation, x: Tensor) -> Tensor:
         for block in (self.layer1, self.layer2, self.layer3):
@@ -159,16 +164,18 @@ class FusedResUNet(FusedNetwork):
     up1: nn.Module
     head: nn.Module
 
-    def __init__(self, network: nn.Module, autocast_dtype: torch.dtype | None) -> None:
-        super().__init__(network, autocast_dtype)
+    def __init__(self, network: nn.Module, autocast_dtype: torch.dtype | None, recompute: bool) -> None:
+        super().__init__(network, autocast_dtype, recompute)
         for name in CONVS_OF_UNET:
             setattr(self, name, getattr(network, name))
 
     @classmethod
-    def from_eager(cls, network: nn.Module, autocast_dtype: torch.dtype | None = None) -> FusedResUNet:
+    def from_eager(
+        cls, network: nn.Module, autocast_dtype: torch.dtype | None = None, recompute: bool = True
+    ) -> FusedResUNet:
         """Share everything with `network`. Raises ValueError, saying why, if it is not of the published form."""
         require(unet_problem(network))
-        return cls(network, autocast_dtype)
+        return cls(network, autocast_dtype, recompute)
 
     def _body(self, memory: Recomputation, x: Tensor) -> Tensor:
         s1 = self.enc1.frames(memory, x)
@@ -184,22 +191,24 @@ class FusedResUNet(FusedNetwork):
 class FusedStateOnlyPredictor(nn.Module):
     """`StateOnlyPredictor` over a fused network; what it joins is joined again in the backward pass, not kept."""
 
-    def __init__(self, predictor: nn.Module, autocast_dtype: torch.dtype | None) -> None:
+    def __init__(self, predictor: nn.Module, autocast_dtype: torch.dtype | None, recompute: bool) -> None:
         super().__init__()
         source: Any = predictor
-        self.predictor = FusedResUNet.from_eager(source.predictor, autocast_dtype)
+        self.predictor = FusedResUNet.from_eager(source.predictor, autocast_dtype, recompute)
         self.context_length: int = source.context_length
         self.training = predictor.training
 
     @classmethod
-    def from_eager(cls, predictor: nn.Module, autocast_dtype: torch.dtype | None = None) -> FusedStateOnlyPredictor:
+    def from_eager(
+        cls, predictor: nn.Module, autocast_dtype: torch.dtype | None = None, recompute: bool = True
+    ) -> FusedStateOnlyPredictor:
         """Share everything with `predictor`. Raises ValueError, saying why, if it is not of the published form."""
         require(predictor_problem(predictor))
-        return cls(predictor, autocast_dtype)
+        return cls(predictor, autocast_dtype, recompute)
 
     def forward(self, states: Tensor, actions: Tensor | None = None) -> Tensor:
         """States (B, D, T, H, W) → (B, D, T - context_length + 1, H, W); `actions` is not used."""
-        with recompute_activations() as memory:
+        with recompute_activations(self.predictor.recompute) as memory:
             remake = memory.remake(states)
             joined = join_context(states, self.context_length)
             return self.predictor.run(

@@ -46,21 +46,27 @@ class Maker:
 
 
 class Recomputation:
-    """The makers of one forward pass. A tensor without a maker is kept as autograd always does."""
+    """The makers of one forward pass. A tensor without a maker is kept as autograd always does.
 
-    def __init__(self) -> None:
+    `active=False` keeps no makers at all: everything is left to autograd.
+    """
+
+    def __init__(self, *, active: bool = True) -> None:
+        self._active = active
         # By storage; the weak reference tells whether the storage is still the announced tensor's.
         self._makers: dict[int, tuple[weakref.ref[Tensor], Maker]] = {}
 
     def announce(self, tensor: Tensor, make: Callable[[], Tensor]) -> Tensor:
         """Say how `tensor` can be made again, with the same layout; returns it."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self._active:
             return tensor
         self._makers[tensor.untyped_storage()._cdata] = (weakref.ref(tensor), Maker(make))
         return tensor
 
     def remake(self, tensor: Tensor) -> Callable[[], Tensor]:
         """A function that gives `tensor` again: by its maker if it has one, else by keeping it."""
+        if not self._active:  # nobody will ask
+            return lambda: tensor
         maker = None if torch.compiler.is_compiling() else self.maker_of(tensor)
         if maker is None:
             kept = keep(tensor.detach())
@@ -94,13 +100,14 @@ def keep(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def recompute_activations() -> AbstractContextManager[Recomputation]:
+def recompute_activations(active: bool = True) -> AbstractContextManager[Recomputation]:
     """Inside, autograd keeps makers for the tensors announced to the object that the context gives.
 
-    Does nothing where nothing is kept (no gradients), nor under torch.compile, which plans its own memory.
+    Does nothing if it is not `active`, nor where nothing is kept (no gradients), nor under torch.compile, which plans
+    its own memory.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return nullcontext(Recomputation())
+    if not active or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return nullcontext(Recomputation(active=False))
     return _recompute()
 
 

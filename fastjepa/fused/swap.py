@@ -5,21 +5,23 @@ Modules are recognised by structure and attribute names, never by class, and the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import nn
 
+from fastjepa.calibration.choice import Choice
+from fastjepa.calibration.setting import Purpose
+from fastjepa.fused.autocast import InBf16
+from fastjepa.fused.decision import Backend, Decision, SwapPrecision, decide
 from fastjepa.fused.losses import ClosedFormSquareLoss, ClosedFormVCLoss
 from fastjepa.fused.recognition import difference, encoder_problem, predictor_problem, unet_problem
 from fastjepa.kernels.checks import unavailable_reason
-from fastjepa.measuring.wins import MEASURED_WINS
 from fastjepa.model.projected_losses import HiddenLayer, hidden_layer
 
-Backend = Literal["auto", "eager", "fused"]
-SwapPrecision = Literal["keep", "bf16"]
 Jepa = TypeVar("Jepa", bound=nn.Module)
 
 # A module with the structure of a published one must also compute the same: its fused form may differ by this much,
@@ -45,6 +47,10 @@ class Report:
     backend: str
     device: str
     swaps: tuple[Swap, ...]
+    channels_last: bool = False
+    """Whether the networks' weights were laid out channels-last."""
+    calibration: str = ""
+    """What was measured on this GPU, or why nothing was; "" where it was not asked."""
 
     @property
     def swapped(self) -> tuple[str, ...]:
@@ -57,6 +63,9 @@ class Report:
         for swap in self.swaps:
             done = f"{swap.was} → {swap.by}" if swap.by else f"{swap.was} left as it is"
             lines.append(f"  {swap.part:<{width}}  {done}" + (f": {swap.reason}" if swap.reason else ""))
+        if self.channels_last:
+            lines.append("  weights are channels-last in memory")
+        lines += [f"  {line}" for line in self.calibration.splitlines()]
         return "\n".join(lines)
 
 
@@ -65,6 +74,9 @@ def accelerate(
     *,
     backend: Backend = "auto",
     precision: SwapPrecision = "keep",
+    example: Sequence[int] | None = None,
+    purpose: Purpose = "train",
+    choice: Choice | None = None,
     strict: bool = True,
     verbose: bool = True,
 ) -> Jepa:
@@ -74,37 +86,51 @@ def accelerate(
         jepa: anything with `encoder`, `predictor.predictor`, `regularizer` and `predcost` of the published structure.
             Its device decides what can be done.
         backend: "fused" swaps Triton kernels in, on a GPU (or in Triton's interpreter). "eager" swaps nothing. "auto"
-            swaps what is known to help: on a CPU the losses' closed form, in plain torch; on a GPU whatever
-            `measuring.wins` names a measurement for.
-        precision: "bf16" runs the fused encoder and predictor in bf16 autocast, with inputs and outputs as before;
-            "keep" leaves precision to the caller's own autocast.
-        strict: with backend "fused", a part that cannot be swapped exactly is an error; False leaves it and says why.
+            swaps what is known to help: on a CPU the losses' closed form, in plain torch; on a GPU what was measured
+            there to be exact and fastest. The first call on a GPU measures, for up to a minute, in child processes,
+            and keeps what it found (`fastjepa.calibration`); the environment variable FASTJEPA_CALIBRATE=0 leaves that
+            out and swaps nothing.
+        precision: "bf16" runs the encoder and predictor in bf16 autocast, with inputs and outputs as before; "keep"
+            leaves precision to the caller's own autocast (where "auto" measures, it does so in the one in force now).
+        example: the shape (B, C, T, H, W) of a video at which "auto" measures on a GPU; default: that of the recipe.
+        purpose: what "auto" measures there: "train", a training step, or "inference", a rollout.
+        choice: these parts, as a calibration has chosen them before, in place of asking again; with backend "auto".
+            Its CUDA graph is the caller's to make (`fastjepa.graphs`).
+        strict: with backend "fused" or a `choice`, a part that cannot be swapped exactly is an error; False leaves it
+            and says why.
         verbose: print the report. It is also kept as `jepa.acceleration`.
 
     Returns:
         The same object.
 
     Raises:
-        ValueError: an unknown backend or precision; a part missing; with `strict`, a part of another structure.
-        RuntimeError: backend "fused" where kernels cannot run; `jepa` is accelerated already.
+        ValueError: an unknown backend, precision or purpose; an `example` that is no such shape; a `choice` beside an
+            explicit backend; a part missing; with `strict`, a part of another structure.
+        RuntimeError: backend "fused", or kernels in `choice`, where kernels cannot run; `jepa` is accelerated already.
     """
     _check_choice("backend", backend, get_args(Backend))
     _check_choice("precision", precision, get_args(SwapPrecision))
+    _check_choice("purpose", purpose, get_args(Purpose))
+    if choice is not None and backend != "auto":
+        raise ValueError(f"a choice says which parts are swapped, and so does backend={backend!r}; give one of them")
     for name in ("encoder", "predictor", "regularizer", "predcost"):
         if not isinstance(getattr(jepa, name, None), nn.Module):
             raise ValueError(f"jepa has no module {name!r}; accelerate takes a JEPA of fastjepa or eb_jepa")
     if getattr(jepa, "acceleration", None) is not None:
         raise RuntimeError("this JEPA is accelerated already; fastjepa.restore(jepa) first")
     device = next(jepa.parameters()).device
-    if backend == "fused" and (unavailable := unavailable_reason(device)) is not None:
-        raise RuntimeError(f"backend 'fused' cannot be served: {unavailable}")
-    if precision == "bf16" and backend != "fused":
-        raise ValueError("precision 'bf16' belongs to the fused networks: ask for backend='fused' too")
+    demanded = "backend 'fused'" if choice is None else f"the choice ({choice})"
+    needs_kernels = backend == "fused" if choice is None else choice.needs_kernels
+    if needs_kernels and (unavailable := unavailable_reason(device)) is not None:
+        raise RuntimeError(f"{demanded} cannot be served: {unavailable}")
 
-    plan = _plan(jepa, backend, torch.bfloat16 if precision == "bf16" else None)
-    problems = [f"{part.name}: {part.reason}" for part in plan if part.make is None]
-    if backend == "fused" and strict and problems:
+    decision = decide(jepa, device, backend, precision, example, purpose, choice)
+    plan = _plan(jepa, decision, torch.bfloat16 if precision == "bf16" else None)
+    problems = [f"{part.name}: {part.reason}" for part in plan if part.make is None and part.wanted]
+    if (backend == "fused" or choice is not None) and strict and problems:
         raise ValueError("not everything can be swapped exactly (strict=False leaves it): " + "; ".join(problems))
+    if precision == "bf16":
+        plan = [_in_bf16(part) for part in plan]
     originals = {part.name: part.module for part in plan if part.make is not None}
     swaps = []
     for part in plan:
@@ -112,17 +138,20 @@ def accelerate(
         if new is not None:
             _put(jepa, part.name, new)
         swaps.append(Swap(part.name, type(part.module).__name__, type(new).__name__ if new else None, part.reason))
-    report = Report(backend, str(device), tuple(swaps))
+    strides = _lay_channels_last(jepa) if decision.choice.channels_last else {}
+    report = Report(backend, str(device), tuple(swaps), decision.choice.channels_last, decision.calibration)
     # Past nn.Module's __setattr__, which would register the originals as submodules a second time.
     object.__setattr__(jepa, "acceleration", report)
     object.__setattr__(jepa, "_before_acceleration", originals)
+    object.__setattr__(jepa, "_strides_before", strides)
     if verbose:
         print(report)
     return jepa
 
 
 def restore(jepa: Jepa) -> Jepa:
-    """Put the modules back that `accelerate` replaced; weights and buffers are those of now. Returns the same object.
+    """Put the modules back that `accelerate` replaced, and the memory layout of their weights; weights and buffers are
+    those of now. Returns the same object.
 
     Raises:
         RuntimeError: `jepa` is not accelerated.
@@ -133,9 +162,25 @@ def restore(jepa: Jepa) -> Jepa:
     for name, module in originals.items():
         _copy_modes(jepa.get_submodule(name), module)
         _put(jepa, name, module)
+    strides: dict[str, tuple[int, ...]] = jepa._strides_before  # type: ignore[assignment]
+    for name, stride in strides.items():
+        parameter = jepa.get_parameter(name)
+        parameter.data = torch.empty_strided(
+            parameter.shape, stride, dtype=parameter.dtype, device=parameter.device
+        ).copy_(parameter.data)
     object.__setattr__(jepa, "acceleration", None)
     object.__setattr__(jepa, "_before_acceleration", {})
+    object.__setattr__(jepa, "_strides_before", {})
     return jepa
+
+
+def _lay_channels_last(jepa: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Lay the networks' weights out channels-last, in place; the strides before of those that this changed, by name."""
+    source: Any = jepa
+    before = {name: parameter.stride() for name, parameter in jepa.named_parameters()}
+    for network in (source.encoder, source.predictor):
+        network.to(memory_format=torch.channels_last)
+    return {name: before[name] for name, parameter in jepa.named_parameters() if parameter.stride() != before[name]}
 
 
 def _copy_modes(source: nn.Module, target: nn.Module) -> None:
@@ -157,21 +202,22 @@ class _Part:
     module: nn.Module
     make: Callable[[], nn.Module] | None
     reason: str = ""
+    wanted: bool = True  # whether it was to be replaced
 
 
-def _plan(jepa: nn.Module, backend: Backend, autocast_dtype: torch.dtype | None) -> list[_Part]:
+def _plan(jepa: nn.Module, decision: Decision, autocast_dtype: torch.dtype | None) -> list[_Part]:
     """What to do with each part, decided before anything is touched."""
     source: Any = jepa
     wrapper = source.predictor
-    parts = [_network(source.encoder, "encoder", "FusedResNet5", encoder_problem, backend, autocast_dtype)]
+    parts = [_network(source.encoder, "encoder", "FusedResNet5", encoder_problem, decision, autocast_dtype)]
     if predictor_problem(wrapper) is None:
-        part = _network(wrapper, "predictor", "FusedStateOnlyPredictor", predictor_problem, backend, autocast_dtype)
+        part = _network(wrapper, "predictor", "FusedStateOnlyPredictor", predictor_problem, decision, autocast_dtype)
     else:  # a wrapper of another kind stays, around a fused network
         inner = getattr(wrapper, "predictor", wrapper)
-        part = _network(inner, "predictor.predictor", "FusedResUNet", unet_problem, backend, autocast_dtype)
+        part = _network(inner, "predictor.predictor", "FusedResUNet", unet_problem, decision, autocast_dtype)
     parts.append(part)
     for name, kind in (("regularizer", ClosedFormVCLoss), ("predcost", ClosedFormSquareLoss)):
-        parts.append(_loss(getattr(jepa, name), name, kind, backend))
+        parts.append(_loss(getattr(jepa, name), name, kind, decision))
     return parts
 
 
@@ -180,12 +226,13 @@ def _network(
     name: str,
     kind: Literal["FusedResNet5", "FusedResUNet", "FusedStateOnlyPredictor"],
     problem_of: Callable[[nn.Module], str | None],
-    backend: Backend,
+    decision: Decision,
     autocast_dtype: torch.dtype | None,
 ) -> _Part:
     """The plan for a network; `kind` is the class of `fused.networks` that would replace it."""
-    reason = _not_chosen(backend, "batch_norm", next(module.parameters()).device) or problem_of(module)
-    if reason:
+    if not decision.choice.batch_norm:
+        return _Part(name, module, None, decision.reasons["batch_norm"], wanted=False)
+    if (reason := problem_of(module)) is not None:
         return _Part(name, module, None, reason)
     weight = module.get_parameter("predictor.conv1.weight" if name == "predictor" else "conv1.weight")
     if weight.dtype not in TOLERANCE:
@@ -205,39 +252,41 @@ def _network(
     found = difference(from_eager(module), module, *inputs)  # in the caller's precision
     if not found <= TOLERANCE[weight.dtype]:
         return _Part(name, module, None, f"it has the published names but computes something else ({found:.1e} off)")
-    return _Part(name, module, lambda: from_eager(module, autocast_dtype))
+    return _Part(name, module, partial(from_eager, module, autocast_dtype, decision.choice.recompute))
+
+
+def _in_bf16(part: _Part) -> _Part:
+    """A network that stays eager, in an autocast of its own; fused ones have theirs, and losses are fp32."""
+    if part.make is not None or part.name not in ("encoder", "predictor", "predictor.predictor"):
+        return part
+    name, module = part.name, part.module
+    inner = getattr(module, "predictor", None)
+    if name == "predictor" and isinstance(inner, nn.Module):
+        name, module = "predictor.predictor", inner  # who asks for a predictor's attributes still finds them
+    return _Part(name, module, partial(InBf16, module), part.reason, part.wanted)
 
 
 def _loss(
-    module: nn.Module, name: str, kind: type[ClosedFormVCLoss] | type[ClosedFormSquareLoss], backend: Backend
+    module: nn.Module, name: str, kind: type[ClosedFormVCLoss] | type[ClosedFormSquareLoss], decision: Decision
 ) -> _Part:
+    path = decision.choice.losses
     needed = ("proj", "std_coeff", "cov_coeff") if kind is ClosedFormVCLoss else ("proj",)
     missing = [attribute for attribute in needed if not hasattr(module, attribute)]
+    if path == "eager":
+        return _Part(name, module, None, decision.reasons["projected_losses"], wanted=False)
     if missing:
         return _Part(name, module, None, f"{type(module).__name__} has no {', '.join(missing)}")
     proj: Any = module.proj
     layers = hidden_layer(proj, any_mode=True)
     if not isinstance(layers, HiddenLayer):
         return _Part(name, module, None, layers)
-    device = layers.linear1.weight.device
-    if backend == "auto" and device.type == "cpu":
-        return _Part(name, module, lambda: kind(module, fused=False), "closed form in plain torch: faster on a CPU")
-    reason = _not_chosen(backend, "projected_losses", device) or _too_large(layers)
-    if reason:
+    if path == "closed_form":
+        on_cpu = layers.linear1.weight.device.type == "cpu"
+        told = "closed form in plain torch" + (": faster on a CPU" if on_cpu else "")
+        return _Part(name, module, partial(kind, module, fused=False), told)
+    if (reason := _too_large(layers)) is not None:
         return _Part(name, module, None, reason)
-    return _Part(name, module, lambda: kind(module, fused=True))
-
-
-def _not_chosen(backend: Backend, op: str, device: torch.device) -> str | None:
-    if backend == "eager":
-        return "backend 'eager' was asked for"
-    if backend == "auto":
-        if device.type == "cpu":
-            return "on a CPU, eager is fastest; fused kernels need a GPU"
-        if op not in MEASURED_WINS:
-            return "no measurement on a GPU says yet that fused is faster; backend='fused' swaps it all the same"
-        return unavailable_reason(device)
-    return None
+    return _Part(name, module, partial(kind, module, fused=True))
 
 
 def _too_large(layers: HiddenLayer) -> str | None:

@@ -1,6 +1,6 @@
 """CUDA graphs: rollouts and whole training steps in one launch. `fastjepa.graphs.capture` has the contract.
 
-It may import the model, `fastjepa.fused` for folding, `fastjepa.moving_mnist` for clips, `measuring` and `profiling`,
+It may import the model, `fastjepa.fused` for folding, `fastjepa.moving_mnist` for clips, and `profiling`,
 and of the kernels their input checks.
 """
 

@@ -35,7 +35,6 @@ from typing import Any, Literal
 
 import torch
 
-from fastjepa.measuring.wins import MEASURED_WINS
 from fastjepa.profiling import span
 
 WARMUP_RUNS = 3  # as PyTorch's own examples: lazy initialisation is over by then
@@ -47,8 +46,8 @@ class GraphCaptureError(RuntimeError):
     """The work cannot be recorded as a CUDA graph; the message says why, and the cause has the place."""
 
 
-def use_cuda_graph(choice: CudaGraphChoice, work: str, device: torch.device) -> bool:
-    """Whether `work`, a name in `MEASURED_WINS`, runs as a graph: "auto" only where that was measured to be faster.
+def use_cuda_graph(choice: CudaGraphChoice, device: torch.device, *, measured_faster: bool = False) -> bool:
+    """Whether work runs as a graph. "auto" takes one only where a calibration, which the caller asks, found it faster.
 
     Raises:
         ValueError: another choice, or "on" without a CUDA device.
@@ -57,7 +56,7 @@ def use_cuda_graph(choice: CudaGraphChoice, work: str, device: torch.device) -> 
         raise ValueError(f"--cuda_graph must be auto, on or off; got {choice!r}")
     if choice == "on" and device.type != "cuda":
         raise ValueError(f"--cuda_graph on needs a CUDA device, and this runs on {device}; use auto or off")
-    return choice == "on" or (choice == "auto" and device.type == "cuda" and work in MEASURED_WINS)
+    return choice == "on" or (choice == "auto" and device.type == "cuda" and measured_faster)
 
 
 class Recording:

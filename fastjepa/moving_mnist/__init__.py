@@ -4,7 +4,6 @@ It may import `fastjepa.storage` for writing files, and optional_packages: OpenC
 what uses them.
 """
 
-from fastjepa.moving_mnist.cache import default_cache_dir
 from fastjepa.moving_mnist.clips import ClipSet, DataSource, epoch_indices, load_clips, sequential_batches
 from fastjepa.moving_mnist.digits import embedded_digits, read_idx_images, split_digits
 from fastjepa.moving_mnist.generator import bounce, generate_clips
@@ -16,7 +15,6 @@ __all__ = [
     "DataSource",
     "DownloadError",
     "bounce",
-    "default_cache_dir",
     "digit_maps",
     "embedded_digits",
     "epoch_indices",

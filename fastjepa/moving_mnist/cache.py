@@ -7,7 +7,6 @@ in the same folder and renamed: a reader sees a complete file or none, and sever
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +16,6 @@ import numpy as np
 from fastjepa.storage.safe_files import atomic_file
 
 logger = logging.getLogger(__name__)
-
-
-def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/fastjepa`, or `~/.cache/fastjepa` where that variable is unset or not an absolute path."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # The XDG specification asks to ignore relative paths.
-    return (base if base.is_absolute() else Path.home() / ".cache") / "fastjepa"
 
 
 def fingerprint(array: np.ndarray) -> str:

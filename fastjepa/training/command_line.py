@@ -11,7 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from fastjepa.config import MAY_CHANGE_ON_RESUME, Config, preset_config, resolve_device, resolve_preset
+from fastjepa.config import (
+    MAY_CHANGE_ON_RESUME,
+    Config,
+    preset_config,
+    resolve_device,
+    resolve_precision,
+    resolve_preset,
+)
 from fastjepa.environment import device_name
 from fastjepa.graphs.capture import use_cuda_graph
 from fastjepa.kernels.checks import unavailable_reason
@@ -74,16 +81,20 @@ def parse_config(argv: Sequence[str] | None = None, prog: str = "train.py") -> C
         config = parse_options(Config, argv, prog=prog, description=DESCRIPTION, default=default)
         if config.preset == "auto":  # given explicitly; tyro has parsed the word, not what it stands for
             config = dataclasses.replace(config, preset=default.preset)
+        device = resolve_device(config.device)
+        if config.precision == "auto":
+            # A run keeps what it began with, on whatever device it goes on.
+            kept = default.precision if saved is not None else "auto"
+            config = dataclasses.replace(config, precision=resolve_precision(kept, device))
         if saved is not None:
             check_same_config(saved, config.to_json(), MAY_CHANGE_ON_RESUME)
             if config.out != config.resume:
                 raise ValueError("--out cannot be given with --resume: a run goes on in its own folder")
-        device = resolve_device(config.device)
         if device.type != "cuda" and config.precision == "tf32":
             raise ValueError("--precision tf32 needs a CUDA device; use fp32 or bf16")
         if config.backend == "fused" and (reason := unavailable_reason(device)) is not None:
             raise ValueError(f"--backend fused cannot be served: {reason}; use auto or eager")
-        use_cuda_graph(config.cuda_graph, "train_step", device)
+        use_cuda_graph(config.cuda_graph, device)
     except (ValueError, CheckpointError) as error:
         fail(error)
     return config
@@ -123,9 +134,14 @@ def describe(trainer: Trainer) -> str:
     """What will be trained, on what, and where it goes."""
     config, parameters = trainer.config, sum(p.numel() for p in trainer.jepa.parameters())
     small = " (small, for a CPU; --preset full is the published recipe)" if config.preset == "demo" else ""
+    resolution = trainer.resolution
+    how = f"computes with: {resolution.choice} (--backend, --cuda_graph)"
+    if resolution.report:
+        how += f"\n{resolution.report}"
     return (
-        f"preset {config.preset}{small}; {device_name(trainer.device)}, {config.precision}\n"
+        f"preset {config.preset}{small}; {device_name(trainer.device)}\n"
+        f"precision {config.precision} (--precision changes it); {how}\n"
         f"{parameters:,} parameters; {len(trainer.train_clips):,} + {len(trainer.val_clips):,} clips of "
         f"{config.n_frames}×{config.canvas}×{config.canvas} ({config.data}); {config.epochs} epochs of batches of "
-        f"{config.batch_size}\n{trainer.jepa.acceleration}\nfolder: {trainer.folder}"
+        f"{config.batch_size}\nfolder: {trainer.folder}"
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastjepa.config import Config
-from fastjepa.moving_mnist import ClipSet, default_cache_dir, load_clips
+from fastjepa.moving_mnist import ClipSet, load_clips
+from fastjepa.storage.cache_folder import default_cache_dir
 
 
 def load_run_clips(config: Config, cache_dir: Path | None = None) -> tuple[ClipSet, ClipSet]:

@@ -9,15 +9,16 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastjepa.config import Config, resolve_device
+from fastjepa.config import Config, resolve_device, resolve_precision
 from fastjepa.environment import run_environment
 from fastjepa.fused.swap import accelerate
-from fastjepa.graphs import GraphedTrainStep, use_cuda_graph
+from fastjepa.graphs import GraphedTrainStep
 from fastjepa.model.jepa import build_jepa, build_probes
 from fastjepa.model.step import StepLosses, TrainStep, build_optimizer
 from fastjepa.moving_mnist import epoch_indices
@@ -33,6 +34,7 @@ from fastjepa.training.evaluation import Evaluation, evaluate
 from fastjepa.training.left_out import PICTURES, WEIGHTS, left_out, say_what_is_left_out
 from fastjepa.training.picture_arrays import rollout_arrays
 from fastjepa.training.progress import Bar, progress_bar, say
+from fastjepa.training.resolution import resolution_of, resolve_run
 from fastjepa.training.run_clips import load_run_clips
 from fastjepa.training.step_trace import TRACE_NAME, trace_steps
 from fastjepa.training.stop_signals import Interrupted, stop_signals
@@ -61,8 +63,16 @@ class Trainer:
         say_what_is_left_out()
         self.device = resolve_device(config.device)
         self.folder = prepare_folder(config)
-        self.config = dataclasses.replace(config, out=self.folder)
-        set_precision(config.precision)
+        precision = resolve_precision(config.precision, self.device)
+        self.config = config = dataclasses.replace(config, out=self.folder, precision=precision)
+        set_precision(precision)
+        # Before anything is on the device: a calibration needs its memory.
+        path = self.folder / CHECKPOINT_NAME
+        saved = None if config.resume is None else load_checkpoint(path)
+        self.resolution = (
+            resolve_run(config, self.device) if saved is None else resolution_of(saved, config, self.device, path)
+        )
+        choice = self.resolution.choice
         train, validation = load_run_clips(config)
         self.data_fingerprint = f"{fingerprint(train.video.numpy())} {fingerprint(validation.video.numpy())}"
         self.train_clips, self.val_clips = train.to(self.device), validation.to(self.device)
@@ -72,11 +82,7 @@ class Trainer:
             dobs=config.dobs, henc=config.henc, hpre=config.hpre, dstc=config.dstc,
             std_coeff=config.std_coeff, cov_coeff=config.cov_coeff,
         ).to(self.device)  # fmt: skip
-        if self.device.type == "cpu" or config.precision != "fp32":
-            # Weights only: convolutions then keep activations channels-last too. On a CPU this makes steps of the demo
-            # about a fifth shorter; on a GPU it is the layout of the tensor cores, which fp32 does not use.
-            self.jepa.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        accelerate(self.jepa, backend=config.backend, verbose=False)
+        accelerate(self.jepa, choice=choice, verbose=False)
         decoder, head = build_probes(dobs=config.dobs, dstc=config.dstc)
         self.image_decoder, self.detection_head = decoder.to(self.device), head.to(self.device)
         self.modules = {
@@ -90,7 +96,7 @@ class Trainer:
             self.detection_head,
             self.optimizer,
             steps=config.steps,
-            projection="eager" if config.backend == "eager" else "auto",
+            projection=choice.losses,
             autocast_dtype=self.autocast_dtype,
         )
         # Position: `epoch` epochs are done, and `batch` batches of the next one.
@@ -100,17 +106,16 @@ class Trainer:
         self.epoch_losses = torch.zeros(len(LOSS_NAMES), dtype=torch.float64, device=self.device)
         self.interval_losses = torch.zeros_like(self.epoch_losses)
         self.graphed_step: GraphedTrainStep | None = None
-        if use_cuda_graph(config.cuda_graph, "train_step", self.device):
+        if choice.cuda_graph:
             sums = (self.epoch_losses, self.interval_losses)
             self.graphed_step = GraphedTrainStep(self.step, self.train_clips, accumulators=sums)
         self.rows: list[dict[str, float]] = []
-        if config.resume is not None:
-            self._resume()
+        if saved is not None:
+            self._resume(saved)
         else:
             write_text_atomic(self.folder / "config.json", json.dumps(self.config.to_json(), indent=2) + "\n")
-            write_text_atomic(
-                self.folder / "environment.json", json.dumps(run_environment(self.device), indent=2) + "\n"
-            )
+            environment = {**run_environment(self.device), "resolved": self.resolution.to_json()}
+            write_text_atomic(self.folder / "environment.json", json.dumps(environment, indent=2) + "\n")
             self.save()
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
@@ -247,12 +252,12 @@ class Trainer:
         state["losses"] = {"epoch": self.epoch_losses.cpu(), "interval": self.interval_losses.cpu()}
         state["rows"] = self.rows
         state["data"] = self.data_fingerprint
+        state["resolved"] = self.resolution.to_json()
         save_checkpoint(self.folder / CHECKPOINT_NAME, state)
 
-    def _resume(self) -> None:
-        path = self.folder / CHECKPOINT_NAME
-        state = load_checkpoint(path)
+    def _resume(self, state: dict[str, Any]) -> None:
         if state["data"] != self.data_fingerprint:
+            path = self.folder / CHECKPOINT_NAME
             raise CheckpointError(f"{path} was trained on other clips: the data options or the data files have changed")
         progress = load_snapshot(state, self.modules, self.optimizer)
         self.epoch, self.batch = int(progress["epoch"]), int(progress["batch"])

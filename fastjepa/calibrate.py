@@ -1,0 +1,91 @@
+"""Measure, or show, what `auto` takes on this GPU: `python -m fastjepa.calibrate [--show | --redo]`.
+
+Training and `fastjepa.accelerate` do the same by themselves when they first run on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from fastjepa.calibration.setting import ROLLOUT_STEPS, setting_of_config
+from fastjepa.calibration.store import MEASURED, read_rows, rows_folder
+from fastjepa.calibration.verdict import Verdict, resolve
+from fastjepa.config import Config, Precision, resolve_device, resolve_precision
+
+_SIZES = ("batch_size", "n_frames", "canvas", "henc", "hpre", "dstc", "steps")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; the process's exit status."""
+    options = _parser().parse_args(argv)
+    try:
+        if options.show:
+            return show(options.cache_dir)
+        device = resolve_device(options.device)
+        if device.type != "cuda":
+            raise ValueError("there is nothing to calibrate on a CPU: auto takes the losses' closed form there")
+        config = Config(**{name: getattr(options, name) for name in _SIZES})
+        precision = resolve_precision(options.precision, device)
+        # As the trainer sets them, or as PyTorch does unless told otherwise.
+        torch.backends.cudnn.deterministic = not options.nondeterministic
+        setting = setting_of_config(config, device, precision)
+        if options.inference:
+            setting = dataclasses.replace(setting, purpose="inference", steps=ROLLOUT_STEPS)
+        verdict = resolve(setting, device, cache_dir=options.cache_dir, redo=options.redo)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(verdict.report(verdict.best()))
+    return 0
+
+
+def show(cache_dir: Path | None) -> int:
+    """Print what is known: rows in the cache, and rows of the package. Damaged files are named."""
+    folder = rows_folder(cache_dir)
+    paths = [*sorted(folder.glob("*.json")), *sorted(MEASURED.glob("*.json"))]
+    for path in paths:
+        try:
+            setting, rows = read_rows(path)
+        except (ValueError, OSError) as error:
+            print(f"{path} cannot be used: {error}")
+            continue
+        verdict = Verdict(setting, rows, str(path))
+        print(verdict.report(verdict.best()))
+    if not paths:
+        print(f"nothing is calibrated yet in {folder}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastjepa.calibrate",
+        description="Measure once what is fastest, and exact, on this GPU; at the sizes of the recipe unless told "
+        "otherwise. Rows are kept in the cache, where training and fastjepa.accelerate find them.",
+        allow_abbrev=False,
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--show", action="store_true", help="print what is known, and measure nothing")
+    what.add_argument("--redo", action="store_true", help="measure again, whatever is known")
+    parser.add_argument("--inference", action="store_true", help=f"a rollout of {ROLLOUT_STEPS} frames, not training")
+    parser.add_argument("--device", default="auto", help="auto, cuda or cuda:N")
+    parser.add_argument("--precision", default="auto", choices=get_args(Precision))
+    parser.add_argument(
+        "--nondeterministic", action="store_true",
+        help="as in a script of one's own: the trainer asks cuDNN for deterministic algorithms, PyTorch does not",
+    )  # fmt: skip
+    parser.add_argument("--cache_dir", type=Path, help="default: ~/.cache/fastjepa")
+    defaults = Config()
+    for name in _SIZES:
+        parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name), help="default: %(default)s")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

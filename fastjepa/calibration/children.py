@@ -1,0 +1,144 @@
+"""Candidates measured in child processes, so that one that crashes or hangs costs only itself.
+
+A child (`python -m fastjepa.trials`) goes through the search by itself and appends a line to a file when it begins a
+candidate, and one when it knows what came of it. If it dies, the candidate that it had begun is to blame, and another
+child goes on from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastjepa.calibration.choice import Choice
+from fastjepa.calibration.search import next_choice
+from fastjepa.calibration.setting import Setting
+from fastjepa.calibration.trial import Trial
+from fastjepa.measuring.child_process import Ended, run_child
+
+_PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+_REASON_LENGTH = 300
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Seconds: for everything, for the start of a child until eager is done, and for one candidate, whose kernels may
+    have to compile.
+    """
+
+    total: float = 60.0
+    start: float = 25.0
+    candidate: float = 25.0
+
+
+def measure(
+    setting: Setting,
+    device: str,
+    say: Callable[[str], None],
+    *,
+    limits: Limits | None = None,
+    makers: str | None = None,
+) -> tuple[Trial, ...]:
+    """Try candidates until none is left or the time is over; what came of each, in order.
+
+    `say` gets a line for each. `makers`: "module:function" that makes candidates in place of the real ones, for the
+    rehearsals in tests. A trial "not measured" is the one that was under way when the time was over.
+    """
+    limits = limits or Limits()
+    begun_at = time.monotonic()
+    trials: list[Trial] = []
+    with tempfile.TemporaryDirectory(prefix="fastjepa-calibration-", ignore_cleanup_errors=True) as folder:
+        number = 0
+        while (choice := next_choice(setting.purpose, trials)) is not None:
+            left = limits.total - (time.monotonic() - begun_at)
+            if left < 1.0:
+                break
+            number += 1
+            child = _Child(Path(folder) / str(number), limits, say, begun_at)
+            ended = child.run(setting, device, trials, left, makers)
+            trials += child.finished
+            if child.begun is not None or not child.started:
+                trials.append(_blame(child.begun or choice, ended, child.too_slow))
+                say(f"[{time.monotonic() - begun_at:3.0f} s] {trials[-1]}")
+            if not child.started or (ended.status is None and not child.too_slow):
+                break  # no child can be started, or eager itself does not run; or the time is over
+    return tuple(trials)
+
+
+def _blame(choice: Choice, ended: Ended, too_slow: bool) -> Trial:
+    """The trial of the candidate that a child had begun when it ended."""
+    if ended.status is None and not too_slow:
+        return Trial(choice, "not measured", "the time was over")
+    if ended.status is None:
+        return Trial(choice, "hung", f"no result after {ended.seconds:.0f} s; its process was ended")
+    return Trial(choice, "crashed", (ended.reason or "its process ended early")[:_REASON_LENGTH])
+
+
+class _Child:
+    """One child process, and what it has told so far."""
+
+    def __init__(self, folder: Path, limits: Limits, say: Callable[[str], None], begun_at: float) -> None:
+        folder.mkdir()
+        self.folder, self.limits, self.say, self.begun_at = folder, limits, say, begun_at
+        self.finished: list[Trial] = []
+        self.begun: Choice | None = None
+        self.started = False
+        self.too_slow = False
+        self._read = 0  # bytes of the results that were understood
+        self._since, self._allowed = time.monotonic(), limits.start
+
+    def run(self, setting: Setting, device: str, trials: list[Trial], seconds: float, makers: str | None) -> Ended:
+        """Start it and wait for its end, for at most `seconds`."""
+        request = {
+            "setting": setting.to_json(), "device": device, "trials": [trial.to_json() for trial in trials],
+            "makers": makers,
+        }  # fmt: skip
+        question, answers = self.folder / "request.json", self.folder / "results.jsonl"
+        question.write_text(json.dumps(request), encoding="utf-8")
+        answers.touch()
+        command = [sys.executable, "-m", "fastjepa.trials", str(question), str(answers)]
+        try:
+            ended = run_child(
+                command, self.folder / "log", seconds, variables=_variables(), cwd=self.folder, patience=1.0,
+                overdue=lambda: self._overdue(answers),
+            )  # fmt: skip
+        except OSError as error:  # no interpreter to start
+            return Ended(127, 0.0, f"{type(error).__name__}: {error}")
+        self._follow(answers)
+        return ended
+
+    def _overdue(self, answers: Path) -> bool:
+        self._follow(answers)
+        self.too_slow = time.monotonic() - self._since > self._allowed
+        return self.too_slow
+
+    def _follow(self, answers: Path) -> None:
+        """Take in the whole lines that were written since."""
+        with answers.open("rb") as file:
+            file.seek(self._read)
+            content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._read += len(whole)
+        for line in whole.splitlines():
+            values: Any = json.loads(line)
+            if "begin" in values:
+                self.begun, self.started = Choice.from_json(values["begin"]), True
+            else:
+                self.begun = None
+                self.finished.append(Trial.from_json(values))
+            self._since, self._allowed = time.monotonic(), self.limits.candidate
+            if self.begun is None:
+                self.say(f"[{self._since - self.begun_at:3.0f} s] {self.finished[-1]}")
+
+
+def _variables() -> dict[str, str]:
+    """The child runs in a folder of its own, so what finds fastjepa (and a user's packages) must not be relative."""
+    paths = [str(_PACKAGE_PARENT), *(os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {"PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in paths if path)}

@@ -1,0 +1,104 @@
+"""Which candidate is tried next: a function of what came of those before, so that a search can go on anywhere.
+
+Everything at once comes first, because that is what usually wins, and a time limit then costs least. If it works, each
+part is left out (or put in) in turn, which is also the verdict on that part. If it does not, each part is tried alone,
+those that are exact and faster are put together, and their neighbours are tried as before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from fastjepa.calibration.choice import EAGER, Choice
+from fastjepa.calibration.setting import Purpose
+from fastjepa.calibration.trial import Trial, scores
+
+_BROKEN = ("wrong", "failed", "unavailable", "crashed", "hung")
+
+
+def next_choice(purpose: Purpose, trials: Sequence[Trial]) -> Choice | None:
+    """The candidate to try after `trials`, None if there is nothing left that could help."""
+    tried = {trial.choice for trial in trials}
+    broken = broken_parts(purpose, trials)
+    for choice in _wanted(purpose, trials):
+        if choice not in tried and choice != EAGER and not any(contains(choice, part) for part in broken):
+            return choice
+    return None
+
+
+def everything(purpose: Purpose) -> Choice:
+    """All parts at once."""
+    if purpose == "train":
+        return Choice(batch_norm=True, losses="fused", cuda_graph=True, recompute=True, channels_last=True)
+    return Choice(batch_norm=True, cuda_graph=True, channels_last=True)
+
+
+def single_parts(purpose: Purpose) -> tuple[Choice, ...]:
+    """Each part alone, by expected value."""
+    blocks = Choice(batch_norm=True, recompute=purpose == "train")
+    rest = (Choice(cuda_graph=True), Choice(channels_last=True))
+    if purpose == "train":
+        return (Choice(losses="fused"), blocks, Choice(losses="closed_form"), *rest)
+    return (blocks, *rest)
+
+
+def broken_parts(purpose: Purpose, trials: Sequence[Trial]) -> list[Choice]:
+    """The parts that did not work alone: nothing that contains one is worth trying."""
+    alone = single_parts(purpose)
+    return [trial.choice for trial in trials if trial.choice in alone and trial.status in _BROKEN]
+
+
+def contains(choice: Choice, part: Choice) -> bool:
+    """Whether all that `part` has beyond eager is in `choice`, recomputation aside."""
+    names = ("batch_norm", "losses", "cuda_graph", "channels_last")
+    return all(getattr(part, n) in (getattr(EAGER, n), getattr(choice, n)) for n in names)
+
+
+def neighbours(purpose: Purpose, choice: Choice) -> Iterator[Choice]:
+    """The choices that differ in one thing, by expected value."""
+    yield dataclasses.replace(choice, cuda_graph=not choice.cuda_graph)
+    if choice.batch_norm and purpose == "train":
+        yield dataclasses.replace(choice, recompute=not choice.recompute)
+    with_blocks = not choice.batch_norm
+    yield dataclasses.replace(choice, batch_norm=with_blocks, recompute=with_blocks and purpose == "train")
+    if purpose == "train":
+        for losses in ("fused", "closed_form", "eager"):
+            if losses != choice.losses:
+                yield dataclasses.replace(choice, losses=losses)
+    yield dataclasses.replace(choice, channels_last=not choice.channels_last)
+
+
+def _wanted(purpose: Purpose, trials: Sequence[Trial]) -> Iterator[Choice]:
+    top = everything(purpose)
+    plain = dataclasses.replace(top, cuda_graph=False)
+    yield top
+    status = {trial.choice: trial.status for trial in trials}
+    if status.get(top) not in ("hung", "unavailable"):  # the same without a graph would end as that did
+        yield plain
+    times = scores(trials)
+    if not (top in times or plain in times):
+        yield from single_parts(purpose)
+        helpful = _put_together([part for part in single_parts(purpose) if _helps(part, trials)])
+        yield helpful
+        yield dataclasses.replace(helpful, cuda_graph=False)
+    by_time = sorted(times, key=lambda choice: times[choice])
+    for ranking in (by_time, [choice for choice in by_time if not choice.cuda_graph]):
+        if ranking:  # the best, and the best for those who cannot use a graph
+            yield from neighbours(purpose, ranking[0])
+
+
+def _helps(part: Choice, trials: Sequence[Trial]) -> bool:
+    trial = next((trial for trial in trials if trial.choice == part), None)
+    return trial is not None and trial.status == "exact" and (trial.speedup is None or trial.speedup > 1)
+
+
+def _put_together(parts: Sequence[Choice]) -> Choice:
+    """One choice with all of them; of two ways to compute the losses, the one that comes first."""
+    values: dict[str, object] = {}
+    for part in parts:
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if value != getattr(EAGER, field.name):
+                values.setdefault(field.name, value)
+    return Choice(**values)  # type: ignore[arg-type]

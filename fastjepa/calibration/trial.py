@@ -1,0 +1,106 @@
+"""What came of one candidate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from fastjepa.calibration.choice import Choice
+
+Status = Literal["exact", "wrong", "out of memory", "failed", "unavailable", "crashed", "hung", "not measured"]
+_NUMBERS = ("milliseconds", "reference_milliseconds", "error", "bound")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate: whether it is exact, and how long it took beside eager, which alternated with it.
+
+    milliseconds, reference_milliseconds: medians of the candidate and of eager; None if it was not timed, or if there
+        was no memory for eager.
+    error, bound: of the tensor closest to its bound, by the exactness policy, at `checked_batch` clips.
+    rounds: how often the two alternated.
+    reason: why it is not "exact", in one line.
+    """
+
+    choice: Choice
+    status: Status
+    reason: str = ""
+    milliseconds: float | None = None
+    reference_milliseconds: float | None = None
+    error: float | None = None
+    bound: float | None = None
+    checked_batch: int | None = None
+    rounds: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.status not in get_args(Status):
+            raise ValueError(f"status must be one of {', '.join(get_args(Status))}; got {self.status!r}")
+        if self.status == "exact" and self.milliseconds is None:
+            raise ValueError("an exact candidate has its time")
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times as fast as eager; None if one of them has no time."""
+        if self.milliseconds is None or self.reference_milliseconds is None:
+            return None
+        return self.reference_milliseconds / self.milliseconds
+
+    def __str__(self) -> str:
+        if self.status != "exact":
+            return f"{self.choice}: {self.status}" + (f": {self.reason}" if self.reason else "")
+        if self.speedup is None:
+            return f"{self.choice}: {self.milliseconds:.2f} ms, exact (eager does not fit in memory beside it)"
+        return f"{self.choice}: {self.speedup:.2f}× eager ({self.milliseconds:.2f} ms), exact"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values only; an error without limit is told by `reason`."""
+        values = asdict(self)
+        for name in _NUMBERS:
+            if values[name] is not None and not math.isfinite(values[name]):
+                values[name] = None
+        return values
+
+    @staticmethod
+    def from_json(values: Any) -> Trial:
+        """The inverse of `to_json`. Raises ValueError for anything else, field by field."""
+        names = [field.name for field in fields(Trial)]
+        if not isinstance(values, Mapping) or set(values) != set(names):
+            raise ValueError(f"a trial is a table of {', '.join(names)}")
+        for name in _NUMBERS:
+            value = values[name]
+            if value is not None and not (type(value) in (int, float) and math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a number ≥ 0 or null, got {value!r}")
+        for name in ("milliseconds", "reference_milliseconds"):
+            if values[name] == 0:
+                raise ValueError(f"{name} must be more than 0")
+        if type(values["status"]) is not str or type(values["reason"]) is not str:
+            raise ValueError("status and reason must be text")
+        for name in ("checked_batch", "rounds"):
+            value = values[name]
+            if value is not None and not (type(value) is int and value >= 1):
+                raise ValueError(f"{name} must be a whole number ≥ 1 or null, got {value!r}")
+        return Trial(**{**values, "choice": Choice.from_json(values["choice"])})
+
+
+def scores(trials: Iterable[Trial]) -> dict[Choice, float]:
+    """Milliseconds of the exact candidates, comparable with each other.
+
+    A machine's speed drifts while they are measured one after another, so each counts relative to the eager runs that
+    alternated with it. Where eager had no memory, the time itself must do.
+    """
+    exact = [trial for trial in trials if trial.status == "exact"]
+    typical = typical_reference(exact)
+    found = {}
+    for trial in exact:
+        assert trial.milliseconds is not None
+        drift = 1.0 if trial.reference_milliseconds is None else (typical or 1.0) / trial.reference_milliseconds
+        found[trial.choice] = trial.milliseconds * drift
+    return found
+
+
+def typical_reference(trials: Iterable[Trial]) -> float | None:
+    """The median of eager's medians; None if it never fitted in memory."""
+    times = sorted(t.reference_milliseconds for t in trials if t.reference_milliseconds is not None)
+    return times[len(times) // 2] if times else None

@@ -1,0 +1,159 @@
+"""The answer to "what is fastest here, and exact": looked up, or measured once."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from fastjepa.calibration.children import Limits, measure
+from fastjepa.calibration.choice import EAGER, Choice
+from fastjepa.calibration.setting import Setting
+from fastjepa.calibration.store import LockTimeoutError, Rows, find_rows, only_one_process, rows_folder, write_rows
+from fastjepa.calibration.trial import scores, typical_reference
+from fastjepa.storage.safe_files import CheckpointError
+
+VARIABLE = "FASTJEPA_CALIBRATE"
+_MARGIN = 1.02  # how much faster than eager is more than noise
+_LOCK_SECONDS = 300.0  # for some processes that wait for each other
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """The rows for a setting, and where they came from; without rows, `origin` says why there are none."""
+
+    setting: Setting
+    rows: Rows
+    origin: str
+
+    def best(self, allowed: Callable[[Choice], bool] = lambda choice: True, fallback: Choice = EAGER) -> Choice:
+        """The fastest exact choice among the allowed ones; `fallback`, or eager, where nothing is clearly faster."""
+        times = {choice: time for choice, time in scores(self.rows).items() if allowed(choice)}
+        eager = typical_reference(row for row in self.rows if row.status == "exact")
+        if eager is not None and allowed(EAGER):
+            times[EAGER] = eager
+        if not times:
+            return fallback
+        best = min(times, key=lambda choice: times[choice])
+        steady = next((choice for choice in (fallback, EAGER) if choice in times), best)
+        return best if times[best] * _MARGIN < times[steady] else steady
+
+    def gain(self, choice: Choice) -> str:
+        """By how much `choice` wins, in words; "" for eager, and where nothing was measured."""
+        row = next((row for row in self.rows if row.choice == choice), None)
+        if row is None or row.milliseconds is None:
+            return ""
+        if row.speedup is None:
+            return f"{row.milliseconds:.2f} ms; eager does not fit in memory beside it"
+        return f"{row.speedup:.2f}× eager, {row.milliseconds:.2f} ms instead of {row.reference_milliseconds:.2f}"
+
+    def why_not(self, has_part: Callable[[Choice], bool], allowed: Callable[[Choice], bool] = lambda _: True) -> str:
+        """Why a part is in no choice that won: what came of the candidate with it that came closest."""
+        if not self.rows:
+            return self.origin
+        rows = [row for row in self.rows if has_part(row.choice) and allowed(row.choice)]
+        times = scores(rows)
+        if times:
+            best = min(times, key=lambda choice: times[choice])
+            return f"measured here: {next(str(row) for row in rows if row.choice == best)}"
+        return f"measured here: {rows[0]}" if rows else "not measured: the time was over, or a part of it does not work"
+
+    def report(self, chosen: Choice) -> str:
+        """What won and by how much, and what came of each other candidate, a line each."""
+        lines = [f"calibration for {self.setting}", f"  {self.origin}"]
+        gain = self.gain(chosen)
+        lines.append(f"  → {chosen}" + (f": {gain}" if gain else ""))
+        times = scores(self.rows)
+        for row in sorted(self.rows, key=lambda row: times.get(row.choice, float("inf"))):
+            if row.choice != chosen:
+                lines.append(f"    {row}")
+        return "\n".join(lines)
+
+
+def say_on_stderr(line: str) -> None:
+    """Where progress goes, unless told otherwise."""
+    print(f"fastjepa: {line}", file=sys.stderr, flush=True)
+
+
+def switched_off() -> bool:
+    """Whether FASTJEPA_CALIBRATE=0 is set. Raises ValueError for a value other than 0 and 1."""
+    value = os.environ.get(VARIABLE, "1")
+    if value not in ("0", "1"):
+        raise ValueError(f"{VARIABLE} must be 0 (eager, nothing is measured) or 1; got {value!r}")
+    return value == "0"
+
+
+def resolve(
+    setting: Setting,
+    device: torch.device,
+    *,
+    cache_dir: Path | None = None,
+    measuring: bool = True,
+    redo: bool = False,
+    limits: Limits | None = None,
+    makers: str | None = None,
+    say: Callable[[str], None] = say_on_stderr,
+) -> Verdict:
+    """The verdict for a setting: from the cache or the rows of the package, else measured now and kept.
+
+    Args:
+        setting: the question.
+        device: where candidates run.
+        cache_dir: default: the user's, `storage.cache_folder.default_cache_dir()`.
+        measuring: False only looks up.
+        redo: measure even if there are rows.
+        limits: of time; default: `Limits()`.
+        makers: see `children.measure`.
+        say: gets progress, a line at a time.
+
+    Raises:
+        ValueError: FASTJEPA_CALIBRATE is neither 0 nor 1.
+    """
+    if switched_off():
+        return Verdict(setting, (), f"{VARIABLE}=0 is set: eager, and nothing was measured")
+    folder = rows_folder(cache_dir)
+    if not redo and (found := find_rows(setting, folder, say)) is not None:
+        return _looked_up(setting, *found)
+    if not measuring:
+        return Verdict(setting, (), "it was not measured on this GPU at these sizes")
+    try:
+        with only_one_process(folder, _LOCK_SECONDS, say):
+            if not redo and (found := find_rows(setting, folder, lambda _: None)) is not None:
+                return _looked_up(setting, *found)
+            return _measure(setting, device, folder, limits or Limits(), makers, say)
+    except LockTimeoutError as error:
+        return Verdict(setting, (), f"{error}; eager for now")
+
+
+def _looked_up(setting: Setting, rows: Rows, path: Path) -> Verdict:
+    return Verdict(setting, rows, f"measured before: {path}")
+
+
+def _measure(
+    setting: Setting,
+    device: torch.device,
+    folder: Path,
+    limits: Limits,
+    makers: str | None,
+    say: Callable[[str], None],
+) -> Verdict:
+    say(
+        f"measuring once what is fastest on {setting.gpu}, in child processes, for at most {limits.total:.0f} s "
+        f"({VARIABLE}=0 leaves it out)"
+    )
+    if device.type == "cuda" and device.index is None:  # a child's current device is another matter
+        device = torch.device("cuda", torch.cuda.current_device())
+    rows = measure(setting, str(device), say, limits=limits, makers=makers)
+    if not any(row.milliseconds is not None or row.status == "wrong" for row in rows):
+        # Perhaps another program has the GPU, or its memory: the next start may do better.
+        why = rows[0].reason if rows else "there was no time"
+        return Verdict(setting, rows, f"nothing could be measured, so nothing was kept ({why})")
+    try:
+        path = write_rows(setting, rows, folder)
+    except (OSError, CheckpointError) as error:
+        return Verdict(setting, rows, f"measured now, but not kept: {error}")
+    return Verdict(setting, rows, f"measured now, kept in {path}; python -m fastjepa.calibrate --redo measures again")

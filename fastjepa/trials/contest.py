@@ -1,0 +1,260 @@
+"""One candidate against eager: exact first, then timed, both in one process and taking turns."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fastjepa.calibration.choice import EAGER, Choice
+from fastjepa.calibration.setting import RunPrecision, Setting
+from fastjepa.calibration.trial import Trial
+from fastjepa.kernels.checks import unavailable_reason
+from fastjepa.measuring.policy import FP32_RELATIVE_LIMIT, Error, Judgement, error_bound
+from fastjepa.measuring.timing import make_timer, quantile
+from fastjepa.trials.work import GRADIENT, Maker, Tensors, Work, arithmetic
+
+T = TypeVar("T")
+WARMUP_RUNS, LEAST_ROUNDS, MOST_ROUNDS, ROUND_SECONDS = 1, 5, 30, 1.0
+SLOW_SECONDS = 6.0  # of rounds: on a machine so slow, fewer must do
+HOPELESS = 5.0  # times as slow as eager in the first round: the others would tell nothing new
+CHECKED_BATCH = 16  # float64 is slow on most GPUs: more clips would take seconds and hardly change an error
+# Losses and buffers follow their roundings smoothly. A gradient jumps where a rounding takes the input of one ReLU
+# across zero: eager's own is then 1e-3 of its norm from float64, and 1e-6 in another draw of weights and data. So one
+# draw is no measure of it: a gradient out of bounds gets as many draws as this, is exact if all of it is within bounds
+# in one, and wrong at once if it is off by more than a few ReLUs can explain.
+DRAWS = 3
+JUMP = 1e-2
+# At the full size, where there may be no memory for float64, a candidate is held against eager at the same precision:
+# this many times the sum of both bounds. What breaks only at large sizes (an index beyond 2³¹, a tile left out) is off
+# by orders of magnitude more; the policy itself is kept at the checked size.
+_FULL_SIZE_SLACK = 10.0
+
+
+class Contest:
+    """The candidates of one setting, each against eager. What eager and float64 gave is computed once.
+
+    The policy is checked at the user's batch, or at `CHECKED_BATCH` clips, halved until there is memory for float64;
+    time is taken at the user's.
+    """
+
+    def __init__(self, setting: Setting, device: torch.device, make: Maker) -> None:
+        self.setting, self.device, self.make = setting, device, make
+        self.batch = min(setting.batch, CHECKED_BATCH)  # at which the policy is checked
+        self._truths: dict[int, Tensors] = {}  # draw → float64
+        self._eager_errors: dict[str, Error] = {}  # the largest of the draws so far
+        self._reference: Work | None = None  # at full size
+        self._reference_fits = True
+        self._reference_first: Tensors = {}
+
+    def prepare(self) -> None:
+        """Compute the truth, and what eager makes of it; without these nothing can be judged.
+
+        Raises:
+            torch.OutOfMemoryError: there is no memory for one clip. Whatever else eager raises here is raised.
+        """
+        with arithmetic(self.setting):
+            self._find_truth()
+        self._release()
+
+    def try_out(self, choice: Choice) -> Trial:
+        """What comes of one candidate; whatever it raises becomes its trial."""
+        if choice.needs_kernels and (missing := unavailable_reason(self.device)) is not None:
+            return Trial(choice, "unavailable", missing)
+        try:
+            with arithmetic(self.setting):
+                trial = self._try(choice)
+        except Exception as error:
+            line = (str(error).strip().splitlines() or [""])[0]
+            status = "out of memory" if is_out_of_memory(error) else "failed"
+            reason = "does not fit in memory" if status == "out of memory" else f"{type(error).__name__}: {line}"[:300]
+            trial = Trial(choice, status, reason)  # type: ignore[arg-type]
+        self._release()  # out here, where no exception holds on to tensors of the failed call
+        return trial
+
+    def _try(self, choice: Choice) -> Trial:
+        for draw in range(DRAWS):
+            truth = self._find_truth(draw)
+            results = self._first_results(choice, self.batch, draw=draw)
+            try:
+                errors = norm_errors(results, truth)
+            except ValueError as error:
+                return Trial(choice, "wrong", str(error), checked_batch=self.batch)
+            verdict = judge_norms(errors, self._eager_errors, self.setting.precision)
+            if verdict.exact or not self._may_have_jumped(errors):
+                break
+        judged = {"error": verdict.error, "bound": verdict.bound, "checked_batch": self.batch}
+        if not verdict.exact:
+            reason = f"{verdict.name} is off by {verdict.error:.1e} of its norm, allowed are {verdict.bound:.1e}"
+            return Trial(choice, "wrong", reason, **judged)  # type: ignore[arg-type]
+        del truth, results
+        work = self._make(choice, self.setting.batch)
+        work.run()
+        if self.batch < self.setting.batch and (problem := self._full_size_problem(work.results())):
+            return Trial(choice, "wrong", problem, **judged)  # type: ignore[arg-type]
+        times, reference_times = self._time(work)
+        return Trial(
+            choice, "exact", milliseconds=quantile(times, 0.5),
+            reference_milliseconds=quantile(reference_times, 0.5) if reference_times else None,
+            rounds=len(times), **judged,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def _may_have_jumped(self, errors: Mapping[str, Error]) -> bool:
+        """Whether all that is out of bounds are gradients, by no more than ReLUs explain."""
+        for name, error in errors.items():
+            bound = norm_bound(self._eager_errors[name].relative, error.dtype, self.setting.precision)
+            if error.relative > bound and not (name.startswith(GRADIENT) and error.relative <= max(JUMP, 2 * bound)):
+                return False
+        return True
+
+    def _make(self, choice: Choice, batch: int, dtype: torch.dtype = torch.float32, draw: int = 0) -> Work:
+        return self.make(self.setting, choice, batch, self.device, dtype, draw)
+
+    def _first_results(
+        self, choice: Choice, batch: int, dtype: torch.dtype = torch.float32, *, draw: int = 0
+    ) -> Tensors:
+        work = self._make(choice, batch, dtype, draw)
+        work.run()
+        return work.results()
+
+    def _find_truth(self, draw: int = 0) -> Tensors:
+        """Float64 on the same numbers, at the largest batch for which it, and eager, fit in memory."""
+        while draw not in self._truths:
+            found = self._if_it_fits(partial(self._truth_and_eager, draw))
+            if found is not None:
+                self._truths[draw], eager = found
+                for name, error in norm_errors(eager, self._truths[draw]).items():
+                    known = self._eager_errors.get(name, error)
+                    self._eager_errors[name] = max(known, error, key=lambda e: e.relative)
+            elif self.batch == 1 or draw > 0:
+                raise torch.OutOfMemoryError("there is no memory for one clip in float64")
+            else:
+                self.batch = (self.batch + 1) // 2
+        return self._truths[draw]
+
+    def _truth_and_eager(self, draw: int) -> tuple[Tensors, Tensors]:
+        exact = self._first_results(EAGER, self.batch, torch.float64, draw=draw)
+        return exact, self._first_results(EAGER, self.batch, draw=draw)
+
+    def _full_size_problem(self, results: Tensors) -> str | None:
+        reference = self._reference_at_full_size()
+        if reference is None:  # no memory for eager: what can be seen without it
+            bad = [name for name, value in results.items() if not bool(torch.isfinite(value).all())]
+            return f"{bad[0]} is not finite at {self.setting.batch} clips" if bad else None
+        for name, found in norm_errors(results, self._reference_first).items():
+            eager = self._eager_errors[name].relative
+            allowed = _FULL_SIZE_SLACK * (eager + norm_bound(eager, found.dtype, self.setting.precision))
+            if name.startswith(GRADIENT):  # of more clips, one ReLU is a smaller part
+                allowed = max(allowed, JUMP * self.batch / self.setting.batch)
+            if not found.relative <= allowed:
+                return (
+                    f"at {self.setting.batch} clips {name} differs from eager by {found.relative:.1e} of its norm, "
+                    f"allowed are {allowed:.1e}"
+                )
+        return None
+
+    def _reference_at_full_size(self) -> Work | None:
+        if self._reference is None and self._reference_fits:
+            found = self._if_it_fits(self._run_reference)
+            self._reference_fits = found is not None
+            if found is not None:
+                self._reference, self._reference_first = found
+        return self._reference
+
+    def _run_reference(self) -> tuple[Work, Tensors]:
+        work = self._make(EAGER, self.setting.batch)
+        work.run()
+        return work, work.results()
+
+    def _time(self, work: Work) -> tuple[list[float], list[float]]:
+        """Milliseconds of the candidate and of eager; the latter empty if there is no memory for it."""
+        reference = self._reference_at_full_size()
+        contestants = [work] if reference is None else [work, reference]
+        for contestant in contestants:
+            for _ in range(WARMUP_RUNS):
+                contestant.run()
+        timers = [make_timer(self.device, latency=self.setting.purpose == "inference") for _ in contestants]
+        gc.collect()
+        gc.disable()  # a collection in the middle of a run would be charged to it
+        times: list[list[float]] = []
+        try:
+            begun, rounds = time.monotonic(), 0
+            while rounds < LEAST_ROUNDS or (rounds < MOST_ROUNDS and time.monotonic() - begun < ROUND_SECONDS):
+                order = list(zip(timers, contestants, strict=True))
+                for timer, contestant in order if rounds % 2 else reversed(order):
+                    timer.time(contestant.run)
+                rounds += 1
+                if rounds == 1:
+                    times = [timer.milliseconds() for timer in timers]
+                    if reference is not None and times[0][0] > HOPELESS * times[1][0]:
+                        break
+                if time.monotonic() - begun > SLOW_SECONDS:
+                    break
+        finally:
+            gc.enable()
+        for found, timer in zip(times, timers, strict=True):
+            found += timer.milliseconds()
+        return times[0], times[1] if reference is not None else []
+
+    def _if_it_fits(self, call: Callable[[], T]) -> T | None:
+        """What the call gives, None if there is no memory for it."""
+        try:
+            return call()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        self._release()
+        return None
+
+    def _release(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, however the library at fault spells it."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        words in text for words in ("out of memory", "can't allocate memory", "alloc_failed", "alloc failed")
+    )
+
+
+def norm_errors(results: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, Error]:
+    """‖result − truth‖ / ‖truth‖ of every tensor, in float64: a whole step is judged by norms.
+
+    Infinite where something is not finite. Raises ValueError if a result is missing or has another shape.
+    """
+    errors = {}
+    for name, exact in truth.items():
+        if name not in results or results[name].shape != exact.shape:
+            got = tuple(results[name].shape) if name in results else "nothing"
+            raise ValueError(f"result {name!r}: expected shape {tuple(exact.shape)}, got {got}")
+        wanted, found = exact.double(), results[name].double()
+        error, scale = float((found - wanted).norm()), float(wanted.norm())
+        relative = 0.0 if error == 0.0 else error / scale if scale else math.inf
+        errors[name] = Error(relative if math.isfinite(relative) else math.inf, results[name].dtype)
+    return errors
+
+
+def norm_bound(eager: float, dtype: torch.dtype, precision: RunPrecision) -> float:
+    """The largest relative error by norm that the policy lets pass beside eager's, of a result stored as `dtype`."""
+    bound = error_bound(eager, 1.0, dtype, torch.bfloat16 if precision == "bf16" else None, limit=None)
+    return min(bound, FP32_RELATIVE_LIMIT) if precision == "fp32" and eager <= FP32_RELATIVE_LIMIT else bound
+
+
+def judge_norms(errors: Mapping[str, Error], eager: Mapping[str, Error], precision: RunPrecision) -> Judgement:
+    """The tensor closest to, or furthest beyond, its bound."""
+    judgements = [
+        Judgement(name, error.relative, norm_bound(eager[name].relative, error.dtype, precision))
+        for name, error in errors.items()
+    ]
+    return max(judgements, key=lambda j: j.error / j.bound if j.bound else math.inf)

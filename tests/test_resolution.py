@@ -1,0 +1,200 @@
+"""What a run resolves when it starts, saves, and goes on with; on a pretended GPU where one is meant."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from calibration_standins import some_setting, trial
+from fastjepa import evaluate
+from fastjepa.calibration.choice import Choice
+from fastjepa.calibration.search import everything
+from fastjepa.calibration.verdict import Verdict
+from fastjepa.config import Config, resolve_precision
+from fastjepa.storage.checkpoint import load_checkpoint, save_checkpoint
+from fastjepa.storage.run_folder import CHECKPOINT_NAME
+from fastjepa.storage.safe_files import CheckpointError
+from fastjepa.training import resolution
+from fastjepa.training.command_line import describe, parse_config
+from fastjepa.training.resolution import Resolution, read_choice, resolution_of, resolve_run
+from fastjepa.training.trainer import Trainer
+
+TINY = (
+    "--device cpu --preset demo --henc 2 --hpre 2 --dstc 4 --canvas 16 --digit_size 8 --n_train 6 --n_val 3 "
+    "--n_frames 5 --batch_size 3 --epochs 2"
+).split()
+ALL = everything("train")
+PLAIN = dataclasses.replace(ALL, cuda_graph=False)
+EAGER_GRAPH = Choice(cuda_graph=True, channels_last=True)
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    flags = [*TINY, "--max_steps", "1", "--cache_dir", str(folder / "cache"), "--out", str(folder / "run")]
+    Trainer(parse_config(flags)).run()
+    return folder / "run"
+
+
+def copy_of(run: Path, folder: Path, **changes: Any) -> Path:
+    """The run with another record of what was resolved; None takes the record away."""
+    folder.mkdir()
+    state = load_checkpoint(run / CHECKPOINT_NAME)
+    if changes.get("resolved", ...) is None:
+        del state["resolved"]
+    else:
+        state["resolved"] |= changes
+    save_checkpoint(folder / CHECKPOINT_NAME, state)
+    return folder
+
+
+def resume(folder: Path, *flags: str) -> Trainer:
+    return Trainer(parse_config(["--resume", str(folder), "--device", "cpu", *flags]))
+
+
+# ---- a new run -------------------------------------------------------------------------------------------------------
+
+
+def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_precision("auto", CPU) == "fp32"
+    assert resolve_precision("tf32", GPU) == "tf32"
+    for capability, expected in (((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda _, capability=capability: capability)
+        monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+        monkeypatch.setattr("torch.cuda.device", lambda _: torch.no_grad())
+        assert resolve_precision("auto", GPU) == expected
+
+
+def test_a_command_line_says_the_precision_and_what_changes_it(run: Path) -> None:
+    config = parse_config(TINY)
+    assert config.precision == "fp32"
+    assert parse_config([*TINY, "--precision", "auto"]).precision == "fp32"
+    first_lines = describe(resume(run)).splitlines()[:2]
+    assert first_lines[1].startswith("precision fp32 (--precision changes it); computes with: closed-form losses")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, Choice(losses="closed_form", channels_last=True)),
+        ({"backend": "eager"}, Choice(channels_last=True)),
+        ({"backend": "fused"}, PLAIN),
+    ],
+)
+def test_on_a_cpu_nothing_is_measured(flags: dict[str, Any], expected: Choice, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolution, "resolve", lambda *_, **__: pytest.fail("it measures"))
+    assert resolve_run(Config(precision="fp32", **flags), CPU) == Resolution("fp32", expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, ALL),
+        ({"cuda_graph": "off"}, PLAIN),
+        ({"cuda_graph": "on"}, ALL),
+        ({"backend": "fused"}, ALL),
+        ({"backend": "eager"}, EAGER_GRAPH),
+        # Both said: nothing is left to measure but what has defaults.
+        ({"backend": "fused", "cuda_graph": "on"}, ALL),
+        ({"backend": "fused", "cuda_graph": "off"}, PLAIN),
+        ({"backend": "eager", "cuda_graph": "on"}, EAGER_GRAPH),
+        ({"backend": "eager", "cuda_graph": "off"}, Choice(channels_last=True)),
+    ],
+)
+def test_on_a_gpu_the_best_that_flags_allow(
+    flags: dict[str, Any], expected: Choice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = (
+        trial(ALL, 2.0), trial(PLAIN, 4.0), trial(EAGER_GRAPH, 6.0), trial(Choice(losses="closed_form"), 8.0),
+        trial(Choice(channels_last=True), 11.0),
+    )  # fmt: skip
+    asked = []
+
+    def pretended(setting: Any, device: torch.device, *, cache_dir: Path | None) -> Verdict:
+        asked.append((setting, cache_dir))
+        return Verdict(some_setting(), rows, "pretended")
+
+    monkeypatch.setattr(resolution, "resolve", pretended)
+    monkeypatch.setattr(resolution, "setting_of_config", lambda *arguments: arguments[-1])
+    found = resolve_run(Config(precision="bf16", cache_dir=Path("x"), **flags), GPU)
+    assert (found.precision, found.choice) == ("bf16", expected)
+    if "auto" in (flags.get("backend", "auto"), flags.get("cuda_graph", "auto")):
+        assert asked == [("bf16", Path("x"))]
+        assert "pretended" in found.report
+    else:
+        assert asked == []
+
+
+# ---- saved, and gone on with -----------------------------------------------------------------------------------------
+
+
+def test_a_run_saves_what_it_resolved(run: Path) -> None:
+    expected = {"precision": "fp32", **Choice(losses="closed_form", channels_last=True).to_json()}
+    assert load_checkpoint(run / CHECKPOINT_NAME)["resolved"] == expected
+    assert json.loads((run / "environment.json").read_text())["resolved"] == expected
+    assert json.loads((run / "config.json").read_text())["precision"] == "fp32"
+
+
+def test_a_resumed_run_computes_as_it_began(run: Path, tmp_path: Path) -> None:
+    """Not as a new one would."""
+    began = resume(copy_of(run, tmp_path / "run", losses="eager", channels_last=False))
+    assert began.resolution.choice == Choice()
+    assert began.step.projection == "eager"
+    assert began.jepa.acceleration.swapped == ()
+    assert began.jepa.encoder.conv1.weight.is_contiguous()
+    began.save()
+    assert read_choice(load_checkpoint(tmp_path / "run" / CHECKPOINT_NAME), tmp_path) == Choice()
+
+
+def test_a_run_from_before_goes_on_as_it_did(run: Path, tmp_path: Path) -> None:
+    old = resume(copy_of(run, tmp_path / "run", resolved=None), "--max_steps", "2")
+    assert old.resolution.choice == Choice(losses="closed_form", channels_last=True)
+    old.run()
+    assert old.global_step == 2
+    assert resolution_of({}, Config(precision="fp32"), GPU, tmp_path).choice == Choice()
+    assert resolution_of({}, Config(precision="bf16"), GPU, tmp_path).choice == Choice(channels_last=True)
+
+
+def test_what_cannot_be_served_where_it_goes_on_fails(
+    run: Path, tmp_path: Path, needs_triton: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastjepa.kernels.launch.INTERPRET", False)
+    fused = copy_of(run, tmp_path / "fused", losses="fused")
+    with pytest.raises(ValueError, match=r"began with fused losses .*, which cannot be served here: Triton kernels"):
+        resume(fused)
+    graphed = copy_of(run, tmp_path / "graphed", cuda_graph=True)
+    with pytest.raises(ValueError, match="began with CUDA graphs, and this runs on cpu; --cuda_graph off goes on"):
+        resume(graphed)
+    assert not resume(graphed, "--cuda_graph", "off").resolution.choice.cuda_graph
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"losses": "quick"}, "what the run resolved is damaged: losses must be one of"),
+        ({"colour": 1}, "what the run resolved is damaged: a choice has the fields"),
+        ({"precision": 1}, "what the run resolved is damaged: it is no table with a precision"),
+        ({"precision": "bf16"}, "was resolved to 'bf16', not 'fp32'"),
+    ],
+)
+def test_a_damaged_record_is_refused(run: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        resume(copy_of(run, tmp_path / "run", **changes))
+
+
+def test_a_run_of_fused_blocks_is_evaluated_anywhere(
+    run: Path, tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fused = copy_of(run, tmp_path / "run", batch_norm=True, recompute=True)
+    _, jepa, *_ = evaluate.load_run(fused, torch.device(device))
+    assert type(jepa.encoder).__name__ == "FusedResNet5"
+    monkeypatch.setattr("fastjepa.kernels.launch.INTERPRET", False)
+    _, jepa, *_ = evaluate.load_run(fused, CPU)
+    assert type(jepa.encoder).__name__ == "ResNet5"
+    assert "which cannot run here (Triton kernels need a CUDA device" in caplog.text

@@ -1,0 +1,208 @@
+"""What a calibration's child does: the real candidates at tiny sizes, kernels in the interpreter without a GPU.
+
+In networks this small one ReLU that switches is a good part of a gradient, and a CPU's channels-last convolutions round
+more than its others; so what runs either is held to a contract for whole models, and the policy is seen at work on the
+rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from calibration_standins import some_setting
+from fastjepa.calibration.choice import EAGER, Choice
+from fastjepa.calibration.search import everything
+from fastjepa.calibration.setting import Setting
+from fastjepa.measuring.policy import Error
+from fastjepa.trials import contest as contest_module
+from fastjepa.trials.contest import Contest, is_out_of_memory, judge_norms, norm_bound, norm_errors
+from fastjepa.trials.work import Step, Tensors, Work, arithmetic, make_work
+
+WHOLE_MODEL = 1e-4  # fp32, of a tensor's norm
+SMALL = {"henc": 8, "hpre": 8, "dstc": 8, "projector": "8-16-16", "batch": 4, "frames": 6, "height": 32, "width": 32}
+
+
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contest_module, "ROUND_SECONDS", 0.0)
+
+
+def outcome(choice: Choice, device: str, make: Any = make_work, **changes: Any) -> Any:
+    contest = Contest(some_setting(**changes), torch.device(device), make)
+    contest.prepare()
+    return contest.try_out(choice)
+
+
+def test_everything_at_once_is_trained_and_timed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU the graph is the same code, plainly; there only the kernels are slow."""
+    monkeypatch.setattr(contest_module, "norm_bound", lambda *_: WHOLE_MODEL)
+    trial = outcome(everything("train"), device)
+    assert trial.status == "exact", trial.reason
+    assert trial.error <= trial.bound == WHOLE_MODEL
+    assert trial.checked_batch == 1
+    assert trial.milliseconds > 0
+    assert trial.reference_milliseconds > 0
+
+
+def test_everything_at_once_rolls_out(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contest_module, "norm_bound", lambda *_: WHOLE_MODEL)
+    trial = outcome(everything("inference"), device, purpose="inference", frames=2, steps=2)
+    assert trial.status == "exact", trial.reason
+
+
+@pytest.mark.parametrize("choice", [Choice(losses="closed_form", cuda_graph=True), Choice(cuda_graph=True)], ids=str)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_needs_no_kernels(choice: Choice, precision: str) -> None:
+    trial = outcome(choice, "cpu", precision=precision, **SMALL)
+    assert trial.status == "exact", trial.reason
+    assert trial.rounds >= contest_module.LEAST_ROUNDS
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_folded_rollout_without_kernels(precision: str) -> None:
+    choice = Choice(cuda_graph=True, channels_last=True)
+    trial = outcome(choice, "cpu", purpose="inference", precision=precision, **{**SMALL, "steps": 2})
+    assert trial.status == "exact", trial.reason
+
+
+def test_videos_of_several_channels_are_trained_on_step_by_step() -> None:
+    assert outcome(Choice(losses="closed_form"), "cpu", dobs=2, **SMALL).status == "exact"
+    graphed = outcome(Choice(cuda_graph=True), "cpu", dobs=2, **SMALL)
+    assert graphed.status == "failed"
+    assert "a graphed step takes clips of one channel, and these have 2" in graphed.reason
+
+
+class Planted:
+    """Work whose results are off in one group, at batches of at least `batch`."""
+
+    def __init__(self, group: str, factor: float, batch: int = 1) -> None:
+        self.group, self.factor, self.batch = group, factor, batch
+
+    def __call__(
+        self, setting: Setting, choice: Choice, batch: int, device: torch.device, dtype: torch.dtype, draw: int
+    ) -> Work:
+        work = Step(setting, choice, batch, device, dtype, draw)
+        if choice != EAGER and batch >= self.batch:
+            found = work.results
+
+            def results() -> Tensors:
+                values = found()
+                return {**values, self.group: values[self.group] * self.factor}
+
+            work.results = results  # type: ignore[method-assign]
+        return work
+
+
+def test_memory_layout_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contest_module, "norm_bound", lambda *_: 1e-2)
+    assert outcome(Choice(channels_last=True), "cpu", **SMALL).status == "exact"
+
+
+@pytest.mark.parametrize("group", ["losses", "gradient of encoder", "buffers of predictor", "gradient of projector"])
+@pytest.mark.parametrize("factor", [1.02, float("nan")])
+def test_a_planted_error_is_found(group: str, factor: float) -> None:
+    trial = outcome(Choice(losses="closed_form"), "cpu", Planted(group, factor))
+    assert trial.status == "wrong"
+    assert trial.reason.startswith(f"{group} is off by ")
+    assert trial.milliseconds is None
+
+
+def test_what_breaks_at_the_full_size_only_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contest_module, "CHECKED_BATCH", 1)
+    choice = Choice(losses="closed_form")
+    assert outcome(choice, "cpu", **SMALL).checked_batch == 1
+    # What one ReLU may do.
+    assert outcome(choice, "cpu", Planted("gradient of encoder", 1.001, batch=4), **SMALL).status == "exact"
+    assert outcome(choice, "cpu", Planted("losses", 1.001, batch=4), **SMALL).status == "wrong"
+    trial = outcome(choice, "cpu", Planted("gradient of encoder", 1.5, batch=4), **SMALL)
+    assert trial.status == "wrong"
+    assert trial.reason.startswith("at 4 clips gradient of encoder differs from eager by ")
+
+
+class JumpsInDraws:
+    """The closed form, whose encoder's gradient is off by so much in the first draws."""
+
+    def __init__(self, draws: int, off: float, group: str = "gradient of encoder") -> None:
+        self.draws, self.factor, self.group = draws, 1 + off, group
+
+    def __call__(
+        self, setting: Setting, choice: Choice, batch: int, device: torch.device, dtype: torch.dtype, draw: int
+    ) -> Work:
+        factor = self.factor if draw < self.draws else 1.0
+        return Planted(self.group, factor)(setting, choice, batch, device, dtype, draw)
+
+
+def test_a_gradient_that_jumps_gets_another_draw_and_nothing_else_does() -> None:
+    choice = Choice(losses="closed_form")
+    assert outcome(choice, "cpu", JumpsInDraws(1, 3e-3)).status == "exact"
+    assert outcome(choice, "cpu", JumpsInDraws(3, 3e-3)).status == "wrong"
+    assert outcome(choice, "cpu", JumpsInDraws(1, 3e-2)).status == "wrong"  # more than a ReLU
+    assert outcome(choice, "cpu", JumpsInDraws(1, 3e-3, "losses")).status == "wrong"
+    assert outcome(choice, "cpu", JumpsInDraws(1, 3e-3, "buffers of encoder")).status == "wrong"
+
+
+class LittleMemory:
+    """Eager and float64 need as much memory as they have clips, other candidates half of that; there is some."""
+
+    def __init__(self, clips: int) -> None:
+        self.clips = clips
+
+    def __call__(
+        self, setting: Setting, choice: Choice, batch: int, device: torch.device, dtype: torch.dtype, draw: int
+    ) -> Work:
+        if (batch if choice == EAGER else batch / 2) > self.clips:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return Step(setting, choice, batch, device, dtype, draw)
+
+
+def test_where_eager_has_no_memory_candidates_are_checked_small_and_timed_alone() -> None:
+    choice = Choice(losses="closed_form")
+    trial = outcome(choice, "cpu", LittleMemory(2), **SMALL)
+    assert (trial.status, trial.checked_batch) == ("exact", 2)
+    assert trial.milliseconds is not None
+    assert trial.reference_milliseconds is None
+    assert outcome(choice, "cpu", LittleMemory(1), **SMALL).status == "out of memory"
+    with pytest.raises(torch.OutOfMemoryError, match="no memory for one clip in float64"):
+        outcome(choice, "cpu", LittleMemory(0), **SMALL)
+
+
+def test_kernels_that_cannot_run_are_unavailable(needs_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastjepa.kernels.launch.INTERPRET", False)
+    trial = outcome(Choice(losses="fused"), "cpu")
+    assert trial.status == "unavailable"
+    assert "need a CUDA device" in trial.reason
+
+
+def test_the_arithmetic_is_that_of_the_setting_and_then_as_before() -> None:
+    before = torch.backends.cudnn.deterministic, torch.backends.cuda.matmul.allow_tf32
+    with arithmetic(some_setting(precision="tf32", deterministic=not before[0])):
+        assert torch.backends.cudnn.deterministic is not before[0]
+        assert torch.backends.cuda.matmul.allow_tf32
+    assert (torch.backends.cudnn.deterministic, torch.backends.cuda.matmul.allow_tf32) == before
+
+
+def test_errors_by_norm() -> None:
+    truth = {"x": torch.tensor([3.0, 4.0], dtype=torch.float64), "zero": torch.zeros(2, dtype=torch.float64)}
+    errors = norm_errors({"x": torch.tensor([3.0, 4.5]), "zero": torch.zeros(2)}, truth)
+    assert errors == {"x": Error(0.1, torch.float32), "zero": Error(0.0, torch.float32)}
+    for bad in (float("nan"), float("inf")):
+        assert norm_errors({"x": torch.tensor([3.0, bad]), "zero": torch.ones(2)}, truth)["x"].relative == float("inf")
+    with pytest.raises(ValueError, match="result 'x': expected shape \\(2,\\), got nothing"):
+        norm_errors({}, truth)
+    eager = {"x": Error(1e-6, torch.float32), "zero": Error(0.0, torch.float32)}
+    verdict = judge_norms(errors, eager, "fp32")
+    assert (verdict.name, verdict.exact) == ("x", False)
+    # fp32 stays within 1e-5, unless eager itself does not.
+    assert norm_bound(9e-6, torch.float32, "fp32") == 1e-5
+    assert norm_bound(1e-4, torch.float32, "fp32") == pytest.approx(2e-4, rel=1e-2)
+    assert norm_bound(0.0, torch.float32, "bf16") == pytest.approx(2**-8, rel=1e-3)
+
+
+def test_how_libraries_say_that_memory_is_out() -> None:
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert not is_out_of_memory(ValueError("out of memory"))
