@@ -148,11 +148,11 @@ def plans(recipe: Recipe, note: str = "") -> list[tuple[Case, list[Variant]]]:
 
 
 def run(options: suite.Options, parser: argparse.ArgumentParser, recipe: Recipe, note: str) -> int:
-    """Measure the evaluation of `recipe` with the options of another suite; returns 1 if a variant failed."""
+    """Measure the evaluation of `recipe` with the options of another suite; not 0 if a variant failed."""
     return suite.run(replace(options, suite="eval", only=(), variants=()), parser, plans(recipe, note))
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line; returns 1 if a variant failed. Raises MissingPackageError without torchmetrics."""
+    """The command line; not 0 if a variant failed. Raises MissingPackageError without torchmetrics."""
     require_packages("the evaluation", "torchmetrics")
     return run_suite("eval", __doc__ or "", argv, plans)

@@ -89,5 +89,5 @@ def plans(recipe: Recipe, note: str = "") -> Iterator[tuple[Case, list[Variant]]
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line; returns 1 if a variant failed."""
+    """The command line; not 0 if a variant failed."""
     return run_suite("moments", __doc__ or "", argv, plans)

@@ -126,7 +126,7 @@ def plans(batches: Sequence[int], *, quick: bool, compile: bool) -> Iterator[tup
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line; returns 1 if a variant failed (running out of memory is a result, not a failure)."""
+    """The command line; not 0 if a variant failed (running out of memory is a result, not a failure)."""
     parser = suite.make_parser("projected_losses", __doc__ or "")
     parser.add_argument("--batch", type=int, nargs="+", help="default: 1 8 64 on a GPU, 2 on a CPU, 1 with --quick")
     args = parser.parse_args(argv)

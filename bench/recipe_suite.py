@@ -34,7 +34,7 @@ def run_suite(
     argv: Sequence[str],
     plans: Callable[[Recipe, str], Iterable[tuple[Case, Sequence[Variant]]]],
 ) -> int:
-    """The whole command line of a suite whose cases follow from a recipe; 1 if a variant failed.
+    """The whole command line of a suite whose cases follow from a recipe; not 0 if a variant failed.
 
     `doc` is the suite's module docstring; `plans` makes its cases from the recipe and a note for their names.
     """

@@ -176,7 +176,7 @@ def plans(
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line; returns 1 if a variant failed."""
+    """The command line; not 0 if a variant failed."""
     parser = suite.make_parser("rollout", __doc__ or "")
     parser.add_argument("--batch", type=int, nargs="+", help="default: 1 8 64 on a GPU, 1 on a CPU")
     parser.add_argument("--horizon", type=int, nargs="+", help="frames; default: 1 8 50 100 on a GPU, 1 8 on a CPU")

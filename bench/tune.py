@@ -207,5 +207,5 @@ def main(argv: Sequence[str]) -> int:
     options = suite.resolve("tune", parser, args, argv)
     settings = replace(options.settings, memory=False, warmup=1)
     options = replace(options, settings=replace(settings, seconds=args.seconds or 1.0))
-    suite.run(options, parser, plans(options.quick), print_ranking)
-    return 0
+    status = suite.run(options, parser, plans(options.quick), print_ranking)
+    return status if status == suite.DEVICE_LOST else 0

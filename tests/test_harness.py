@@ -15,10 +15,12 @@ from bench import projected_losses
 from bench.harness import memory
 from bench.harness.case import BACKWARD, BOTH, FORWARD, Case, Runner, Work, truth_of
 from bench.harness.rows import Row, format_table, read_rows, write_rows, write_text
-from bench.harness.run import Settings, render, run_case
+from bench.harness.run import render, run_case
+from bench.harness.session import Settings
 from bench.harness.variants import Tensors, Variant, channels_last, eager, eager_bf16, needs_cuda
 from bench.recipe import Recipe, losses_work
 from fastjepa.environment import Environment
+from fastjepa.measuring.out_of_memory import is_out_of_memory
 from fastjepa.measuring.timing import HostTimer, quantile
 from fastjepa.storage.safe_files import CheckpointError
 
@@ -311,11 +313,13 @@ def test_failures_of_the_measuring_process_are_told_apart() -> None:
     [
         (torch.OutOfMemoryError("x"), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
         (RuntimeError("shape mismatch"), False),
     ],
 )
 def test_out_of_memory_is_recognised(error: Exception, expected: bool) -> None:
-    assert memory.is_out_of_memory(error) is expected
+    assert is_out_of_memory(error) is expected
 
 
 # -- rows

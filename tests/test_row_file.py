@@ -13,7 +13,8 @@ from bench.harness.case import Case
 from bench.harness.kept import Kept
 from bench.harness.row_file import RowFile
 from bench.harness.rows import Row, read_rows
-from bench.harness.run import DeviceLostError, Settings, _Session, run_case
+from bench.harness.run import DeviceLostError, run_case
+from bench.harness.session import Session, Settings
 from bench.harness.variants import Tensors, Variant, eager
 from fastjepa.environment import Environment
 from fastjepa.measuring.policy import Error
@@ -190,7 +191,7 @@ def test_a_lost_device_ends_the_process_after_the_row_of_the_one_who_lost_it(
     def broken(tensors: Tensors) -> Tensors:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(_Session, "_device_problem", lambda self: "CUDA error: an illegal memory access")
+    monkeypatch.setattr(Session, "_device_problem", lambda self: "CUDA error: an illegal memory access")
     file = RowFile(tmp_path, "toy")
     variants = [eager(double), eager(broken, "broken"), eager(double, "innocent")]
     with pytest.raises(DeviceLostError, match="broken has left the device unusable"):

@@ -16,9 +16,10 @@ from calibration_standins import some_setting
 from fastjepa.calibration.choice import EAGER, Choice
 from fastjepa.calibration.search import everything
 from fastjepa.calibration.setting import Setting
+from fastjepa.measuring.out_of_memory import is_out_of_memory
 from fastjepa.measuring.policy import Error
 from fastjepa.trials import contest as contest_module
-from fastjepa.trials.contest import Contest, is_out_of_memory, judge_norms, norm_bound, norm_errors
+from fastjepa.trials.contest import Contest, judge_norms, norm_bound, norm_errors
 from fastjepa.trials.work import Step, Tensors, Work, arithmetic, make_work
 
 WHOLE_MODEL = 1e-4  # fp32, of a tensor's norm

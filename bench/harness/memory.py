@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from fastjepa.measuring.out_of_memory import is_out_of_memory
+
 Phases = dict[str, int]  # peak bytes by phase
 Run = Callable[[Callable[[str], None]], object]  # runs every phase once and calls its argument at the end of each
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -27,13 +29,6 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 class ChildFailedError(RuntimeError):
     """The measuring process ended without an answer."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on a GPU or on the CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def measure_on_gpu(run: Run, device: torch.device) -> Phases:

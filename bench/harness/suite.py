@@ -15,12 +15,15 @@ from bench.harness.case import Case
 from bench.harness.kept import Kept
 from bench.harness.row_file import RowFile, merge
 from bench.harness.rows import Row
-from bench.harness.run import QUICK, DeviceLostError, Settings, render, run_case
+from bench.harness.run import DeviceLostError, render, run_case
+from bench.harness.session import QUICK, Settings
 from bench.harness.variants import Variant
 from fastjepa.config import resolve_device
 from fastjepa.environment import collect
 
-DEVICE_LOST = 3  # the exit status of a command after which another process may go on with what is missing
+# Exit statuses of a suite's command. Python's own, 1 and 2, say that the command itself went wrong.
+DEVICE_LOST = 3  # another process may go on with what is missing
+VARIANT_FAILED = 4  # all is measured, and something failed
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,9 @@ def run(
 ) -> int:
     """Measure every case, print a table for each, write the rows of every variant at once.
 
-    Returns 1 if a variant failed, `DEVICE_LOST` if one has left the device unusable; else 0. `after` is given all rows
-    at the end. `plans` may build its cases lazily.
+    Returns `VARIANT_FAILED` if a variant failed, or none of those that were asked for by name can run here;
+    `DEVICE_LOST` if one has left the device unusable; else 0. `after` is given all rows at the end. `plans` may build
+    its cases lazily.
     """
     environment = collect(["python", "-m", "bench", options.suite, *options.argv], options.device)
     file = None if options.out is None else RowFile(options.out, options.suite)
@@ -137,7 +141,10 @@ def run(
     after(rows)
     if options.out is None:
         print("\nno rows were written; --out DIR writes them")
-    return 1 if any(row.status == "failed" for row in rows) else 0
+    if options.variants and all(row.status == "unavailable" for row in rows if row.variant in options.variants):
+        print(f"none of the variants asked for can run here: {', '.join(options.variants)}", file=sys.stderr)
+        return VARIANT_FAILED
+    return VARIANT_FAILED if any(row.status == "failed" for row in rows) else 0
 
 
 @contextlib.contextmanager

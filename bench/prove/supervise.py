@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench.harness.row_file import RowFile
-from bench.harness.suite import DEVICE_LOST
+from bench.harness.suite import DEVICE_LOST, VARIANT_FAILED
 from bench.prove.parts import Part
 from bench.prove.proof import FAILED, OUT_OF_TIME, PASSED, PENDING, SKIPPED, Outcome, Proof
 from fastjepa.environment import ROOT
@@ -65,21 +65,36 @@ def _run_suite(part: Part, seconds: float, folder: Path, log: Path) -> Outcome:
         before, left = len(file.rows()), until - time.monotonic()
         if left <= 0:
             return _over(file)
-        ended = run_child(
-            part.command, log, left, variables=part.variables, cwd=ROOT,
-            overdue=lambda: file.running_seconds() > part.variant_seconds,
-        )  # fmt: skip
-        hung = ended.status is None and file.running_seconds() > part.variant_seconds
-        if ended.status is None and not hung and time.monotonic() >= until:
+        watch = _Watch(file, part.variant_seconds)
+        ended = run_child(part.command, log, left, variables=part.variables, cwd=ROOT, overdue=watch.overdue)
+        if ended.status is None and watch.hung is None:
             return _over(file)
-        if ended.status in (0, 1) and file.running() is None:
+        if ended.status in (0, VARIANT_FAILED) and file.running() is None:
             return _finished(file, ended.status == 0)
+        if watch.hung is not None and watch.hung != file.running():
+            # It came to an end while it was being asked to; what its process went on with is not to blame.
+            file.clear()
+            continue
         if file.blame(ended.reason or "its process ended without a word") is not None:
             continue
         if ended.status == DEVICE_LOST or len(file.rows()) > before:
             continue
         return Outcome(FAILED, note=_outside(ended))
     return Outcome(FAILED, note=f"its process ended {_MOST_RESTARTS} times before it was done")
+
+
+class _Watch:
+    """Which variant has taken too long, if one has."""
+
+    def __init__(self, file: RowFile, seconds: float) -> None:
+        self.file, self.seconds = file, seconds
+        self.hung: str | None = None
+
+    def overdue(self) -> bool:
+        """Whether a variant is being measured for longer than it may."""
+        if self.file.running_seconds() > self.seconds:
+            self.hung = self.file.running()
+        return self.hung is not None
 
 
 def _over(file: RowFile) -> Outcome:

@@ -173,17 +173,27 @@ def judge(errors: Mapping[str, Error], eager: Mapping[str, Error] | None, precis
     """Judge one variant's errors by those of eager at its precision ("fp32", "bf16", ...), or None if it did not run.
 
     Without eager, or where eager gives NaN, fp32 is judged by 1e-5 alone, and other precisions cannot be judged. Where
-    eager itself exceeds 1e-5, that limit does not apply: the problem is conditioned worse.
+    eager itself exceeds 1e-5, that limit does not apply: the problem is conditioned worse. Where eager is so far off
+    that its bound would let zeros pass, nothing can be judged by it.
     """
     judgements = [
         Judgement(name, error.relative, _bound(error, None if eager is None else eager[name], precision))
         for name, error in errors.items()
     ]
-    return max(judgements, key=lambda j: j.error / j.bound if j.bound else math.inf if j.error else 0.0)
+    return max(judgements, key=_badness)
+
+
+def _badness(judgement: Judgement) -> float:
+    """How far beyond its bound: more than 1 breaks it. What cannot be judged comes after what breaks its bound only."""
+    if judgement.bound is None:
+        return math.nextafter(1.0, 2.0)
+    return judgement.error / judgement.bound if judgement.bound else math.inf if judgement.error else 0.0
 
 
 def _bound(error: Error, eager: Error | None, precision: str) -> float | None:
     if eager is None or not math.isfinite(eager.relative):
         return FP32_RELATIVE_LIMIT if precision == "fp32" else None
     bound = error_bound(eager.relative, 1.0, error.dtype, limit=None)
+    if bound >= 1.0:
+        return None
     return min(bound, FP32_RELATIVE_LIMIT) if precision == "fp32" and eager.relative <= FP32_RELATIVE_LIMIT else bound

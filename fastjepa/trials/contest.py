@@ -16,6 +16,7 @@ from fastjepa.calibration.choice import EAGER, Choice
 from fastjepa.calibration.setting import RunPrecision, Setting
 from fastjepa.calibration.trial import Trial
 from fastjepa.kernels.checks import unavailable_reason
+from fastjepa.measuring.out_of_memory import is_out_of_memory
 from fastjepa.measuring.policy import FP32_RELATIVE_LIMIT, Error, Judgement, error_bound
 from fastjepa.measuring.timing import make_timer, quantile
 from fastjepa.trials.work import GRADIENT, Maker, Tensors, Work, arithmetic
@@ -216,16 +217,6 @@ class Contest:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, however the library at fault spells it."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        words in text for words in ("out of memory", "can't allocate memory", "alloc_failed", "alloc failed")
-    )
 
 
 def norm_errors(results: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, Error]:
