@@ -122,6 +122,7 @@ def network_variants(recipe: Recipe, part: str) -> list[Variant]:
             torch.bfloat16 if precision == "bf16" else torch.float32,  # of the activations
             available=available,
             prepare=dict if name == EAGER else ways.channels_last,
+            given="channels-last, bf16 autocast" if compile else "",
         )
         for name, precision, fused, compile, available in table
     ]

@@ -160,6 +160,7 @@ def make_variants(recipe: Recipe, steps: int) -> list[Variant]:
             "bf16" if way.bf16 else "fp32",
             torch.bfloat16 if way.bf16 else torch.float32,
             available,
+            given="BatchNorm folded" if way.folded and not way.graph else "",
         )
         for name, way, available in table
     ]

@@ -67,7 +67,7 @@ class TimedTrainer(Trainer):
         self.found.append(
             Row(
                 suite=SUITE, case=f"preset {config.preset}, B={config.batch_size}, seed {config.seed}",
-                variant=f"{config.backend} {config.precision}, graph {config.cuda_graph}",
+                variant=f"{config.precision}, {self.resolution.choice}",
                 phase=f"step {self.global_step}", precision=config.precision, status="unjudged",
                 reason="a training run: its mAP says how good it is", rounds=max(steps, 1),
                 median_ms=1e3 * spent / max(steps, 1), timing="host", quality=quality, **vars(self.environment),

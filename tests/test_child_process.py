@@ -67,6 +67,15 @@ def test_a_hanging_child_is_interrupted_and_says_where_it_was(tmp_path: Path) ->
     assert "its time was over" in ended.reason
 
 
+def test_a_child_listens_to_sigint_though_its_parent_ignores_it(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a background job of a shell
+    try:
+        ended = run("import time\ntime.sleep(600)", tmp_path / "log", seconds=3.0, patience=30.0)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "KeyboardInterrupt" in ended.tail
+
+
 def test_a_child_that_refuses_to_end_is_killed(tmp_path: Path) -> None:
     code = (
         "import os, signal, time\n"

@@ -98,9 +98,8 @@ def compiled(function: Computation, name: str, mode: str = COMPILE_DEFAULT, bf16
     """torch.compile in `mode`, fp32, or bf16 with channels last. Modes with CUDA graphs suit latency cases only."""
     available = needs_compiler if mode == COMPILE_DEFAULT else needs_cuda
     build = partial(_compiled, function, mode)
-    if bf16:
-        return Variant(name, build, "bf16", torch.bfloat16, available, channels_last)
-    return Variant(name, build, available=available, prepare=channels_last)
+    precision, dtype = ("bf16", torch.bfloat16) if bf16 else ("fp32", torch.float32)
+    return Variant(name, build, precision, dtype, available, channels_last, given="channels-last, one FX graph")
 
 
 def fused(function: Computation, name: str = "fused", bf16: bool = False) -> Variant:

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from bench.harness import suite
+from bench.harness.kept import source_digest
 from bench.harness.row_file import RowFile
 from bench.harness.rows import read_rows_below, write_text
 from bench.prove import archive, card
 from bench.prove.parts import Part, parts
-from bench.prove.proof import PASSED, SKIPPED, Proof
+from bench.prove.proof import PASSED, SKIPPED, Proof, settings_of
 from bench.prove.supervise import prove
 from fastjepa.environment import ROOT, Environment, collect
 from fastjepa.optional_packages import missing_packages
@@ -39,12 +42,13 @@ def main(argv: Sequence[str]) -> int:
     device = suite.device_of(args, parser)
     environment = collect(["python", "-m", "bench", "prove", *argv], device)
     slug = "-".join("".join(c if c.isalnum() else " " for c in environment.device.lower()).split())
-    out = (args.out or ROOT / "bench" / "results" / f"{slug}-{datetime.date.today()}").resolve()
+    settings = {"device": environment.device, "quick": args.quick, "code": source_digest()[:16]}
+    out = args.out.resolve() if args.out else default_folder(ROOT / "bench" / "results", slug, settings)
     try:
         every = parts(out, device, args.quick)
-        proof = Proof(out, {"device": environment.device, "quick": args.quick})
+        proof = Proof(out, settings)
         if args.redo:
-            forget_failures(out, every)
+            forget_failures(proof, every)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     write_text(out / "environment.json", json.dumps(asdict(environment), indent=1) + "\n")
@@ -55,10 +59,25 @@ def main(argv: Sequence[str]) -> int:
     return 0 if complete else 1
 
 
-def forget_failures(out: Path, every: Sequence[Part]) -> None:
-    """Drop the rows of what failed, was inexact or could not run. Ceilings are never exact, and stay."""
-    for name in dict.fromkeys(part.suite for part in every if part.suite is not None):
-        RowFile(out, name).forget(keep=lambda row: row.suite == "ceilings" and row.median_ms is not None)
+def default_folder(results: Path, slug: str, settings: dict[str, Any]) -> Path:
+    """The newest folder of this device that was begun with these settings, also by the same code; else a new one."""
+    begun = [folder for folder in results.glob(f"{slug}-*") if settings_of(folder) == settings]
+    if begun:
+        return max(begun, key=lambda folder: (folder / "environment.json").stat().st_mtime)
+    today = f"{slug}-{datetime.date.today()}"
+    names = (today if number == 1 else f"{today}-{number}" for number in itertools.count(1))
+    return next(folder for name in names if not (folder := results / name).exists())
+
+
+def forget_failures(proof: Proof, every: Sequence[Part]) -> None:
+    """Drop the rows of what failed, was inexact or could not run, and that its part has passed, so that it is measured
+    again. Ceilings are never exact, and stay.
+    """
+    for part in every:
+        if part.suite is not None:
+            file = RowFile(proof.folder, part.suite)
+            file.forget(keep=lambda row: row.suite == "ceilings" and row.median_ms is not None)
+            proof.forget(part.name)
 
 
 def sum_up(proof: Proof, environment: Environment) -> str:

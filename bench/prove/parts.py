@@ -17,11 +17,15 @@ from fastjepa.environment import ROOT
 from fastjepa.kernels import OPS
 from fastjepa.optional_packages import missing_packages
 
+# What the first parts measure on a GPU; the peers, and all that is worth less, come at the end.
 HEADLINE = (ORIGINAL, "TF32", EAGER_BF16, "fused blocks", GRAPH)
+_ROLLOUTS = ("eager", "fused bf16, in one graph", "folded bf16, in one graph", "eager bf16", "fused bf16")
+_OPS = ("eager", "eager bf16", "fused", "fused bf16")
+_KERNELS = ("fused", "fused bf16")  # of every op's benchmark
 # Tests that run the kernels, besides those marked gpu.
-_KERNEL_TESTS = (*OPS, "fused_networks", "accelerate", "graphs", "graphed_rollout")
-# What training takes besides torch: its data, its metric, its command line, its progress bar, its export.
-_TRAINING = ("cv2", "sklearn", "torchmetrics", "tyro", "tqdm", "safetensors")
+_KERNEL_TESTS = (*OPS, "fused_networks", "accelerate", "recompute", "graphs", "graphed_rollout")
+# What training cannot do without, besides torch: its data, its metric, its command line.
+_TRAINING = ("cv2", "sklearn", "torchmetrics", "tyro")
 
 
 @dataclass(frozen=True)
@@ -52,83 +56,113 @@ class Part:
 
 def parts(out: Path, device: torch.device, quick: bool) -> list[Part]:
     """All parts, in order. On a GPU each row that is worth most comes before all that are worth less."""
-    gpu = device.type == "cuda"
-    no_gpu = None if gpu else "needs a CUDA device"
-    python, folder = sys.executable, _relative(out)
-    compiled = {"TRITON_INTERPRET": "0"}
+    make = _Maker(_relative(out), device, quick)
+    first = [
+        make.suite("ceilings", 90, "--seconds", "0.2", "--no-memory", per_variant=30),
+        make.suite("step", 300, "--seconds", "4", variants=HEADLINE, per_variant=120),
+        make.suite("checks", 150, "--rounds", "2", "--no-memory", per_variant=45),
+        make.suite("rollout", 150, "--batch", *make.sizes("1", "64"), "--horizon", "8", "--seconds", "0.5",
+                   variants=_ROLLOUTS),
+        make.suite("projected_losses", 150, *make.only_on_gpu("--batch", "64"), "--seconds", "1", variants=_OPS),
+        make.suite("moments", 150, "--seconds", "0.5", variants=_OPS),
+        make.suite("layers", 180, "--seconds", "0.5", variants=_OPS),
+        make.training(),
+        make.calibration(),
+        *(make.sanitized(op) for op in OPS),
+        make.ncu(),
+        make.tests("tests marked gpu", "gpu"),
+        make.tests("kernel tests", "not gpu", *_KERNEL_TESTS),
+        make.suite("eval", 150, "--seconds", "3", unavailable=_not_installed("torchmetrics")),
+    ]  # fmt: skip
+    peers = [
+        make.peers("step", 1000, "--seconds", "4", per_variant=400),
+        make.peers("rollout", 600, "--batch", "1", "64", "--horizon", "1", "8", "50", "--seconds", "0.5"),
+        make.peers("projected_losses", 600, "--batch", "64", "--seconds", "1"),
+        make.peers("moments", 400, "--seconds", "0.5"),
+        make.peers("layers", 1000, "--seconds", "0.5"),
+        make.suite("tune", 600, per_variant=45, unavailable=make.no_gpu),
+    ]
+    report = Part("report", [sys.executable, "-m", "bench", "report", make.folder], 60, again=True)
+    return [*first, *peers, report]
+
+
+class _Maker:
+    """Makes the parts for one device: full sizes, or, for a smoke run, small ones."""
+
+    def __init__(self, folder: str, device: torch.device, quick: bool) -> None:
+        self.folder, self.device, self.quick = folder, device, quick
+        self.on_gpu = device.type == "cuda"
+        self.no_gpu = None if self.on_gpu else "needs a CUDA device"
+        self.bench = [sys.executable, "-m", "bench"]
+        self.compiled = {"TRITON_INTERPRET": "0"}
+
+    def only_on_gpu(self, *words: str) -> tuple[str, ...]:
+        """A CPU takes the suite's own choice."""
+        return words if self.on_gpu else ()
+
+    def sizes(self, *batches: str) -> tuple[str, ...]:
+        """All on a GPU, the first on a CPU."""
+        return batches if self.on_gpu else batches[:1]
 
     def suite(
-        name: str, command: str, seconds: float, *arguments: str, per_variant: float = 60.0, reason: str | None = None
-    ) -> Part:
+        self, command: str, seconds: float, *arguments: str, name: str = "", variants: Sequence[str] = (),
+        per_variant: float = 60.0, unavailable: str | None = None,
+    ) -> Part:  # fmt: skip
+        """A suite; on a GPU only those variants of it, while a CPU has others, all of which are quick enough."""
+        chosen = ["--variant", *variants] if variants and self.on_gpu else []
         # Memory on a CPU takes a process for each variant: in a smoke run the step's are enough.
-        small = ["--quick", *([] if command == "step" else ["--no-memory"])] if quick else list(arguments)
-        words = [python, "-m", "bench", command, "--device", device.type, *small, "--out", folder, "--missing"]
-        words += ["--keep", f"{folder}/kept"]
-        return Part(name, words, seconds, _SUITE_NAMES.get(command, command), per_variant, reason)
+        small = ["--quick", *([] if command == "step" else ["--no-memory"])]
+        words = [*self.bench, command, "--device", self.device.type, *(small if self.quick else [*arguments, *chosen])]
+        words += ["--out", self.folder, "--missing", "--keep", f"{self.folder}/kept"]
+        return Part(name or command, words, seconds, command, per_variant, unavailable)
 
-    def variants(*names: str) -> list[str]:
-        return ["--variant", *names]
+    def peers(self, command: str, seconds: float, *arguments: str, per_variant: float = 150.0) -> Part:
+        """The variants of a suite that no earlier part has measured: torch.compile, mostly, which takes its time."""
+        name = f"{command}, all variants"
+        return self.suite(
+            command, seconds, *arguments, name=name, per_variant=per_variant, unavailable=self.no_gpu
+        )  # fmt: skip
 
-    def tests(name: str, marker: str, *stems: str) -> Part:
+    def training(self) -> Part:
+        """Two minutes of training at the fastest, with its mAP."""
+        flags = ["--quick", "--", "--device", self.device.type]
+        if not self.quick:
+            fast = ["--precision", "bf16", *self.only_on_gpu("--backend", "fused", "--cuda_graph", "on")]
+            flags = ["--seconds", "120", "--", "--device", self.device.type, *fast]
+        command = [*self.bench, "train", "--out", self.folder, *flags]
+        return Part("train", command, 240 if self.on_gpu else 600, unavailable=_not_installed(*_TRAINING))
+
+    def calibration(self) -> Part:
+        """What `auto` would take here; its rows can be shipped for others with this GPU."""
+        command = [sys.executable, "-m", "fastjepa.calibrate", "--cache_dir", f"{self.folder}/calibration"]
+        return Part("calibration", command, 120, unavailable=self.no_gpu)
+
+    def sanitized(self, op: str) -> Part:
+        """The kernels of an op at small sizes, with every access to memory checked."""
+        command = [*self.bench, op, "--quick", "--no-memory", "--rounds", "1", "--device", "cuda"]
+        return Part(
+            f"compute-sanitizer {op}",
+            ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", *command, "--variant", *_KERNELS],
+            150, unavailable=self.no_gpu or missing_program("compute-sanitizer"),
+            variables=self.compiled | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        )  # fmt: skip
+
+    def ncu(self) -> Part:
+        """The five kernels that take the most time, with Nsight Compute."""
+        command = ["bash", "bench/profile/ncu.sh", f"{self.folder}/ncu"]
+        unavailable = self.no_gpu or missing_program("ncu")
+        return Part("ncu", command, 120, variables={"PYTHON_GPU": sys.executable}, unavailable=unavailable)
+
+    def tests(self, name: str, marker: str, *stems: str) -> Part:
+        """Tests that run compiled kernels."""
         # Compiling some 350 kernels is work for several processes; each failure is printed at once, and the time ends
         # the run with SIGINT, at which pytest prints the rest.
         parallel = [] if missing_packages("xdist") else ["-n", "8"]
         files = [str(_test_file(stem).relative_to(ROOT)) for stem in stems]
         return Part(
-            name, [python, "-m", "pytest", "-q", "--tb=short", *parallel, "-m", marker, *files], 150,
-            unavailable=no_gpu or _not_installed("pytest"), variables=compiled,
+            name, [sys.executable, "-m", "pytest", "-q", "--tb=short", *parallel, "-m", marker, *files], 180,
+            unavailable=self.no_gpu or _not_installed("pytest"), variables=self.compiled,
         )  # fmt: skip
-
-    def sanitized(op: str) -> Part:
-        command = [python, "-m", "bench", op, "--quick", "--no-memory", "--rounds", "1", "--device", "cuda"]
-        return Part(
-            f"compute-sanitizer {op}",
-            ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", *command, *variants(*_kernels_of(op))],
-            60, unavailable=no_gpu or missing_program("compute-sanitizer"),
-            variables=compiled | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        )  # fmt: skip
-
-    training = ["--quick", "--", "--device", device.type]
-    if not quick:
-        fast = ["--precision", "bf16", *(["--backend", "fused", "--cuda_graph", "on"] if gpu else [])]
-        training = ["--seconds", "120", "--", "--device", device.type, *fast]
-    fast_rollouts = ("eager", "fused bf16, in one graph", "folded bf16, in one graph", "eager bf16", "fused bf16")
-    return [
-        suite("ceilings", "ceilings", 90, "--seconds", "0.2", "--no-memory", per_variant=30),
-        # A CPU has other variants, all of which are quick enough.
-        suite("step", "step", 240, "--seconds", "4", *(variants(*HEADLINE) if gpu else ()), per_variant=150),
-        suite("checks", "checks", 150, "--rounds", "2", "--no-memory", per_variant=45),
-        suite("rollout", "rollout", 120, "--batch", *(("1", "64") if gpu else ("1",)), "--horizon", "8",
-              "--seconds", "0.5", *(variants(*fast_rollouts) if gpu else ())),
-        suite("projected_losses", "projected_losses", 90, *(["--batch", "64"] if gpu else []), "--seconds", "1",
-              *(variants("eager", "eager bf16", "fused", "fused bf16", "closed form", "closed form bf16")
-                if gpu else ()), per_variant=45),
-        suite("moments", "moments", 45, "--seconds", "0.5", per_variant=45),
-        suite("layers", "layers", 150, "--seconds", "0.5"),
-        Part("train", [python, "-m", "bench", "train", "--out", folder, *training], 240 if gpu or quick else 600,
-             unavailable=_not_installed(*_TRAINING)),
-        *(sanitized(op) for op in OPS),
-        Part("ncu", ["bash", "bench/profile/ncu.sh", f"{folder}/ncu"], 90, variables={"PYTHON_GPU": python},
-             unavailable=no_gpu or missing_program("ncu")),
-        tests("tests marked gpu", "gpu"),
-        tests("kernel tests", "not gpu", *_KERNEL_TESTS),
-        suite("eval", "eval", 90, "--seconds", "3", reason=_not_installed("torchmetrics")),
-        suite("step, all variants", "step", 900, "--seconds", "4", per_variant=400, reason=no_gpu),
-        suite("rollout, all variants", "rollout", 400, "--horizon", "1", "8", "50", "--seconds", "0.5",
-              per_variant=120, reason=no_gpu),
-        suite("projected_losses, all variants", "projected_losses", 300, "--batch", "64", "--seconds", "1",
-              per_variant=120, reason=no_gpu),
-        suite("tune", "tune", 300, per_variant=45, reason=no_gpu),
-        Part("report", [python, "-m", "bench", "report", folder], 60, again=True),
-    ]  # fmt: skip
-
-
-_SUITE_NAMES = {"losses": "projected_losses"}
-
-
-def _kernels_of(op: str) -> tuple[str, str]:
-    """The names of the kernels' variants in the benchmark of an op."""
-    return "fused", "fused bf16"
 
 
 def _not_installed(*modules: str) -> str | None:

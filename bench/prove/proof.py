@@ -35,7 +35,10 @@ class Proof:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{self._path} is not what became of a proof ({error!r}); choose another --out") from error
         if begun != settings:
-            raise ValueError(f"{folder} was begun with {begun}, this is {settings}; choose another --out to start anew")
+            raise ValueError(
+                f"{folder} was begun with {begun}, this is {settings} (code: a digest of the sources); choose another "
+                "--out to start anew"
+            )
         self.outcomes = outcomes
 
     @property
@@ -45,6 +48,10 @@ class Proof:
     def passed(self, name: str) -> bool:
         """Whether this part has passed, now or in an earlier call."""
         return name in self.outcomes and self.outcomes[name].status == PASSED
+
+    def forget(self, name: str) -> None:
+        """As if this part had never run."""
+        self.outcomes.pop(name, None)
 
     def note(self, name: str, outcome: Outcome) -> None:
         """Keep what a part came to."""
@@ -56,3 +63,11 @@ class Proof:
         """What each part came to, as a table."""
         rows = [[name, o.status, f"{o.seconds:.0f}", o.note] for name, o in self.outcomes.items()]
         return format_table(["part", "status", "s", "note"], rows)
+
+
+def settings_of(folder: Path) -> Any:
+    """What the proof in `folder` was begun with; None if there is none that can be read."""
+    try:
+        return json.loads((folder / "prove.json").read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -92,7 +92,7 @@ def run_child(
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            preexec_fn=_before_its_program if os.name == "posix" else None,
         )
         try:
             status: int | None = _wait(process, started + seconds, overdue)
@@ -132,10 +132,13 @@ _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def _die_with_parent() -> None:
-    """In the child, before its program starts: ask Linux to kill it when this process ends, however that happens."""
-    assert _LIBC is not None
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _before_its_program() -> None:
+    """In the child: listen to SIGINT, which a shell lets its background jobs ignore, and those pass that on; and ask
+    Linux to kill it when this process ends, however that happens.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _tail(log: Path, begin: int) -> str:
