@@ -17,7 +17,7 @@ from fastjepa.calibration.setting import RunPrecision, Setting
 from fastjepa.calibration.trial import Trial
 from fastjepa.kernels.checks import unavailable_reason
 from fastjepa.measuring.out_of_memory import is_out_of_memory
-from fastjepa.measuring.policy import FP32_RELATIVE_LIMIT, Error, Judgement, error_bound
+from fastjepa.measuring.policy import FP32_RELATIVE_LIMIT, Error, Judgement, error_bound, relative_errors
 from fastjepa.measuring.timing import make_timer, quantile
 from fastjepa.trials.work import GRADIENT, Maker, Tensors, Work, arithmetic
 
@@ -220,20 +220,8 @@ class Contest:
 
 
 def norm_errors(results: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, Error]:
-    """‖result − truth‖ / ‖truth‖ of every tensor, in float64: a whole step is judged by norms.
-
-    Infinite where something is not finite. Raises ValueError if a result is missing or has another shape.
-    """
-    errors = {}
-    for name, exact in truth.items():
-        if name not in results or results[name].shape != exact.shape:
-            got = tuple(results[name].shape) if name in results else "nothing"
-            raise ValueError(f"result {name!r}: expected shape {tuple(exact.shape)}, got {got}")
-        wanted, found = exact.double(), results[name].double()
-        error, scale = float((found - wanted).norm()), float(wanted.norm())
-        relative = 0.0 if error == 0.0 else error / scale if scale else math.inf
-        errors[name] = Error(relative if math.isfinite(relative) else math.inf, results[name].dtype)
-    return errors
+    """`policy.relative_errors` by norms: a whole step is judged by these."""
+    return relative_errors(results, truth, {}, truth, "norm")
 
 
 def norm_bound(eager: float, dtype: torch.dtype, precision: RunPrecision) -> float:
