@@ -23,6 +23,7 @@ from fastjepa.kernels.projected_losses.chunks import chunking_for
 from fastjepa.model.networks import Projector
 from fastjepa.model.projected_losses import ProjectionPath, projected_losses
 from fastjepa.model.step import TrainStep
+from projector_cases import loss_and_gradients, make_case
 from tiny import tiny_batch, tiny_model
 
 CALLS = 3
@@ -118,6 +119,16 @@ def test_the_whole_forward(path: ProjectionPath, autocast_dtype: torch.dtype | N
 @pytest.mark.usefixtures("traced")
 def test_the_whole_forward_with_the_closed_form_traced(autocast_dtype: torch.dtype | None, steps: int) -> None:
     assert_compiled_is_plain("closed_form", autocast_dtype, steps=steps)
+
+
+@pytest.mark.usefixtures("traced")
+def test_the_traced_closed_form_in_float64() -> None:
+    """Its losses already have the dtype in which they are returned: a result must still not be an intermediate."""
+    case = make_case((2, 4, 3, 5), 1, hidden=6, out=5).double()
+    truth = loss_and_gradients(closed_form.projected_losses, case)
+    compiled = torch.compile(closed_form.projected_losses, fullgraph=True, backend="aot_eager")
+    for name, value in loss_and_gradients(compiled, case).items():
+        assert_close_to_truth(value, truth[name], name, limit=1e-12)
 
 
 @pytest.mark.parametrize(("autocast_dtype", "calls"), [(None, CALLS), (BF16, 1)])

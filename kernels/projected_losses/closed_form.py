@@ -98,7 +98,10 @@ def _forward(inputs: list[Tensor], eps: float) -> list[Tensor]:
     losses = ProjectedLosses(std_loss, cov_loss, prediction, affine.hidden_mean, affine.hidden_var)
     wide = pixel_passes.compute_dtype(tensors[0].dtype)
     saved = algebra.Saved(mean, scatter, mean_r, scatter_r, delta_moments)
-    return [*(x.to(wide).contiguous() for x in losses), *(x.contiguous() for x in saved)]
+    # A loss is a copy even where nothing changes. Traced by torch 2.11, a forward returns its intermediates as well; of
+    # two results that are one tensor, autograd gives the gradient to the last, here an intermediate that no one uses.
+    fresh = (x.to(wide, copy=True, memory_format=torch.contiguous_format) for x in losses)
+    return [*fresh, *(x.contiguous() for x in saved)]
 
 
 def _backward(grads: list[Tensor], inputs: list[Tensor], saved: list[Tensor], eps: float) -> list[Tensor]:
