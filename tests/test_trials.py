@@ -7,6 +7,7 @@ rest.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from calibration_standins import some_setting
 from fastjepa.calibration.choice import EAGER, Choice
 from fastjepa.calibration.search import everything
 from fastjepa.calibration.setting import Setting
+from fastjepa.measuring import timing
 from fastjepa.measuring.out_of_memory import is_out_of_memory
 from fastjepa.measuring.policy import Error
 from fastjepa.trials import contest as contest_module
@@ -168,6 +170,66 @@ def test_where_eager_has_no_memory_candidates_are_checked_small_and_timed_alone(
     assert outcome(choice, "cpu", LittleMemory(1), **SMALL).status == "out of memory"
     with pytest.raises(torch.OutOfMemoryError, match="no memory for one clip in float64"):
         outcome(choice, "cpu", LittleMemory(0), **SMALL)
+
+
+class PretendedDevice:
+    """A clock, and a device that works on what is queued while the host goes on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = self.busy_until = 0.0  # milliseconds
+        monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: self.now / 1e3))
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+
+    def synchronize(self) -> None:
+        self.now = max(self.now, self.busy_until)
+
+    def launch(self, host: float, device: float) -> None:
+        self.now += host
+        self.busy_until = max(self.now, self.busy_until) + device
+
+
+class Queued:
+    """A step: the host prepares, and launches kernels."""
+
+    def __init__(self, device: PretendedDevice, launches: int, host: float, device_ms: float) -> None:
+        self.device, self.launches, self.host, self.device_ms = device, launches, host, device_ms
+
+    def run(self) -> None:
+        for _ in range(self.launches):
+            self.device.launch(self.host, self.device_ms)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "expected"),
+    [
+        ((1500, 0.02, 0.001), 30.0),  # bound by launches, which eager's 100 ms would hide
+        ((1, 0.1, 30.0), 30.0),  # a graph
+        ((1, 30.0, 30.0), 40.0),  # in a loop, the host is ahead: 30 ms and a third of what comes before the first
+    ],
+)
+def test_a_step_bound_by_launches_is_as_slow_as_it_is(
+    candidate: tuple[int, float, float], expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretended = PretendedDevice(monkeypatch)
+    contest = Contest(some_setting(), torch.device("cuda"), make_work)
+    contest._reference = Queued(pretended, 100, 0.01, 1.0)  # type: ignore[assignment]
+    times, reference_times = contest._time(Queued(pretended, *candidate))  # type: ignore[arg-type]
+    assert times == pytest.approx([expected] * len(times), rel=0.01)
+    assert reference_times == pytest.approx([100.0] * len(times), rel=0.01)
+
+
+def test_who_rolls_out_waits_for_each_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretended = PretendedDevice(monkeypatch)
+    contest = Contest(some_setting(purpose="inference"), torch.device("cuda"), make_work)
+    contest._reference = Queued(pretended, 1, 30.0, 30.0)  # type: ignore[assignment]
+    assert contest._time(Queued(pretended, 1, 30.0, 30.0))[0] == pytest.approx([60.0] * 3)  # type: ignore[arg-type]
+
+
+def test_what_is_hopeless_gets_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretended = PretendedDevice(monkeypatch)
+    contest = Contest(some_setting(), torch.device("cuda"), make_work)
+    contest._reference = Queued(pretended, 1, 0.0, 10.0)  # type: ignore[assignment]
+    assert contest._time(Queued(pretended, 1, 0.0, 51.0)) == ([pytest.approx(51.0)], [pytest.approx(10.0)])  # type: ignore[arg-type]
 
 
 def test_kernels_that_cannot_run_are_unavailable(needs_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,11 +18,16 @@ from fastjepa.calibration.trial import Trial
 from fastjepa.kernels.checks import unavailable_reason
 from fastjepa.measuring.out_of_memory import is_out_of_memory
 from fastjepa.measuring.policy import FP32_RELATIVE_LIMIT, Error, Judgement, error_bound, relative_errors
-from fastjepa.measuring.timing import make_timer, quantile
+from fastjepa.measuring.timing import HostTimer, quantile
 from fastjepa.trials.work import GRADIENT, Maker, Tensors, Work, arithmetic
 
 T = TypeVar("T")
-WARMUP_RUNS, LEAST_ROUNDS, MOST_ROUNDS, ROUND_SECONDS = 1, 5, 30, 1.0
+LEAST_ROUNDS, MOST_ROUNDS, ROUND_SECONDS = 3, 30, 1.0
+# A turn of training: so many steps back to back. One alone would hide nothing of what the host does before the GPU has
+# work, as a loop of training does from the second step on; and a queue of many turns, without waiting for the GPU in
+# between, would hide a candidate's launches behind the work of eager before it.
+TURN_STEPS = 3
+LONG_STEP_MS = 250.0  # the host is never behind in a step so long, and one a turn must do
 SLOW_SECONDS = 6.0  # of rounds: on a machine so slow, fewer must do
 HOPELESS = 5.0  # times as slow as eager in the first round: the others would tell nothing new
 CHECKED_BATCH = 16  # float64 is slow on most GPUs: more clips would take seconds and hardly change an error
@@ -174,33 +179,35 @@ class Contest:
         return work, work.results()
 
     def _time(self, work: Work) -> tuple[list[float], list[float]]:
-        """Milliseconds of the candidate and of eager; the latter empty if there is no memory for it."""
+        """Milliseconds of the candidate and of eager; the latter empty if there is no memory for it.
+
+        By the host's clock, from an idle device to an idle device: what is bound by launches is as slow as it is.
+        """
         reference = self._reference_at_full_size()
         contestants = [work] if reference is None else [work, reference]
-        for contestant in contestants:
-            for _ in range(WARMUP_RUNS):
-                contestant.run()
-        timers = [make_timer(self.device, latency=self.setting.purpose == "inference") for _ in contestants]
+        timers = [HostTimer(self.device, "turn") for _ in contestants]
+        for timer, contestant in zip(timers, contestants, strict=True):
+            timer.time(contestant.run)  # to warm up
+        warm = [timer.milliseconds()[0] for timer in timers]
+        # Who rolls out waits for each result; who trains does not.
+        steps = TURN_STEPS if self.setting.purpose == "train" and max(warm) < LONG_STEP_MS else 1
         gc.collect()
         gc.disable()  # a collection in the middle of a run would be charged to it
-        times: list[list[float]] = []
+        times: list[list[float]] = [[] for _ in contestants]
         try:
             begun, rounds = time.monotonic(), 0
             while rounds < LEAST_ROUNDS or (rounds < MOST_ROUNDS and time.monotonic() - begun < ROUND_SECONDS):
-                order = list(zip(timers, contestants, strict=True))
-                for timer, contestant in order if rounds % 2 else reversed(order):
-                    timer.time(contestant.run)
+                order = list(zip(timers, contestants, times, strict=True))
+                for timer, contestant, found in order if rounds % 2 else reversed(order):
+                    timer.time(partial(_repeat, contestant, steps))
+                    found += [turn / steps for turn in timer.milliseconds()]
                 rounds += 1
-                if rounds == 1:
-                    times = [timer.milliseconds() for timer in timers]
-                    if reference is not None and times[0][0] > HOPELESS * times[1][0]:
-                        break
+                if reference is not None and times[0][0] > HOPELESS * times[1][0]:
+                    break
                 if time.monotonic() - begun > SLOW_SECONDS:
                     break
         finally:
             gc.enable()
-        for found, timer in zip(times, timers, strict=True):
-            found += timer.milliseconds()
         return times[0], times[1] if reference is not None else []
 
     def _if_it_fits(self, call: Callable[[], T]) -> T | None:
@@ -217,6 +224,11 @@ class Contest:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _repeat(work: Work, steps: int) -> None:
+    for _ in range(steps):
+        work.run()
 
 
 def norm_errors(results: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, Error]:
