@@ -125,6 +125,35 @@ def test_what_breaks_at_the_full_size_only_is_found(monkeypatch: pytest.MonkeyPa
     assert trial.reason.startswith("at 4 clips gradient of encoder differs from eager by ")
 
 
+@pytest.mark.parametrize("factor", [0.0, -1.0, 0.5, 0.9, 1.01])
+@pytest.mark.parametrize("group", ["gradient of predictor", "gradient of encoder"])
+def test_in_bf16_a_wrong_formula_shows_in_fp32(group: str, factor: float) -> None:
+    trial = outcome(Choice(losses="closed_form"), "cpu", Planted(group, factor), precision="bf16", **SMALL)
+    assert trial.status == "wrong"
+    assert f"{group} is off by " in trial.reason
+    assert " of its norm in fp32, allowed are " in trial.reason
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, 0.5])
+def test_in_bf16_what_breaks_at_the_full_size_only_is_found(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contest_module, "CHECKED_BATCH", 1)
+    choice, group = Choice(losses="closed_form"), "gradient of predictor"
+    trial = outcome(choice, "cpu", Planted(group, factor, batch=4), precision="bf16", **SMALL)
+    assert trial.status == "wrong"
+    assert trial.reason.startswith(f"at 4 clips {group} differs from eager by ")
+
+
+def test_in_bf16_candidates_that_round_elsewhere_stay_below_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels-last convolutions of a CPU are others: those of fp32 are checked with the contract for whole models."""
+    monkeypatch.setattr(contest_module, "CHECKED_BATCH", 1)
+    bound = contest_module.norm_bound
+    monkeypatch.setattr(
+        contest_module, "norm_bound", lambda e, d, p: WHOLE_MODEL * 100 if p == "fp32" else bound(e, d, p)
+    )
+    trial = outcome(Choice(channels_last=True), "cpu", precision="bf16", **SMALL)
+    assert trial.status == "exact", trial.reason
+
+
 class JumpsInDraws:
     """The closed form, whose encoder's gradient is off by so much in the first draws."""
 
@@ -259,9 +288,16 @@ def test_errors_by_norm() -> None:
     verdict = judge_norms(errors, eager, "fp32")
     assert (verdict.name, verdict.exact) == ("x", False)
     # fp32 stays within 1e-5, unless eager itself does not.
-    assert norm_bound(9e-6, torch.float32, "fp32") == 1e-5
-    assert norm_bound(1e-4, torch.float32, "fp32") == pytest.approx(2e-4, rel=1e-2)
-    assert norm_bound(0.0, torch.float32, "bf16") == pytest.approx(2**-8, rel=1e-3)
+    assert norm_bound(Error(9e-6, torch.float32), torch.float32, "fp32") == 1e-5
+    assert norm_bound(Error(1e-4, torch.float32), torch.float32, "fp32") == pytest.approx(2e-4, rel=1e-2)
+    assert norm_bound(Error(0.0, torch.float32), torch.float32, "bf16") == pytest.approx(2**-8, rel=1e-3)
+
+
+@pytest.mark.parametrize("eager", [0.5, 3.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("found", [0.0, 1.0, float("inf")])
+def test_what_eager_is_no_measure_of_is_not_exact(eager: float, found: float) -> None:
+    errors, eager_errors = {"x": Error(found, torch.float32)}, {"x": Error(eager, torch.float32)}
+    assert not judge_norms(errors, eager_errors, "bf16").exact
 
 
 def test_how_libraries_say_that_memory_is_out() -> None:
