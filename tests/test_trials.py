@@ -7,8 +7,10 @@ rest.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,14 +18,24 @@ import torch
 from calibration_standins import some_setting
 from fastjepa.calibration.choice import EAGER, Choice
 from fastjepa.calibration.search import everything
-from fastjepa.calibration.setting import Setting
+from fastjepa.calibration.setting import (
+    RunPrecision,
+    Setting,
+    ambient_precision,
+    ambient_tf32,
+    setting_of_config,
+    setting_of_jepa,
+)
+from fastjepa.config import Config
 from fastjepa.measuring import timing
 from fastjepa.measuring.out_of_memory import is_out_of_memory
 from fastjepa.measuring.policy import Error
 from fastjepa.trials import contest as contest_module
 from fastjepa.trials.contest import Contest, judge_norms, norm_bound, norm_errors
 from fastjepa.trials.work import Step, Tensors, Work, arithmetic, make_work
+from tiny import tiny_jepa
 
+CUDA = torch.device("cuda")
 WHOLE_MODEL = 1e-4  # fp32, of a tensor's norm
 SMALL = {"henc": 8, "hpre": 8, "dstc": 8, "projector": "8-16-16", "batch": 4, "frames": 6, "height": 32, "width": 32}
 
@@ -201,6 +213,12 @@ def test_where_eager_has_no_memory_candidates_are_checked_small_and_timed_alone(
         outcome(choice, "cpu", LittleMemory(0), **SMALL)
 
 
+@pytest.fixture
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastjepa.calibration.setting.device_name", lambda _: "Some GPU")
+    monkeypatch.setattr("fastjepa.calibration.setting.driver_version", lambda _: "1")
+
+
 class PretendedDevice:
     """A clock, and a device that works on what is queued while the host goes on."""
 
@@ -268,12 +286,75 @@ def test_kernels_that_cannot_run_are_unavailable(needs_triton: None, monkeypatch
     assert "need a CUDA device" in trial.reason
 
 
-def test_the_arithmetic_is_that_of_the_setting_and_then_as_before() -> None:
-    before = torch.backends.cudnn.deterministic, torch.backends.cuda.matmul.allow_tf32
-    with arithmetic(some_setting(precision="tf32", deterministic=not before[0])):
-        assert torch.backends.cudnn.deterministic is not before[0]
-        assert torch.backends.cuda.matmul.allow_tf32
-    assert (torch.backends.cudnn.deterministic, torch.backends.cuda.matmul.allow_tf32) == before
+@pytest.fixture
+def torch_settings() -> Iterator[Any]:
+    """PyTorch's switches of fp32's precision, none of them set; afterwards they are as before."""
+    backends: Any = torch.backends
+    modules = (backends, backends.cuda.matmul, backends.cudnn, backends.cudnn.conv, backends.cudnn.rnn)
+    for module in modules:
+        module.fp32_precision = "none"
+    yield backends
+    for module in modules:
+        module.fp32_precision = "none"
+    backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = False  # as conftest has it
+
+
+@pytest.mark.parametrize("matmul", [False, True])
+@pytest.mark.parametrize("cudnn", [False, True])
+@pytest.mark.parametrize("general", ["none", "tf32", "ieee"])
+def test_the_arithmetic_is_that_of_the_setting_and_then_as_before(
+    matmul: bool, cudnn: bool, general: str, torch_settings: Any
+) -> None:
+    torch_settings.fp32_precision = general
+    before = ambient_tf32(), torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    with arithmetic(some_setting(matmul_tf32=matmul, cudnn_tf32=cudnn, deterministic=not before[1])):
+        assert ambient_tf32() == (matmul, cudnn)
+        assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (matmul, cudnn)
+        assert torch.backends.cudnn.deterministic is not before[1]
+    assert (ambient_tf32(), torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == before
+
+
+@pytest.mark.parametrize(
+    ("switch", "expected"),
+    [
+        ("fp32_precision", (True, True)),
+        ("cuda.matmul.fp32_precision", (True, False)),
+        ("cudnn.conv.fp32_precision", (False, True)),
+    ],
+)
+def test_tf32_is_seen_however_it_was_asked_for(
+    switch: str, expected: tuple[bool, bool], torch_settings: Any, pretended_gpu: None
+) -> None:
+    *path, name = switch.split(".")
+    setattr(functools.reduce(getattr, path, torch_settings), name, "tf32")
+    assert ambient_tf32() == expected
+    setting = setting_of_jepa(tiny_jepa(), CUDA, example=None, purpose="train", precision="fp32")
+    assert isinstance(setting, Setting)
+    assert (setting.matmul_tf32, setting.cudnn_tf32, setting.rule) == (*expected, "tf32")
+    assert (ambient_precision(CUDA), Setting.from_json(setting.to_json())) == ("fp32", setting)
+
+
+def test_pytorchs_own_arithmetic_is_a_setting_of_its_own(torch_settings: Any, pretended_gpu: None) -> None:
+    """TF32 in convolutions, fp32 in matrix products."""
+    torch_settings.cuda.matmul.allow_tf32, torch_settings.cudnn.allow_tf32 = False, True
+    setting = setting_of_jepa(tiny_jepa(), CUDA, example=None, purpose="train", precision="fp32")
+    assert isinstance(setting, Setting)
+    assert "train in fp32 (TF32 in convolutions) of " in str(setting)
+    contest = Contest(setting, CUDA, make_work)
+    assert [checked.rule for checked in contest.checked] == ["fp32", "tf32"]
+    with arithmetic(setting):
+        assert ambient_tf32() == (False, True)
+
+
+def test_a_run_in_tf32_is_so_everywhere_and_one_in_bf16_nowhere(pretended_gpu: None) -> None:
+    settings = {name: setting_of_config(Config(), CUDA, name) for name in get_args(RunPrecision)}
+    flags = {name: (s.precision, s.matmul_tf32, s.cudnn_tf32, s.rule) for name, s in settings.items()}
+    assert flags == {
+        "fp32": ("fp32", False, False, "fp32"),
+        "tf32": ("fp32", True, True, "tf32"),
+        "bf16": ("bf16", False, False, "bf16"),
+    }
+    assert "train in TF32 of " in str(settings["tf32"])
 
 
 def test_errors_by_norm() -> None:

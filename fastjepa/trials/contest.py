@@ -61,7 +61,7 @@ class Contest:
         self.setting, self.device, self.make = setting, device, make
         self.batch = min(setting.batch, CHECKED_BATCH)  # at which the policy is checked
         self._truths: dict[int, Tensors] = {}  # draw → float64
-        in_fp32 = dataclasses.replace(setting, precision="fp32")
+        in_fp32 = dataclasses.replace(setting, precision="fp32", matmul_tf32=False, cudnn_tf32=False)
         self.checked = (setting,) if setting == in_fp32 else (in_fp32, setting)  # in the arithmetic of each
         self._eager_errors: list[dict[str, Error]] = [{} for _ in self.checked]  # the largest of the draws so far
         self._reference: Work | None = None  # at full size
@@ -100,7 +100,7 @@ class Contest:
                 return Trial(choice, "wrong", verdict, checked_batch=self.batch)
             judged = {"error": verdict.error, "bound": verdict.bound, "checked_batch": self.batch}
             if not verdict.exact:
-                how = "" if setting == self.setting else f" in {setting.precision}"
+                how = "" if setting == self.setting else f" in {setting.rule}"
                 allowed = (
                     f"allowed are {verdict.bound:.1e}" if verdict.bound is not None else "eager is no measure of it"
                 )
@@ -126,8 +126,8 @@ class Contest:
                 errors = norm_errors(results, truth)
             except ValueError as error:
                 return str(error)
-            verdict = judge_norms(errors, eager, setting.precision)
-            if verdict.exact or not _may_have_jumped(errors, eager, setting.precision):
+            verdict = judge_norms(errors, eager, setting.rule)
+            if verdict.exact or not _may_have_jumped(errors, eager, setting.rule):
                 break
         return verdict
 
@@ -169,7 +169,7 @@ class Contest:
             return f"{bad[0]} is not finite at {self.setting.batch} clips" if bad else None
         for name, found in norm_errors(results, self._reference_first).items():
             eager = self._eager_errors[-1][name]
-            bound = norm_bound(eager, found.dtype, self.setting.precision)
+            bound = norm_bound(eager, found.dtype, self.setting.rule)
             if bound is None:
                 return f"{name} of eager is so far off that nothing can be judged by it"
             allowed = min(_FULL_SIZE_SLACK * (eager.relative + bound), _FULL_SIZE_LIMIT)
