@@ -213,6 +213,51 @@ def test_where_eager_has_no_memory_candidates_are_checked_small_and_timed_alone(
         outcome(choice, "cpu", LittleMemory(0), **SMALL)
 
 
+class SlowTruth:
+    """Float64 takes so many seconds a clip, and longer the first time; what was asked for is kept."""
+
+    def __init__(self, device: PretendedDevice, seconds: float) -> None:
+        self.device, self.seconds = device, seconds
+        self.first = 1.5
+        self.clips: list[int] = []
+
+    def __call__(
+        self, setting: Setting, choice: Choice, batch: int, device: torch.device, dtype: torch.dtype, draw: int
+    ) -> Work:
+        work = Numbers()
+        if dtype == torch.float64:
+            self.clips.append(batch)
+
+            def run() -> None:
+                self.device.launch(0.0, 1e3 * (self.first + self.seconds * batch))
+                self.first = 0.0
+
+            work.run = run  # type: ignore[method-assign]
+        return work
+
+
+class Numbers:
+    def run(self) -> None:
+        pass
+
+    def results(self) -> Tensors:
+        return {"numbers": torch.arange(4.0)}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "batch", "checked"),
+    [(0.001, 64, 16), (0.3, 64, 16), (0.4, 64, 8), (2.0, 64, 2), (9.0, 64, 1), (9.0, 1, 1), (0.6, 12, 6)],
+)
+def test_the_truth_takes_seconds_at_most(
+    seconds: float, batch: int, checked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = SlowTruth(PretendedDevice(monkeypatch), seconds)
+    contest = Contest(some_setting(batch=batch), torch.device("cuda"), make)
+    contest.prepare()
+    assert contest.batch == checked
+    assert make.clips == ([1, checked] if batch > 1 else [1])  # none of them more than it may
+
+
 @pytest.fixture
 def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastjepa.calibration.setting.device_name", lambda _: "Some GPU")

@@ -30,7 +30,8 @@ TURN_STEPS = 3
 LONG_STEP_MS = 250.0  # the host is never behind in a step so long, and one a turn must do
 SLOW_SECONDS = 6.0  # of rounds: on a machine so slow, fewer must do
 HOPELESS = 5.0  # times as slow as eager in the first round: the others would tell nothing new
-CHECKED_BATCH = 16  # float64 is slow on most GPUs: more clips would take seconds and hardly change an error
+CHECKED_BATCH = 16  # more clips would take longer and hardly change an error
+TRUTH_SECONDS = 5.0  # many GPUs multiply float64 at a 64th of fp32's speed: as many clips as take no longer than this
 # Losses and buffers follow their roundings smoothly. A gradient jumps where a rounding takes the input of one ReLU
 # across zero: in fp32, eager's own is then 1e-3 of its norm from float64, and 1e-6 in another draw of weights and data.
 # So one draw is no measure of it: a gradient out of bounds gets as many draws as this, is exact if all of it is within
@@ -53,8 +54,8 @@ _FULL_SIZE_LIMIT = 0.49
 class Contest:
     """The candidates of one setting, each against eager. What eager and float64 gave is computed once.
 
-    The policy is checked at the user's batch, or at `CHECKED_BATCH` clips, halved until there is memory for float64;
-    time is taken at the user's.
+    The policy is checked at the user's batch, or at `CHECKED_BATCH` clips, halved until there are time and memory for
+    float64; time is taken at the user's.
     """
 
     def __init__(self, setting: Setting, device: torch.device, make: Maker) -> None:
@@ -75,6 +76,7 @@ class Contest:
             torch.OutOfMemoryError: there is no memory for one clip. Whatever else eager raises here is raised.
         """
         with arithmetic(self.setting):
+            self._if_it_fits(self._fit_into_time)
             self._find_truth()
         self._release()
 
@@ -141,6 +143,20 @@ class Contest:
             work = self.make(setting, choice, self.batch, self.device, dtype, draw)
             work.run()
             return work.results()
+
+    def _fit_into_time(self) -> None:
+        """Halve the checked batch until its truth should take `TRUTH_SECONDS` at most, by the time of one clip's."""
+        if self.batch == 1:
+            return
+        work = self.make(self.setting, EAGER, 1, self.device, torch.float64, 0)
+        timer = HostTimer(self.device, "truth")
+        timer.time(work.run)
+        seconds = 1e-3 * timer.milliseconds()[0]
+        if TRUTH_SECONDS / self.batch < seconds < TRUTH_SECONDS:  # libraries were loaded in it
+            timer.time(work.run)
+            seconds = 1e-3 * timer.milliseconds()[0]
+        while self.batch > 1 and seconds * self.batch > TRUTH_SECONDS:
+            self.batch = (self.batch + 1) // 2
 
     def _find_truth(self, draw: int = 0) -> Tensors:
         """Float64 on the same numbers, at the largest batch for which it, and eager, fit in memory."""
