@@ -6,7 +6,6 @@ Training and `fastjepa.accelerate` do the same by themselves when they first run
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +13,14 @@ from typing import get_args
 
 import torch
 
-from fastjepa.calibration.setting import ROLLOUT_STEPS, setting_of_config
+from fastjepa.calibration.setting import CONTEXT, ROLLOUT_STEPS, setting_of_config, setting_of_rollout
 from fastjepa.calibration.store import MEASURED, read_rows, rows_folder
 from fastjepa.calibration.verdict import Verdict, resolve
 from fastjepa.config import Config, Precision, resolve_device, resolve_precision
 
 _SIZES = ("batch_size", "n_frames", "canvas", "henc", "hpre", "dstc", "steps")
+_OF_TRAINING = ("n_frames", "steps")
+_FLAGS_OF_TRAINING = " and ".join(f"--{name}" for name in _OF_TRAINING)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,13 +32,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = resolve_device(options.device)
         if device.type != "cuda":
             raise ValueError("there is nothing to calibrate on a CPU: auto takes the losses' closed form there")
-        config = Config(**{name: getattr(options, name) for name in _SIZES})
+        digit_size = min(Config().digit_size, options.canvas)  # of data, which calibration has none of
+        config = Config(**{name: getattr(options, name) for name in _SIZES}, digit_size=digit_size)
+        if options.inference and any(getattr(options, name) != getattr(Config(), name) for name in _OF_TRAINING):
+            raise ValueError(
+                f"a rollout is of {ROLLOUT_STEPS} frames from {CONTEXT}: {_FLAGS_OF_TRAINING} are of training"
+            )
         precision = resolve_precision(options.precision, device)
         # As the trainer sets them, or as PyTorch does unless told otherwise.
         torch.backends.cudnn.deterministic = not options.nondeterministic
-        setting = setting_of_config(config, device, precision)
         if options.inference:
-            setting = dataclasses.replace(setting, purpose="inference", steps=ROLLOUT_STEPS)
+            setting = setting_of_rollout(config, device, precision, config.batch_size)
+        else:
+            setting = setting_of_config(config, device, precision)
         verdict = resolve(setting, device, cache_dir=options.cache_dir, redo=options.redo)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -73,7 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--show", action="store_true", help="print what is known, and measure nothing")
     what.add_argument("--redo", action="store_true", help="measure again, whatever is known")
-    parser.add_argument("--inference", action="store_true", help=f"a rollout of {ROLLOUT_STEPS} frames, not training")
+    parser.add_argument(
+        "--inference",
+        action="store_true",
+        help=f"a rollout of {ROLLOUT_STEPS} frames from {CONTEXT}, not training; of --batch_size clips",
+    )
     parser.add_argument("--device", default="auto", help="auto, cuda or cuda:N")
     parser.add_argument("--precision", default="auto", choices=get_args(Precision))
     parser.add_argument(

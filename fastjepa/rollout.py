@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastjepa.calibration.setting import setting_of_jepa
-from fastjepa.calibration.verdict import resolve
+from fastjepa.calibration.setting import setting_of_rollout
+from fastjepa.calibration.verdict import resolve, say_on_stderr
 from fastjepa.config import Config, resolve_device, resolve_precision
 from fastjepa.environment import device_name
 from fastjepa.evaluate import load_run
@@ -120,18 +121,34 @@ def roll_out(options: Options) -> Result:
 
 def _measured_faster(options: Options, config: Config, jepa: JEPA, device: torch.device) -> bool:
     """Whether a calibration found a graph to be faster at these sizes. It is only looked up: a picture that takes
-    seconds is not worth a minute of measuring (`python -m fastjepa.calibrate --inference` does that).
+    seconds is not worth a minute of measuring. Where there is nothing to look up, this says which command measures.
     """
     if device.type != "cuda" or options.cuda_graph != "auto":
         return False
-    shape = (options.chunk or options.clips, config.dobs, CONTEXT, config.canvas, config.canvas)
     precision = resolve_precision(config.precision, device)
-    setting = setting_of_jepa(jepa, device, example=shape, purpose="inference", precision=precision)
-    if isinstance(setting, str):
-        return False
+    setting = setting_of_rollout(config, device, precision, _batch(options))
     verdict = resolve(setting, device, cache_dir=options.cache_dir or config.cache_dir, measuring=False)
+    if not verdict.rows:
+        say_on_stderr(f"no CUDA graph: {verdict.origin}; this measures it: {calibrate_command(options, config)}")
     fused = any(getattr(module, "is_fused", False) for module in jepa.modules())
     return verdict.best(lambda choice: choice.batch_norm == fused).cuda_graph
+
+
+def calibrate_command(options: Options, config: Config) -> str:
+    """The command line that measures what a rollout with these options looks up."""
+    sizes = {name: getattr(config, name) for name in ("canvas", "henc", "hpre", "dstc")}
+    flags: dict[str, object] = {"batch_size": _batch(options), **sizes, "precision": config.precision}
+    if options.device != "auto":
+        flags["device"] = options.device
+    if (folder := options.cache_dir or config.cache_dir) is not None:
+        flags["cache_dir"] = folder
+    words = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items()]
+    return " ".join(["python -m fastjepa.calibrate --inference", *words])
+
+
+def _batch(options: Options) -> int:
+    """Clips that are predicted at a time."""
+    return min(options.chunk or options.clips, options.clips)
 
 
 def _measured(predict: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:

@@ -22,7 +22,7 @@ def some_setting(**changes: Any) -> Setting:
     setting = Setting(
         gpu="Some GPU", driver="1", torch="2", triton="3", cuda="4", cudnn="5", fastjepa="6", sources=sources_hash(),
         dobs=1, henc=2, hpre=2, dstc=4, projector="4-6-5", batch=1, frames=3, height=8, width=8, steps=1,
-        precision="fp32", purpose="train", deterministic=True, benchmark=False,
+        precision="fp32", matmul_tf32=False, cudnn_tf32=False, purpose="train", deterministic=True, benchmark=False,
     )  # fmt: skip
     return dataclasses.replace(setting, **changes)
 

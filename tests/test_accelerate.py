@@ -14,6 +14,7 @@ import fastjepa
 from calibration_standins import some_setting, trial
 from compare import assert_near
 from fastjepa.calibration.choice import Choice
+from fastjepa.calibration.setting import Setting
 from fastjepa.calibration.trial import Trial
 from fastjepa.calibration.verdict import Verdict
 from fastjepa.fused import decision
@@ -258,6 +259,40 @@ def test_auto_on_a_gpu_leaves_what_is_not_of_the_published_form(monkeypatch: pyt
     made = decision.decide(jepa, torch.device("cuda"), "auto", "keep", None, "train", None)
     assert made.choice == Choice()
     assert "is not calibrated: it is not of the published form" in made.reasons["batch_norm"]
+
+
+@pytest.mark.parametrize("kind", ["meta", "mps", "xpu"])
+@pytest.mark.parametrize("example", [None, (2, 1, 4, 16, 16)])
+def test_auto_on_another_device_leaves_everything(
+    kind: str, example: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decision, "resolve", lambda *_: pytest.fail("it measures"))
+    made = decision.decide(tiny_jepa(), torch.device(kind), "auto", "keep", example, "train", None)
+    assert made.choice == Choice()
+    assert set(made.reasons.values()) == {
+        f"auto takes only what was measured, on a CPU or a CUDA device, and this model is on {kind}"
+    }
+
+
+def test_auto_leaves_a_jepa_without_numbers_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    jepa = original().to("meta")
+    fastjepa.accelerate(jepa)
+    assert jepa.acceleration.swapped == ()
+    assert "this model is on meta" in capsys.readouterr().out
+
+
+def test_memory_that_is_set_aside_is_given_to_who_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: order.append("empty_cache"))
+    monkeypatch.setattr(decision, "setting_of_jepa", lambda *_, **__: some_setting())
+
+    def pretended(setting: Setting, device: torch.device) -> Verdict:
+        order.append("resolve")
+        return Verdict(setting, (), "pretended")
+
+    monkeypatch.setattr(decision, "resolve", pretended)
+    decision.decide(tiny_jepa(), torch.device("cuda"), "auto", "keep", None, "train", None)
+    assert order == ["empty_cache", "resolve"]
 
 
 def test_a_choice_is_served_laid_out_and_undone(device: str) -> None:

@@ -228,7 +228,10 @@ def test_the_command_measures_on_a_gpu_only(capsys: pytest.CaptureFixture[str]) 
     [
         ([], {"purpose": "train", "steps": 4, "precision": "bf16", "redo": False, "deterministic": True}),
         (["--redo", "--nondeterministic"], {"redo": True, "deterministic": False}),
-        (["--inference", "--precision", "fp32"], {"purpose": "inference", "steps": 8, "precision": "fp32"}),
+        (
+            ["--inference", "--precision", "fp32", "--batch_size", "3"],
+            {"purpose": "inference", "steps": 8, "frames": 2, "batch": 3, "precision": "fp32"},
+        ),
         (["--batch_size", "2", "--canvas", "32", "--n_frames", "5"], {"batch": 2, "height": 32, "frames": 5}),
     ],
 )
@@ -245,11 +248,21 @@ def test_what_the_command_asks_on_a_gpu(
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
     monkeypatch.setattr(calibrate, "resolve_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(calibrate, "resolve_precision", lambda name, _: "bf16" if name == "auto" else name)
-    monkeypatch.setattr(calibrate, "setting_of_config", lambda config, _, p: setting_of_config(config, CPU, p))
+    monkeypatch.setattr("fastjepa.calibration.setting.device_name", lambda _: "Some GPU")
+    monkeypatch.setattr("fastjepa.calibration.setting.driver_version", lambda _: "1")
     monkeypatch.setattr(calibrate, "resolve", pretended)
     assert calibrate.main(flags) == 0
     assert {name: asked[name] for name in expected} == expected
     assert "2.50× eager" in capsys.readouterr().out
+
+
+def test_a_rollout_has_no_steps_of_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(calibrate, "resolve_device", lambda _: torch.device("cuda"))
+    for flag in ("--n_frames", "--steps"):
+        assert calibrate.main(["--inference", flag, "3"]) == 2
+        assert "a rollout is of 8 frames from 2: --n_frames and --steps are of training" in capsys.readouterr().err
 
 
 def test_words_of_a_choice() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastjepa import calibrate, rollout
+from fastjepa.calibration.setting import Setting
+from fastjepa.calibration.verdict import Verdict
+from fastjepa.evaluate import load_run
 from fastjepa.figures.horizon import draw_horizon_gif
 from fastjepa.measuring.policy import FP32_RELATIVE_LIMIT
 from fastjepa.model.jepa import JEPA
 from fastjepa.rollout import Options, main, roll_out
 from fastjepa.storage.export import PretrainedJEPA
-from fastjepa.training.command_line import parse_config
+from fastjepa.training.command_line import parse_config, parse_options
 from fastjepa.training.trainer import Trainer
 from graph_cases import literal_rollout, trained_jepa
 from tiny import tiny_batch
@@ -156,6 +162,46 @@ def test_a_graphed_rollout_is_what_the_command_draws(
         options = Options(run, horizon=4, clips=3, chunk=2, device="cpu", out=tmp_path / "x.gif")
         assert roll_out(options).graph is graph
     assert np.abs(drawn[1] - drawn[0]).max() <= FP32_RELATIVE_LIMIT * np.abs(drawn[0]).max()
+
+
+@pytest.mark.parametrize(
+    ("flags", "batch"), [("--clips 4", 4), ("--clips 4 --chunk 3", 3), ("--clips 2 --chunk 5 --device cuda:0", 2)]
+)
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_the_command_it_names_measures_the_row_it_looks_up(
+    run: Path,
+    flags: str,
+    batch: int,
+    precision: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The GPU is pretended."""
+    asked: list[tuple[Setting, Any]] = []
+
+    def pretended(setting: Setting, device: torch.device, *, cache_dir: Any, **_: Any) -> Verdict:
+        asked.append((setting, cache_dir))
+        return Verdict(setting, (), "it was not measured")
+
+    for name in ("rollout", "calibrate"):
+        monkeypatch.setattr(f"fastjepa.{name}.resolve", pretended)
+    monkeypatch.setattr("fastjepa.calibration.setting.device_name", lambda device: f"GPU {device}")
+    monkeypatch.setattr("fastjepa.calibration.setting.driver_version", lambda _: "1")
+    options = parse_options(Options, ["--checkpoint", str(run), *flags.split()], prog="")
+    config, jepa, *_ = load_run(run, torch.device("cpu"))
+    device = "cuda" if options.device == "auto" else options.device
+    monkeypatch.setattr(calibrate, "resolve_device", lambda name: torch.device("cuda" if name == "auto" else name))
+    config = dataclasses.replace(config, precision=precision)
+    torch.backends.cudnn.deterministic = True  # as the command does first
+    assert not rollout._measured_faster(options, config, jepa, torch.device(device))
+    told = capsys.readouterr().err.strip()
+    start = "fastjepa: no CUDA graph: it was not measured; this measures it: python -m fastjepa.calibrate "
+    assert told.startswith(start)
+    assert calibrate.main(shlex.split(told.removeprefix(start))) == 0
+    (looked_up, cache), made = asked
+    assert made == (looked_up, cache)
+    assert made[0].key == looked_up.key
+    assert (looked_up.purpose, looked_up.frames, looked_up.batch) == ("inference", 2, batch)
 
 
 # ---- the animation ---------------------------------------------------------------------------------------------------

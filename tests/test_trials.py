@@ -7,7 +7,10 @@ rest.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,13 +18,24 @@ import torch
 from calibration_standins import some_setting
 from fastjepa.calibration.choice import EAGER, Choice
 from fastjepa.calibration.search import everything
-from fastjepa.calibration.setting import Setting
+from fastjepa.calibration.setting import (
+    RunPrecision,
+    Setting,
+    ambient_precision,
+    ambient_tf32,
+    setting_of_config,
+    setting_of_jepa,
+)
+from fastjepa.config import Config
+from fastjepa.measuring import timing
 from fastjepa.measuring.out_of_memory import is_out_of_memory
 from fastjepa.measuring.policy import Error
 from fastjepa.trials import contest as contest_module
 from fastjepa.trials.contest import Contest, judge_norms, norm_bound, norm_errors
 from fastjepa.trials.work import Step, Tensors, Work, arithmetic, make_work
+from tiny import tiny_jepa
 
+CUDA = torch.device("cuda")
 WHOLE_MODEL = 1e-4  # fp32, of a tensor's norm
 SMALL = {"henc": 8, "hpre": 8, "dstc": 8, "projector": "8-16-16", "batch": 4, "frames": 6, "height": 32, "width": 32}
 
@@ -123,6 +137,35 @@ def test_what_breaks_at_the_full_size_only_is_found(monkeypatch: pytest.MonkeyPa
     assert trial.reason.startswith("at 4 clips gradient of encoder differs from eager by ")
 
 
+@pytest.mark.parametrize("factor", [0.0, -1.0, 0.5, 0.9, 1.01])
+@pytest.mark.parametrize("group", ["gradient of predictor", "gradient of encoder"])
+def test_in_bf16_a_wrong_formula_shows_in_fp32(group: str, factor: float) -> None:
+    trial = outcome(Choice(losses="closed_form"), "cpu", Planted(group, factor), precision="bf16", **SMALL)
+    assert trial.status == "wrong"
+    assert f"{group} is off by " in trial.reason
+    assert " of its norm in fp32, allowed are " in trial.reason
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, 0.5])
+def test_in_bf16_what_breaks_at_the_full_size_only_is_found(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contest_module, "CHECKED_BATCH", 1)
+    choice, group = Choice(losses="closed_form"), "gradient of predictor"
+    trial = outcome(choice, "cpu", Planted(group, factor, batch=4), precision="bf16", **SMALL)
+    assert trial.status == "wrong"
+    assert trial.reason.startswith(f"at 4 clips {group} differs from eager by ")
+
+
+def test_in_bf16_candidates_that_round_elsewhere_stay_below_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels-last convolutions of a CPU are others: those of fp32 are checked with the contract for whole models."""
+    monkeypatch.setattr(contest_module, "CHECKED_BATCH", 1)
+    bound = contest_module.norm_bound
+    monkeypatch.setattr(
+        contest_module, "norm_bound", lambda e, d, p: WHOLE_MODEL * 100 if p == "fp32" else bound(e, d, p)
+    )
+    trial = outcome(Choice(channels_last=True), "cpu", precision="bf16", **SMALL)
+    assert trial.status == "exact", trial.reason
+
+
 class JumpsInDraws:
     """The closed form, whose encoder's gradient is off by so much in the first draws."""
 
@@ -170,6 +213,117 @@ def test_where_eager_has_no_memory_candidates_are_checked_small_and_timed_alone(
         outcome(choice, "cpu", LittleMemory(0), **SMALL)
 
 
+class SlowTruth:
+    """Float64 takes so many seconds a clip, and longer the first time; what was asked for is kept."""
+
+    def __init__(self, device: PretendedDevice, seconds: float) -> None:
+        self.device, self.seconds = device, seconds
+        self.first = 1.5
+        self.clips: list[int] = []
+
+    def __call__(
+        self, setting: Setting, choice: Choice, batch: int, device: torch.device, dtype: torch.dtype, draw: int
+    ) -> Work:
+        work = Numbers()
+        if dtype == torch.float64:
+            self.clips.append(batch)
+
+            def run() -> None:
+                self.device.launch(0.0, 1e3 * (self.first + self.seconds * batch))
+                self.first = 0.0
+
+            work.run = run  # type: ignore[method-assign]
+        return work
+
+
+class Numbers:
+    def run(self) -> None:
+        pass
+
+    def results(self) -> Tensors:
+        return {"numbers": torch.arange(4.0)}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "batch", "checked"),
+    [(0.001, 64, 16), (0.3, 64, 16), (0.4, 64, 8), (2.0, 64, 2), (9.0, 64, 1), (9.0, 1, 1), (0.6, 12, 6)],
+)
+def test_the_truth_takes_seconds_at_most(
+    seconds: float, batch: int, checked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = SlowTruth(PretendedDevice(monkeypatch), seconds)
+    contest = Contest(some_setting(batch=batch), torch.device("cuda"), make)
+    contest.prepare()
+    assert contest.batch == checked
+    assert make.clips == ([1, checked] if batch > 1 else [1])  # none of them more than it may
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastjepa.calibration.setting.device_name", lambda _: "Some GPU")
+    monkeypatch.setattr("fastjepa.calibration.setting.driver_version", lambda _: "1")
+
+
+class PretendedDevice:
+    """A clock, and a device that works on what is queued while the host goes on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = self.busy_until = 0.0  # milliseconds
+        monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: self.now / 1e3))
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+
+    def synchronize(self) -> None:
+        self.now = max(self.now, self.busy_until)
+
+    def launch(self, host: float, device: float) -> None:
+        self.now += host
+        self.busy_until = max(self.now, self.busy_until) + device
+
+
+class Queued:
+    """A step: the host prepares, and launches kernels."""
+
+    def __init__(self, device: PretendedDevice, launches: int, host: float, device_ms: float) -> None:
+        self.device, self.launches, self.host, self.device_ms = device, launches, host, device_ms
+
+    def run(self) -> None:
+        for _ in range(self.launches):
+            self.device.launch(self.host, self.device_ms)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "expected"),
+    [
+        ((1500, 0.02, 0.001), 30.0),  # bound by launches, which eager's 100 ms would hide
+        ((1, 0.1, 30.0), 30.0),  # a graph
+        ((1, 30.0, 30.0), 40.0),  # in a loop, the host is ahead: 30 ms and a third of what comes before the first
+    ],
+)
+def test_a_step_bound_by_launches_is_as_slow_as_it_is(
+    candidate: tuple[int, float, float], expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretended = PretendedDevice(monkeypatch)
+    contest = Contest(some_setting(), torch.device("cuda"), make_work)
+    contest._reference = Queued(pretended, 100, 0.01, 1.0)  # type: ignore[assignment]
+    times, reference_times = contest._time(Queued(pretended, *candidate))  # type: ignore[arg-type]
+    assert times == pytest.approx([expected] * len(times), rel=0.01)
+    assert reference_times == pytest.approx([100.0] * len(times), rel=0.01)
+
+
+def test_who_rolls_out_waits_for_each_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretended = PretendedDevice(monkeypatch)
+    contest = Contest(some_setting(purpose="inference"), torch.device("cuda"), make_work)
+    contest._reference = Queued(pretended, 1, 30.0, 30.0)  # type: ignore[assignment]
+    assert contest._time(Queued(pretended, 1, 30.0, 30.0))[0] == pytest.approx([60.0] * 3)  # type: ignore[arg-type]
+
+
+def test_what_is_hopeless_gets_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretended = PretendedDevice(monkeypatch)
+    contest = Contest(some_setting(), torch.device("cuda"), make_work)
+    contest._reference = Queued(pretended, 1, 0.0, 10.0)  # type: ignore[assignment]
+    assert contest._time(Queued(pretended, 1, 0.0, 51.0)) == ([pytest.approx(51.0)], [pytest.approx(10.0)])  # type: ignore[arg-type]
+
+
 def test_kernels_that_cannot_run_are_unavailable(needs_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastjepa.kernels.launch.INTERPRET", False)
     trial = outcome(Choice(losses="fused"), "cpu")
@@ -177,12 +331,75 @@ def test_kernels_that_cannot_run_are_unavailable(needs_triton: None, monkeypatch
     assert "need a CUDA device" in trial.reason
 
 
-def test_the_arithmetic_is_that_of_the_setting_and_then_as_before() -> None:
-    before = torch.backends.cudnn.deterministic, torch.backends.cuda.matmul.allow_tf32
-    with arithmetic(some_setting(precision="tf32", deterministic=not before[0])):
-        assert torch.backends.cudnn.deterministic is not before[0]
-        assert torch.backends.cuda.matmul.allow_tf32
-    assert (torch.backends.cudnn.deterministic, torch.backends.cuda.matmul.allow_tf32) == before
+@pytest.fixture
+def torch_settings() -> Iterator[Any]:
+    """PyTorch's switches of fp32's precision, none of them set; afterwards they are as before."""
+    backends: Any = torch.backends
+    modules = (backends, backends.cuda.matmul, backends.cudnn, backends.cudnn.conv, backends.cudnn.rnn)
+    for module in modules:
+        module.fp32_precision = "none"
+    yield backends
+    for module in modules:
+        module.fp32_precision = "none"
+    backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = False  # as conftest has it
+
+
+@pytest.mark.parametrize("matmul", [False, True])
+@pytest.mark.parametrize("cudnn", [False, True])
+@pytest.mark.parametrize("general", ["none", "tf32", "ieee"])
+def test_the_arithmetic_is_that_of_the_setting_and_then_as_before(
+    matmul: bool, cudnn: bool, general: str, torch_settings: Any
+) -> None:
+    torch_settings.fp32_precision = general
+    before = ambient_tf32(), torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    with arithmetic(some_setting(matmul_tf32=matmul, cudnn_tf32=cudnn, deterministic=not before[1])):
+        assert ambient_tf32() == (matmul, cudnn)
+        assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (matmul, cudnn)
+        assert torch.backends.cudnn.deterministic is not before[1]
+    assert (ambient_tf32(), torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == before
+
+
+@pytest.mark.parametrize(
+    ("switch", "expected"),
+    [
+        ("fp32_precision", (True, True)),
+        ("cuda.matmul.fp32_precision", (True, False)),
+        ("cudnn.conv.fp32_precision", (False, True)),
+    ],
+)
+def test_tf32_is_seen_however_it_was_asked_for(
+    switch: str, expected: tuple[bool, bool], torch_settings: Any, pretended_gpu: None
+) -> None:
+    *path, name = switch.split(".")
+    setattr(functools.reduce(getattr, path, torch_settings), name, "tf32")
+    assert ambient_tf32() == expected
+    setting = setting_of_jepa(tiny_jepa(), CUDA, example=None, purpose="train", precision="fp32")
+    assert isinstance(setting, Setting)
+    assert (setting.matmul_tf32, setting.cudnn_tf32, setting.rule) == (*expected, "tf32")
+    assert (ambient_precision(CUDA), Setting.from_json(setting.to_json())) == ("fp32", setting)
+
+
+def test_pytorchs_own_arithmetic_is_a_setting_of_its_own(torch_settings: Any, pretended_gpu: None) -> None:
+    """TF32 in convolutions, fp32 in matrix products."""
+    torch_settings.cuda.matmul.allow_tf32, torch_settings.cudnn.allow_tf32 = False, True
+    setting = setting_of_jepa(tiny_jepa(), CUDA, example=None, purpose="train", precision="fp32")
+    assert isinstance(setting, Setting)
+    assert "train in fp32 (TF32 in convolutions) of " in str(setting)
+    contest = Contest(setting, CUDA, make_work)
+    assert [checked.rule for checked in contest.checked] == ["fp32", "tf32"]
+    with arithmetic(setting):
+        assert ambient_tf32() == (False, True)
+
+
+def test_a_run_in_tf32_is_so_everywhere_and_one_in_bf16_nowhere(pretended_gpu: None) -> None:
+    settings = {name: setting_of_config(Config(), CUDA, name) for name in get_args(RunPrecision)}
+    flags = {name: (s.precision, s.matmul_tf32, s.cudnn_tf32, s.rule) for name, s in settings.items()}
+    assert flags == {
+        "fp32": ("fp32", False, False, "fp32"),
+        "tf32": ("fp32", True, True, "tf32"),
+        "bf16": ("bf16", False, False, "bf16"),
+    }
+    assert "train in TF32 of " in str(settings["tf32"])
 
 
 def test_errors_by_norm() -> None:
@@ -197,9 +414,16 @@ def test_errors_by_norm() -> None:
     verdict = judge_norms(errors, eager, "fp32")
     assert (verdict.name, verdict.exact) == ("x", False)
     # fp32 stays within 1e-5, unless eager itself does not.
-    assert norm_bound(9e-6, torch.float32, "fp32") == 1e-5
-    assert norm_bound(1e-4, torch.float32, "fp32") == pytest.approx(2e-4, rel=1e-2)
-    assert norm_bound(0.0, torch.float32, "bf16") == pytest.approx(2**-8, rel=1e-3)
+    assert norm_bound(Error(9e-6, torch.float32), torch.float32, "fp32") == 1e-5
+    assert norm_bound(Error(1e-4, torch.float32), torch.float32, "fp32") == pytest.approx(2e-4, rel=1e-2)
+    assert norm_bound(Error(0.0, torch.float32), torch.float32, "bf16") == pytest.approx(2**-8, rel=1e-3)
+
+
+@pytest.mark.parametrize("eager", [0.5, 3.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("found", [0.0, 1.0, float("inf")])
+def test_what_eager_is_no_measure_of_is_not_exact(eager: float, found: float) -> None:
+    errors, eager_errors = {"x": Error(found, torch.float32)}, {"x": Error(eager, torch.float32)}
+    assert not judge_norms(errors, eager_errors, "bf16").exact
 
 
 def test_how_libraries_say_that_memory_is_out() -> None:

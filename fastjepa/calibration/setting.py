@@ -7,7 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,7 +20,8 @@ from fastjepa.storage.safe_files import CheckpointError
 from fastjepa.storage.sizes import encoder_sizes, predictor_sizes, projector_sizes
 
 Purpose = Literal["train", "inference"]
-RunPrecision = Literal["fp32", "tf32", "bf16"]
+RunPrecision = Literal["fp32", "tf32", "bf16"]  # as the flag of a run says it
+AutocastPrecision = Literal["fp32", "bf16"]
 
 ROLLOUT_STEPS = 8  # of inference, whatever the horizon: more steps cost more of the same
 CONTEXT = 2  # frames that predict the next one, of the published predictor
@@ -36,6 +37,8 @@ class Setting:
     """One question to the calibration. Sizes are those of a video (batch, dobs, frames, height, width).
 
     `steps` are the prediction steps of training, or of the rollout. `sources` is a hash of the code that is measured.
+    `precision` is that of autocast, or fp32; `matmul_tf32` and `cudnn_tf32` say whether fp32 matrix products and
+    convolutions are multiplied in TF32, apart, because by default PyTorch does so in convolutions alone.
     `deterministic` and `benchmark` are the settings of cuDNN under which the work will run.
     """
 
@@ -57,7 +60,9 @@ class Setting:
     height: int
     width: int
     steps: int
-    precision: RunPrecision
+    precision: AutocastPrecision
+    matmul_tf32: bool
+    cudnn_tf32: bool
     purpose: Purpose
     deterministic: bool
     benchmark: bool
@@ -70,8 +75,9 @@ class Setting:
                 raise ValueError(f"{field.name} must be {kind.__name__}, got {value!r}")
             if isinstance(value, int) and kind is int and value < 1:
                 raise ValueError(f"{field.name} must be at least 1, got {value}")
-        if self.precision not in get_args(RunPrecision):
-            raise ValueError(f"precision must be one of {', '.join(get_args(RunPrecision))}; got {self.precision!r}")
+        if self.precision not in get_args(AutocastPrecision):
+            known = ", ".join(get_args(AutocastPrecision))
+            raise ValueError(f"precision must be one of {known}; got {self.precision!r}")
         if self.purpose not in get_args(Purpose):
             raise ValueError(f"purpose must be one of {', '.join(get_args(Purpose))}; got {self.purpose!r}")
         least = CONTEXT + (self.purpose == "train")
@@ -81,7 +87,20 @@ class Setting:
     def __str__(self) -> str:
         widths = f"henc {self.henc}, hpre {self.hpre}, dstc {self.dstc}, projector {self.projector}"
         shape = (self.batch, self.dobs, self.frames, self.height, self.width)
-        return f"{self.purpose} in {self.precision} of {shape}, {self.steps} steps, {widths}; {self.gpu}"
+        return f"{self.purpose} in {self._arithmetic} of {shape}, {self.steps} steps, {widths}; {self.gpu}"
+
+    @property
+    def rule(self) -> RunPrecision:
+        """By which precision results are judged: TF32 in any part of the work is no fp32."""
+        return "tf32" if self.precision == "fp32" and (self.matmul_tf32 or self.cudnn_tf32) else self.precision
+
+    @property
+    def _arithmetic(self) -> str:
+        parts = {"matrix products": self.matmul_tf32, "convolutions": self.cudnn_tf32}
+        if self.rule == "tf32" and all(parts.values()):
+            return "TF32"
+        tf32 = " and ".join(part for part, on in parts.items() if on)
+        return f"{self.precision} (TF32 in {tf32})" if tf32 else self.precision
 
     @property
     def key(self) -> str:
@@ -108,19 +127,34 @@ class Setting:
 
 
 def setting_of_config(config: Config, device: torch.device, precision: RunPrecision) -> Setting:
-    """The training of a run, at its sizes and under the settings of cuDNN that are in force."""
+    """The training of a run, at its sizes and under the settings of cuDNN that are in force. Its flag says the rest:
+    TF32 is for matrix products and convolutions alike, and nowhere else.
+    """
     return Setting(
         **_machine(device),
         dobs=config.dobs, henc=config.henc, hpre=config.hpre, dstc=config.dstc, projector=f"{config.dstc}-64-64",
         batch=config.batch_size, frames=config.n_frames, height=config.canvas, width=config.canvas,
-        steps=config.steps, precision=precision, purpose="train",
+        steps=config.steps, precision="bf16" if precision == "bf16" else "fp32",
+        matmul_tf32=precision == "tf32", cudnn_tf32=precision == "tf32", purpose="train",
     )  # fmt: skip
 
 
+def setting_of_rollout(config: Config, device: torch.device, precision: RunPrecision, batch: int) -> Setting:
+    """Rollouts of a run's model: `batch` clips at a time, from as many frames as predict the next one."""
+    training = setting_of_config(config, device, precision)
+    return replace(training, purpose="inference", batch=batch, frames=CONTEXT, steps=ROLLOUT_STEPS)
+
+
 def setting_of_jepa(
-    jepa: nn.Module, device: torch.device, *, example: Sequence[int] | None, purpose: Purpose, precision: RunPrecision
+    jepa: nn.Module,
+    device: torch.device,
+    *,
+    example: Sequence[int] | None,
+    purpose: Purpose,
+    precision: AutocastPrecision,
 ) -> Setting | str:
-    """The setting of a JEPA whose sizes are read from its weights; or why it is not of the published form.
+    """The setting of a JEPA whose sizes are read from its weights; or why it is not of the published form. TF32 is as
+    PyTorch is set to use it now.
 
     `example`: the shape of a video, (B, C, T, H, W); default: that of the recipe. The steps of training are the
     recipe's, because a user's loop does not say its own.
@@ -148,19 +182,28 @@ def setting_of_jepa(
     batch, channels, frames, height, width = default if shape is None else shape
     if channels != encoder["dobs"]:
         raise ValueError(f"example has {channels} channels, and this JEPA encodes videos of {encoder['dobs']}")
+    matmul_tf32, cudnn_tf32 = ambient_tf32() if device.type == "cuda" else (False, False)
     return Setting(
-        **_machine(device), **sizes, batch=batch, frames=frames, height=height, width=width,
+        **_machine(device), **sizes, matmul_tf32=matmul_tf32, cudnn_tf32=cudnn_tf32,
+        batch=batch, frames=frames, height=height, width=width,
         steps=recipe.steps if purpose == "train" else ROLLOUT_STEPS, precision=precision, purpose=purpose,
     )  # fmt: skip
 
 
-def ambient_precision(device: torch.device) -> RunPrecision:
-    """In which precision networks would compute if they were called now: of autocast, or of torch's settings."""
+def ambient_precision(device: torch.device) -> AutocastPrecision:
+    """In which precision networks would compute if they were called now: that of autocast."""
     kind = device.type
-    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
-        return "bf16"
-    tf32 = kind == "cuda" and torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
-    return "tf32" if tf32 else "fp32"
+    in_bf16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+    return "bf16" if in_bf16 else "fp32"
+
+
+def ambient_tf32() -> tuple[bool, bool]:
+    """Whether fp32 matrix products, and convolutions, would be multiplied in TF32 on a GPU now.
+
+    `allow_tf32` says so too, but raises RuntimeError once a script has used `fp32_precision`, which always answers.
+    """
+    backends: Any = torch.backends
+    return backends.cuda.matmul.fp32_precision == "tf32", backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def _checked_shape(example: Sequence[int]) -> tuple[int, int, int, int, int]:

@@ -43,16 +43,21 @@ def decide(
         return Decision(EAGER, dict.fromkeys(_OPS, "backend 'eager' was asked for"))
     if backend == "fused":
         return Decision(Choice(batch_norm=True, losses="fused", recompute=True), {})
+    on_gpu = device.type == "cuda"
     setting: Setting | str = ""
-    if device.type != "cpu" or example is not None:  # so that a wrong `example` fails everywhere
-        arithmetic = "bf16" if precision == "bf16" else ambient_precision(device)
+    if on_gpu or example is not None:  # so that a wrong `example` fails everywhere
+        arithmetic = "bf16" if precision == "bf16" else ambient_precision(device) if on_gpu else "fp32"
         setting = setting_of_jepa(jepa, device, example=example, purpose=purpose, precision=arithmetic)
     if device.type == "cpu":
         reason = "on a CPU, eager is fastest; fused kernels need a GPU"
         return Decision(Choice(losses="closed_form"), dict.fromkeys(_OPS, reason))
+    if not on_gpu:
+        reason = f"auto takes only what was measured, on a CPU or a CUDA device, and this model is on {device}"
+        return Decision(EAGER, dict.fromkeys(_OPS, reason))
     if isinstance(setting, str):
         reason = f"auto takes only what was measured, and this model is not calibrated: {setting}"
         return Decision(EAGER, dict.fromkeys(_OPS, reason))
+    torch.cuda.empty_cache()  # what this process has set aside and does not use, a child that measures cannot have
     verdict = resolve(setting, device)
     chosen = verdict.best(_without_graph)
     reasons = {

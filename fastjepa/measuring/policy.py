@@ -18,7 +18,7 @@ with another order of sums differ in it as much.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -177,23 +177,34 @@ def judge(errors: Mapping[str, Error], eager: Mapping[str, Error] | None, precis
     that its bound would let zeros pass, nothing can be judged by it.
     """
     judgements = [
-        Judgement(name, error.relative, _bound(error, None if eager is None else eager[name], precision))
+        Judgement(name, error.relative, bound_beside(None if eager is None else eager[name], error.dtype, precision))
         for name, error in errors.items()
     ]
+    return worst(judgements)
+
+
+def worst(judgements: Iterable[Judgement]) -> Judgement:
+    """The one closest to, or furthest beyond, its bound. What cannot be judged comes after what breaks its bound."""
     return max(judgements, key=_badness)
 
 
 def _badness(judgement: Judgement) -> float:
-    """How far beyond its bound: more than 1 breaks it. What cannot be judged comes after what breaks its bound only."""
+    """How far beyond its bound: more than 1 breaks it."""
     if judgement.bound is None:
         return math.nextafter(1.0, 2.0)
     return judgement.error / judgement.bound if judgement.bound else math.inf if judgement.error else 0.0
 
 
-def _bound(error: Error, eager: Error | None, precision: str) -> float | None:
+def bound_beside(
+    eager: Error | None, dtype: torch.dtype, precision: str, inputs: torch.dtype | None = None
+) -> float | None:
+    """The largest relative error that passes beside eager's, of a result stored as `dtype`; None: it cannot be judged.
+
+    `precision` as in `judge`; `inputs`: the dtype of the main inputs, by default that of the result.
+    """
     if eager is None or not math.isfinite(eager.relative):
         return FP32_RELATIVE_LIMIT if precision == "fp32" else None
-    bound = error_bound(eager.relative, 1.0, error.dtype, limit=None)
+    bound = error_bound(eager.relative, 1.0, dtype, inputs, limit=None)
     if bound >= 1.0:
         return None
     return min(bound, FP32_RELATIVE_LIMIT) if precision == "fp32" and eager.relative <= FP32_RELATIVE_LIMIT else bound

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
-import math
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,39 +17,54 @@ from fastjepa.calibration.setting import RunPrecision, Setting
 from fastjepa.calibration.trial import Trial
 from fastjepa.kernels.checks import unavailable_reason
 from fastjepa.measuring.out_of_memory import is_out_of_memory
-from fastjepa.measuring.policy import FP32_RELATIVE_LIMIT, Error, Judgement, error_bound, relative_errors
-from fastjepa.measuring.timing import make_timer, quantile
+from fastjepa.measuring.policy import Error, Judgement, bound_beside, relative_errors, worst
+from fastjepa.measuring.timing import HostTimer, quantile
 from fastjepa.trials.work import GRADIENT, Maker, Tensors, Work, arithmetic
 
 T = TypeVar("T")
-WARMUP_RUNS, LEAST_ROUNDS, MOST_ROUNDS, ROUND_SECONDS = 1, 5, 30, 1.0
+LEAST_ROUNDS, MOST_ROUNDS, ROUND_SECONDS = 3, 30, 1.0
+# A turn of training: so many steps back to back. One alone would hide nothing of what the host does before the GPU has
+# work, as a loop of training does from the second step on; and a queue of many turns, without waiting for the GPU in
+# between, would hide a candidate's launches behind the work of eager before it.
+TURN_STEPS = 3
+LONG_STEP_MS = 250.0  # the host is never behind in a step so long, and one a turn must do
 SLOW_SECONDS = 6.0  # of rounds: on a machine so slow, fewer must do
 HOPELESS = 5.0  # times as slow as eager in the first round: the others would tell nothing new
-CHECKED_BATCH = 16  # float64 is slow on most GPUs: more clips would take seconds and hardly change an error
+CHECKED_BATCH = 16  # more clips would take longer and hardly change an error
+TRUTH_SECONDS = 5.0  # many GPUs multiply float64 at a 64th of fp32's speed: as many clips as take no longer than this
 # Losses and buffers follow their roundings smoothly. A gradient jumps where a rounding takes the input of one ReLU
-# across zero: eager's own is then 1e-3 of its norm from float64, and 1e-6 in another draw of weights and data. So one
-# draw is no measure of it: a gradient out of bounds gets as many draws as this, is exact if all of it is within bounds
-# in one, and wrong at once if it is off by more than a few ReLUs can explain.
+# across zero: in fp32, eager's own is then 1e-3 of its norm from float64, and 1e-6 in another draw of weights and data.
+# So one draw is no measure of it: a gradient out of bounds gets as many draws as this, is exact if all of it is within
+# bounds in one, and wrong at once if it is off by more than a few ReLUs can explain.
+#
+# In bf16 many ReLUs switch in every draw: eager's own gradient of the predictor is 0.2 to 0.5 of its norm from float64,
+# that of the encoder a tenth, and twice that would let half a gradient pass. So where a run does not compute in plain
+# fp32, the same candidate must be exact in fp32 first, where a wrong formula shows.
 DRAWS = 3
 JUMP = 1e-2
 # At the full size, where there may be no memory for float64, a candidate is held against eager at the same precision:
-# this many times the sum of both bounds. What breaks only at large sizes (an index beyond 2³¹, a tile left out) is off
-# by orders of magnitude more; the policy itself is kept at the checked size.
+# this many times the sum of both bounds, because what breaks only at large sizes (an index beyond 2³¹, a tile left out)
+# is mostly off by orders of magnitude more; the policy itself is kept at the checked size. And never as much as the
+# limit, which half a gradient reaches, zeros exceed, and honest candidates in bf16 stay below: they are nearer to each
+# other than eager is to float64, whose error shrinks as clips are added.
 _FULL_SIZE_SLACK = 10.0
+_FULL_SIZE_LIMIT = 0.49
 
 
 class Contest:
     """The candidates of one setting, each against eager. What eager and float64 gave is computed once.
 
-    The policy is checked at the user's batch, or at `CHECKED_BATCH` clips, halved until there is memory for float64;
-    time is taken at the user's.
+    The policy is checked at the user's batch, or at `CHECKED_BATCH` clips, halved until there are time and memory for
+    float64; time is taken at the user's.
     """
 
     def __init__(self, setting: Setting, device: torch.device, make: Maker) -> None:
         self.setting, self.device, self.make = setting, device, make
         self.batch = min(setting.batch, CHECKED_BATCH)  # at which the policy is checked
         self._truths: dict[int, Tensors] = {}  # draw → float64
-        self._eager_errors: dict[str, Error] = {}  # the largest of the draws so far
+        in_fp32 = dataclasses.replace(setting, precision="fp32", matmul_tf32=False, cudnn_tf32=False)
+        self.checked = (setting,) if setting == in_fp32 else (in_fp32, setting)  # in the arithmetic of each
+        self._eager_errors: list[dict[str, Error]] = [{} for _ in self.checked]  # the largest of the draws so far
         self._reference: Work | None = None  # at full size
         self._reference_fits = True
         self._reference_first: Tensors = {}
@@ -61,6 +76,7 @@ class Contest:
             torch.OutOfMemoryError: there is no memory for one clip. Whatever else eager raises here is raised.
         """
         with arithmetic(self.setting):
+            self._if_it_fits(self._fit_into_time)
             self._find_truth()
         self._release()
 
@@ -80,22 +96,19 @@ class Contest:
         return trial
 
     def _try(self, choice: Choice) -> Trial:
-        for draw in range(DRAWS):
-            truth = self._find_truth(draw)
-            results = self._first_results(choice, self.batch, draw=draw)
-            try:
-                errors = norm_errors(results, truth)
-            except ValueError as error:
-                return Trial(choice, "wrong", str(error), checked_batch=self.batch)
-            verdict = judge_norms(errors, self._eager_errors, self.setting.precision)
-            if verdict.exact or not self._may_have_jumped(errors):
-                break
-        judged = {"error": verdict.error, "bound": verdict.bound, "checked_batch": self.batch}
-        if not verdict.exact:
-            reason = f"{verdict.name} is off by {verdict.error:.1e} of its norm, allowed are {verdict.bound:.1e}"
-            return Trial(choice, "wrong", reason, **judged)  # type: ignore[arg-type]
-        del truth, results
-        work = self._make(choice, self.setting.batch)
+        for setting, eager in zip(self.checked, self._eager_errors, strict=True):
+            verdict = self._check(choice, setting, eager)
+            if isinstance(verdict, str):
+                return Trial(choice, "wrong", verdict, checked_batch=self.batch)
+            judged = {"error": verdict.error, "bound": verdict.bound, "checked_batch": self.batch}
+            if not verdict.exact:
+                how = "" if setting == self.setting else f" in {setting.rule}"
+                allowed = (
+                    f"allowed are {verdict.bound:.1e}" if verdict.bound is not None else "eager is no measure of it"
+                )
+                reason = f"{verdict.name} is off by {verdict.error:.1e} of its norm{how}, {allowed}"
+                return Trial(choice, "wrong", reason, **judged)  # type: ignore[arg-type]
+        work = self._make(choice)
         work.run()
         if self.batch < self.setting.batch and (problem := self._full_size_problem(work.results())):
             return Trial(choice, "wrong", problem, **judged)  # type: ignore[arg-type]
@@ -106,42 +119,64 @@ class Contest:
             rounds=len(times), **judged,  # type: ignore[arg-type]
         )  # fmt: skip
 
-    def _may_have_jumped(self, errors: Mapping[str, Error]) -> bool:
-        """Whether all that is out of bounds are gradients, by no more than ReLUs explain."""
-        for name, error in errors.items():
-            bound = norm_bound(self._eager_errors[name].relative, error.dtype, self.setting.precision)
-            if error.relative > bound and not (name.startswith(GRADIENT) and error.relative <= max(JUMP, 2 * bound)):
-                return False
-        return True
+    def _check(self, choice: Choice, setting: Setting, eager: Mapping[str, Error]) -> Judgement | str:
+        """The policy at the checked batch, in the arithmetic of `setting`; or why nothing can be compared."""
+        for draw in range(DRAWS):
+            truth = self._find_truth(draw)
+            results = self._first_results(setting, choice, draw=draw)
+            try:
+                errors = norm_errors(results, truth)
+            except ValueError as error:
+                return str(error)
+            verdict = judge_norms(errors, eager, setting.rule)
+            if verdict.exact or not _may_have_jumped(errors, eager, setting.rule):
+                break
+        return verdict
 
-    def _make(self, choice: Choice, batch: int, dtype: torch.dtype = torch.float32, draw: int = 0) -> Work:
-        return self.make(self.setting, choice, batch, self.device, dtype, draw)
+    def _make(self, choice: Choice) -> Work:
+        return self.make(self.setting, choice, self.setting.batch, self.device, torch.float32, 0)
 
     def _first_results(
-        self, choice: Choice, batch: int, dtype: torch.dtype = torch.float32, *, draw: int = 0
+        self, setting: Setting, choice: Choice, dtype: torch.dtype = torch.float32, *, draw: int
     ) -> Tensors:
-        work = self._make(choice, batch, dtype, draw)
-        work.run()
-        return work.results()
+        with arithmetic(setting):
+            work = self.make(setting, choice, self.batch, self.device, dtype, draw)
+            work.run()
+            return work.results()
+
+    def _fit_into_time(self) -> None:
+        """Halve the checked batch until its truth should take `TRUTH_SECONDS` at most, by the time of one clip's."""
+        if self.batch == 1:
+            return
+        work = self.make(self.setting, EAGER, 1, self.device, torch.float64, 0)
+        timer = HostTimer(self.device, "truth")
+        timer.time(work.run)
+        seconds = 1e-3 * timer.milliseconds()[0]
+        if TRUTH_SECONDS / self.batch < seconds < TRUTH_SECONDS:  # libraries were loaded in it
+            timer.time(work.run)
+            seconds = 1e-3 * timer.milliseconds()[0]
+        while self.batch > 1 and seconds * self.batch > TRUTH_SECONDS:
+            self.batch = (self.batch + 1) // 2
 
     def _find_truth(self, draw: int = 0) -> Tensors:
         """Float64 on the same numbers, at the largest batch for which it, and eager, fit in memory."""
         while draw not in self._truths:
             found = self._if_it_fits(partial(self._truth_and_eager, draw))
             if found is not None:
-                self._truths[draw], eager = found
-                for name, error in norm_errors(eager, self._truths[draw]).items():
-                    known = self._eager_errors.get(name, error)
-                    self._eager_errors[name] = max(known, error, key=lambda e: e.relative)
+                self._truths[draw], results = found
+                for largest, eager in zip(self._eager_errors, results, strict=True):
+                    for name, error in norm_errors(eager, self._truths[draw]).items():
+                        known = largest.get(name, error)
+                        largest[name] = max(known, error, key=lambda e: e.relative)
             elif self.batch == 1 or draw > 0:
                 raise torch.OutOfMemoryError("there is no memory for one clip in float64")
             else:
                 self.batch = (self.batch + 1) // 2
         return self._truths[draw]
 
-    def _truth_and_eager(self, draw: int) -> tuple[Tensors, Tensors]:
-        exact = self._first_results(EAGER, self.batch, torch.float64, draw=draw)
-        return exact, self._first_results(EAGER, self.batch, draw=draw)
+    def _truth_and_eager(self, draw: int) -> tuple[Tensors, list[Tensors]]:
+        exact = self._first_results(self.setting, EAGER, torch.float64, draw=draw)
+        return exact, [self._first_results(setting, EAGER, draw=draw) for setting in self.checked]
 
     def _full_size_problem(self, results: Tensors) -> str | None:
         reference = self._reference_at_full_size()
@@ -149,8 +184,11 @@ class Contest:
             bad = [name for name, value in results.items() if not bool(torch.isfinite(value).all())]
             return f"{bad[0]} is not finite at {self.setting.batch} clips" if bad else None
         for name, found in norm_errors(results, self._reference_first).items():
-            eager = self._eager_errors[name].relative
-            allowed = _FULL_SIZE_SLACK * (eager + norm_bound(eager, found.dtype, self.setting.precision))
+            eager = self._eager_errors[-1][name]
+            bound = norm_bound(eager, found.dtype, self.setting.rule)
+            if bound is None:
+                return f"{name} of eager is so far off that nothing can be judged by it"
+            allowed = min(_FULL_SIZE_SLACK * (eager.relative + bound), _FULL_SIZE_LIMIT)
             if name.startswith(GRADIENT):  # of more clips, one ReLU is a smaller part
                 allowed = max(allowed, JUMP * self.batch / self.setting.batch)
             if not found.relative <= allowed:
@@ -169,38 +207,40 @@ class Contest:
         return self._reference
 
     def _run_reference(self) -> tuple[Work, Tensors]:
-        work = self._make(EAGER, self.setting.batch)
+        work = self._make(EAGER)
         work.run()
         return work, work.results()
 
     def _time(self, work: Work) -> tuple[list[float], list[float]]:
-        """Milliseconds of the candidate and of eager; the latter empty if there is no memory for it."""
+        """Milliseconds of the candidate and of eager; the latter empty if there is no memory for it.
+
+        By the host's clock, from an idle device to an idle device: what is bound by launches is as slow as it is.
+        """
         reference = self._reference_at_full_size()
         contestants = [work] if reference is None else [work, reference]
-        for contestant in contestants:
-            for _ in range(WARMUP_RUNS):
-                contestant.run()
-        timers = [make_timer(self.device, latency=self.setting.purpose == "inference") for _ in contestants]
+        timers = [HostTimer(self.device, "turn") for _ in contestants]
+        for timer, contestant in zip(timers, contestants, strict=True):
+            timer.time(contestant.run)  # to warm up
+        warm = [timer.milliseconds()[0] for timer in timers]
+        # Who rolls out waits for each result; who trains does not.
+        steps = TURN_STEPS if self.setting.purpose == "train" and max(warm) < LONG_STEP_MS else 1
         gc.collect()
         gc.disable()  # a collection in the middle of a run would be charged to it
-        times: list[list[float]] = []
+        times: list[list[float]] = [[] for _ in contestants]
         try:
             begun, rounds = time.monotonic(), 0
             while rounds < LEAST_ROUNDS or (rounds < MOST_ROUNDS and time.monotonic() - begun < ROUND_SECONDS):
-                order = list(zip(timers, contestants, strict=True))
-                for timer, contestant in order if rounds % 2 else reversed(order):
-                    timer.time(contestant.run)
+                order = list(zip(timers, contestants, times, strict=True))
+                for timer, contestant, found in order if rounds % 2 else reversed(order):
+                    timer.time(partial(_repeat, contestant, steps))
+                    found += [turn / steps for turn in timer.milliseconds()]
                 rounds += 1
-                if rounds == 1:
-                    times = [timer.milliseconds() for timer in timers]
-                    if reference is not None and times[0][0] > HOPELESS * times[1][0]:
-                        break
+                if reference is not None and times[0][0] > HOPELESS * times[1][0]:
+                    break
                 if time.monotonic() - begun > SLOW_SECONDS:
                     break
         finally:
             gc.enable()
-        for found, timer in zip(times, timers, strict=True):
-            found += timer.milliseconds()
         return times[0], times[1] if reference is not None else []
 
     def _if_it_fits(self, call: Callable[[], T]) -> T | None:
@@ -219,21 +259,37 @@ class Contest:
             torch.cuda.empty_cache()
 
 
+def _repeat(work: Work, steps: int) -> None:
+    for _ in range(steps):
+        work.run()
+
+
+def _may_have_jumped(errors: Mapping[str, Error], eager: Mapping[str, Error], precision: RunPrecision) -> bool:
+    """Whether all that is out of bounds are gradients, by no more than ReLUs explain."""
+    for name, error in errors.items():
+        bound = norm_bound(eager[name], error.dtype, precision)
+        if bound is None:
+            return False
+        if error.relative > bound and not (name.startswith(GRADIENT) and error.relative <= max(JUMP, 2 * bound)):
+            return False
+    return True
+
+
 def norm_errors(results: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, Error]:
     """`policy.relative_errors` by norms: a whole step is judged by these."""
     return relative_errors(results, truth, {}, truth, "norm")
 
 
-def norm_bound(eager: float, dtype: torch.dtype, precision: RunPrecision) -> float:
-    """The largest relative error by norm that the policy lets pass beside eager's, of a result stored as `dtype`."""
-    bound = error_bound(eager, 1.0, dtype, torch.bfloat16 if precision == "bf16" else None, limit=None)
-    return min(bound, FP32_RELATIVE_LIMIT) if precision == "fp32" and eager <= FP32_RELATIVE_LIMIT else bound
+def norm_bound(eager: Error, dtype: torch.dtype, precision: RunPrecision) -> float | None:
+    """The largest relative error by norm that the policy lets pass beside eager's, of a result stored as `dtype`; None
+    where eager is so far off, or not finite, that nothing can be judged by it.
+    """
+    return bound_beside(eager, dtype, precision, torch.bfloat16 if precision == "bf16" else None)
 
 
 def judge_norms(errors: Mapping[str, Error], eager: Mapping[str, Error], precision: RunPrecision) -> Judgement:
     """The tensor closest to, or furthest beyond, its bound."""
-    judgements = [
-        Judgement(name, error.relative, norm_bound(eager[name].relative, error.dtype, precision))
+    return worst(
+        Judgement(name, error.relative, norm_bound(eager[name], error.dtype, precision))
         for name, error in errors.items()
-    ]
-    return max(judgements, key=lambda j: j.error / j.bound if j.bound else math.inf)
+    )

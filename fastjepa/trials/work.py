@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastjepa.calibration.choice import Choice
-from fastjepa.calibration.setting import Setting
+from fastjepa.calibration.setting import Setting, ambient_tf32
 from fastjepa.fused.swap import accelerate
 from fastjepa.graphs import GraphedRollout, GraphedTrainStep
 from fastjepa.model.jepa import JEPA, build_jepa, build_probes
@@ -55,14 +55,22 @@ def make_work(
 @contextlib.contextmanager
 def arithmetic(setting: Setting) -> Iterator[None]:
     """The settings of PyTorch under which the work will run."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
-    matmul.allow_tf32 = cudnn.allow_tf32 = setting.precision == "tf32"
-    cudnn.deterministic, cudnn.benchmark = setting.deterministic, setting.benchmark
+    cudnn = torch.backends.cudnn
+    before = *ambient_tf32(), cudnn.deterministic, cudnn.benchmark
+    _set_arithmetic(setting.matmul_tf32, setting.cudnn_tf32, setting.deterministic, setting.benchmark)
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
+        _set_arithmetic(*before)
+
+
+def _set_arithmetic(matmul_tf32: bool, cudnn_tf32: bool, deterministic: bool, benchmark: bool) -> None:
+    """By the older switches, which set the newer ones too, so that reading either works."""
+    backends: Any = torch.backends
+    backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32 = matmul_tf32, cudnn_tf32
+    if ambient_tf32()[1] and not cudnn_tf32:  # off means "as in general" there, and in general TF32 is on
+        backends.cudnn.conv.fp32_precision = backends.cudnn.rnn.fp32_precision = "ieee"
+    backends.cudnn.deterministic, backends.cudnn.benchmark = deterministic, benchmark
 
 
 class Step:
