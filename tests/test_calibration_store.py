@@ -52,7 +52,7 @@ def test_an_error_without_limit_is_kept_as_none(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"format": "x"}, "it is not a file of calibration"),
-        ({"version": 2}, "it has version 2; this fastjepa reads 1"),
+        ({"version": 1}, "it has version 1; this fastjepa reads 2"),
         ({"trials": []}, "it has no trials"),
         ({"trials": [1]}, "a trial is a table of choice, status"),
         ({"trials": "same twice"}, "it has two rows for one candidate"),
@@ -67,6 +67,7 @@ def test_an_error_without_limit_is_kept_as_none(tmp_path: Path) -> None:
         ({"trial": {"milliseconds": 0}}, "milliseconds must be more than 0"),
         ({"trial": {"error": "1"}}, "error must be a number ≥ 0 or null, got '1'"),
         ({"trial": {"rounds": 1.5}}, "rounds must be a whole number ≥ 1 or null, got 1.5"),
+        ({"trial": {"attempts": 0}}, "attempts must be a whole number ≥ 1, got 0"),
         ({"trial": {"reason": 1}}, "status and reason must be text"),
         ({"trial": {"choice": 1}}, "a choice is a table of fields, got int"),
         ({"choice": {"cuda_graph": 1}}, "cuda_graph must be bool, got 1"),

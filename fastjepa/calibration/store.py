@@ -26,7 +26,7 @@ else:
     import fcntl
 
 FORMAT = "fastjepa calibration"
-VERSION = 1
+VERSION = 2
 MEASURED = Path(__file__).resolve().parent / "measured"  # committed rows, package data
 _LARGEST_BYTES = 1_000_000
 _POLL_SECONDS = 0.1
@@ -77,7 +77,7 @@ def read_rows(path: Path) -> tuple[Setting, Rows]:
 
 
 def write_rows(setting: Setting, rows: Rows, folder: Path) -> Path:
-    """Write the file of one setting, whole or not at all.
+    """Write the file of one setting, whole or not at all. It need not hold every candidate: a search goes on from it.
 
     Raises:
         OSError, CheckpointError: the system refused.

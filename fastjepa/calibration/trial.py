@@ -11,6 +11,9 @@ from fastjepa.calibration.choice import Choice
 
 Status = Literal["exact", "wrong", "out of memory", "failed", "unavailable", "crashed", "hung", "not measured"]
 _NUMBERS = ("milliseconds", "reference_milliseconds", "error", "bound")
+# May be the moment's fault: a kernel's first compilation, somebody else's memory, a variable that was set.
+_OF_THE_MOMENT = ("hung", "out of memory", "unavailable")
+_ATTEMPTS = 2  # of these, before it counts
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Trial:
     error, bound: of the tensor closest to its bound, by the exactness policy, at `checked_batch` clips.
     rounds: how often the two alternated.
     reason: why it is not "exact", in one line.
+    attempts: how often it was tried, in one start after another.
     """
 
     choice: Choice
@@ -33,6 +37,7 @@ class Trial:
     bound: float | None = None
     checked_batch: int | None = None
     rounds: int | None = None
+    attempts: int = 1
 
     def __post_init__(self) -> None:
         if self.status not in get_args(Status):
@@ -46,6 +51,18 @@ class Trial:
         if self.milliseconds is None or self.reference_milliseconds is None:
             return None
         return self.reference_milliseconds / self.milliseconds
+
+    @property
+    def settled(self) -> bool:
+        """Whether it is known: what may be the moment's fault is tried again by the next start, once."""
+        if self.status == "not measured":
+            return False
+        return self.status not in _OF_THE_MOMENT or self.attempts >= _ATTEMPTS
+
+    @property
+    def measured(self) -> bool:
+        """Whether it ran and was compared."""
+        return self.milliseconds is not None or self.status == "wrong"
 
     def __str__(self) -> str:
         if self.status != "exact":
@@ -81,7 +98,15 @@ class Trial:
             value = values[name]
             if value is not None and not (type(value) is int and value >= 1):
                 raise ValueError(f"{name} must be a whole number ≥ 1 or null, got {value!r}")
+        if not (type(values["attempts"]) is int and values["attempts"] >= 1):
+            raise ValueError(f"attempts must be a whole number ≥ 1, got {values['attempts']!r}")
         return Trial(**{**values, "choice": Choice.from_json(values["choice"])})
+
+
+def settled(trials: Iterable[Trial]) -> list[Trial]:
+    """Those that a new start need not try again. Where nothing was measured, perhaps the GPU was taken: none is."""
+    known = list(trials)
+    return [trial for trial in known if trial.settled] if any(trial.measured for trial in known) else []
 
 
 def scores(trials: Iterable[Trial]) -> dict[Choice, float]:

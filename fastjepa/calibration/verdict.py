@@ -12,9 +12,18 @@ import torch
 
 from fastjepa.calibration.children import Limits, measure
 from fastjepa.calibration.choice import EAGER, Choice
+from fastjepa.calibration.search import next_choice
 from fastjepa.calibration.setting import Setting
-from fastjepa.calibration.store import LockTimeoutError, Rows, find_rows, only_one_process, rows_folder, write_rows
-from fastjepa.calibration.trial import scores, typical_reference
+from fastjepa.calibration.store import (
+    MEASURED,
+    LockTimeoutError,
+    Rows,
+    find_rows,
+    only_one_process,
+    rows_folder,
+    write_rows,
+)
+from fastjepa.calibration.trial import scores, settled, typical_reference
 from fastjepa.storage.safe_files import CheckpointError
 
 VARIABLE = "FASTJEPA_CALIBRATE"
@@ -100,6 +109,10 @@ def resolve(
 ) -> Verdict:
     """The verdict for a setting: from the cache or the rows of the package, else measured now and kept.
 
+    Each candidate is kept as soon as it is known. A search that came to no end, because its time was over or the
+    process was killed, is gone on with, for as long again; what may have been the moment's fault ("hung", "out of
+    memory", "unavailable") is tried once more. Then rows are final.
+
     Args:
         setting: the question.
         device: where candidates run.
@@ -116,44 +129,89 @@ def resolve(
     if switched_off():
         return Verdict(setting, (), f"{VARIABLE}=0 is set: eager, and nothing was measured")
     folder = rows_folder(cache_dir)
-    if not redo and (found := find_rows(setting, folder, say)) is not None:
+    found = None if redo else find_rows(setting, folder, say)
+    if found is not None and (not measuring or _complete(setting, *found)):
         return _looked_up(setting, *found)
     if not measuring:
         return Verdict(setting, (), "it was not measured on this GPU at these sizes")
     try:
         with only_one_process(folder, _LOCK_SECONDS, say):
-            if not redo and (found := find_rows(setting, folder, lambda _: None)) is not None:
+            found = None if redo else find_rows(setting, folder, lambda _: None)
+            if found is not None and _complete(setting, *found):
                 return _looked_up(setting, *found)
-            return _measure(setting, device, folder, limits or Limits(), makers, say)
+            kept = _Kept(setting, folder, redo)
+            return _measure(setting, device, found[0] if found else (), kept, limits or Limits(), makers, say)
     except LockTimeoutError as error:
-        return Verdict(setting, (), f"{error}; eager for now")
+        return Verdict(
+            setting, found[0] if found else (), f"{error}; {'as far as known' if found else 'eager for now'}"
+        )
+
+
+def _complete(setting: Setting, rows: Rows, path: Path) -> bool:
+    """Whether the search has come to its end, so that no start goes on with it.
+
+    What is shipped is not tried again: who made it has seen to that.
+    """
+    known = rows if path.parent == MEASURED else settled(rows)
+    return next_choice(setting.purpose, known) is None
 
 
 def _looked_up(setting: Setting, rows: Rows, path: Path) -> Verdict:
-    return Verdict(setting, rows, f"measured before: {path}")
+    unfinished = "" if _complete(setting, rows, path) else ", not all of it yet"
+    return Verdict(setting, rows, f"measured before{unfinished}: {path}")
+
+
+class _Kept:
+    """The file of one setting while candidates are added."""
+
+    def __init__(self, setting: Setting, folder: Path, redo: bool) -> None:
+        self.setting, self.folder, self.redo = setting, folder, redo
+        self.path: Path | None = None
+        self.error = ""
+        self._rows: Rows = ()
+
+    def write(self, rows: Rows) -> None:
+        """Replace the file; what goes wrong is in `error`."""
+        rows = tuple(row for row in rows if row.status != "not measured")
+        if not rows or rows == self._rows or (self.redo and not any(row.measured for row in rows)):
+            return  # what was there before is better
+        self._rows = rows
+        try:
+            self.path, self.error = write_rows(self.setting, rows, self.folder), ""
+        except (OSError, CheckpointError) as error:
+            self.error = str(error)
 
 
 def _measure(
     setting: Setting,
     device: torch.device,
-    folder: Path,
+    known: Rows,
+    kept: _Kept,
     limits: Limits,
     makers: str | None,
     say: Callable[[str], None],
 ) -> Verdict:
+    what = f"going on after {len(settled(known))} candidates with" if known else "measuring once"
     say(
-        f"measuring once what is fastest on {setting.gpu}, in child processes, for at most {limits.total:.0f} s "
+        f"{what} what is fastest on {setting.gpu}, in child processes, for at most {limits.total:.0f} s "
         f"({VARIABLE}=0 leaves it out)"
     )
     if device.type == "cuda" and device.index is None:  # a child's current device is another matter
         device = torch.device("cuda", torch.cuda.current_device())
-    rows = measure(setting, str(device), say, limits=limits, makers=makers)
-    if not any(row.milliseconds is not None or row.status == "wrong" for row in rows):
+    rows = measure(setting, str(device), say, known=known, keep=kept.write, limits=limits, makers=makers)
+    kept.write(rows)
+    if not any(row.measured for row in rows):
         # Perhaps another program has the GPU, or its memory: the next start may do better.
         why = rows[0].reason if rows else "there was no time"
-        return Verdict(setting, rows, f"nothing could be measured, so nothing was kept ({why})")
-    try:
-        path = write_rows(setting, rows, folder)
-    except (OSError, CheckpointError) as error:
-        return Verdict(setting, rows, f"measured now, but not kept: {error}")
-    return Verdict(setting, rows, f"measured now, kept in {path}; python -m fastjepa.calibrate --redo measures again")
+        return Verdict(setting, rows, f"nothing could be measured, and the next start tries again ({why})")
+    if kept.error:
+        return Verdict(
+            setting, rows,
+            f"measured now, but not kept: {kept.error}; so every start will measure again, unless --cache_dir (of "
+            f"commands) or XDG_CACHE_HOME names a folder that can be written, or {VARIABLE}=0 is set",
+        )  # fmt: skip
+    complete = next_choice(setting.purpose, settled(rows)) is None
+    then = "" if complete else "; the next start goes on with the rest"
+    return Verdict(
+        setting, rows, f"measured now, kept in {kept.path}{then}; python -m fastjepa.calibrate --redo measures again"
+    )
