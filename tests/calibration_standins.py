@@ -89,6 +89,13 @@ def many(setting: Setting, choice: Choice, batch: int, device: torch.device, dty
 MANY_BEST = Choice(batch_norm=True, losses="fused", cuda_graph=True, channels_last=True)
 
 
+def all_work(
+    setting: Setting, choice: Choice, batch: int, device: torch.device, dtype: torch.dtype, draw: int
+) -> StandIn:
+    """A graph and channels-last each make it faster."""
+    return StandIn((8.0 - 4 * choice.cuda_graph - 2 * choice.channels_last) / 1e3)
+
+
 def nothing(
     setting: Setting, choice: Choice, batch: int, device: torch.device, dtype: torch.dtype, draw: int
 ) -> StandIn:

@@ -152,7 +152,7 @@ def test_what_hung_twice_stays_so(tmp_path: Path) -> None:
 def test_a_second_attempt_is_counted_and_one_that_had_no_time_is_not() -> None:
     kept: list[tuple[Trial, ...]] = []
     hung = trial(ALL, status="hung")
-    trials = children._Trials([hung, trial(BOTH, 5.0)], kept.append)
+    trials = children._Trials([hung, trial(BOTH, 5.0)], lambda _: True, kept.append)
     trials.add(Trial(ALL, "not measured", "the time was over"))
     assert hung in trials.all()
     assert kept == []

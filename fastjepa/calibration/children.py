@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fastjepa.calibration.choice import Choice
-from fastjepa.calibration.search import next_choice
+from fastjepa.calibration.search import among, next_choice
 from fastjepa.calibration.setting import Setting
 from fastjepa.calibration.trial import Trial, settled
 from fastjepa.measuring.child_process import Ended, run_child
@@ -44,6 +44,7 @@ def measure(
     say: Callable[[str], None],
     *,
     known: Sequence[Trial] = (),
+    allowed: Callable[[Choice], bool] = lambda _: True,
     keep: Callable[[tuple[Trial, ...]], None] = lambda _: None,
     limits: Limits | None = None,
     makers: str | None = None,
@@ -55,6 +56,7 @@ def measure(
         device: where candidates run.
         say: gets a line for each.
         known: what came of candidates before; the search goes on from those that are settled, and tries others again.
+        allowed: whether a choice is to be tried at all.
         keep: gets all trials whenever one was added, so that what was measured survives whatever ends this process.
         limits: of time.
         makers: "module:function" that makes candidates in place of the real ones, for the rehearsals in tests.
@@ -63,7 +65,7 @@ def measure(
     """
     limits = limits or Limits()
     begun_at = time.monotonic()
-    trials = _Trials(known, keep)
+    trials = _Trials(known, allowed, keep)
     with tempfile.TemporaryDirectory(prefix="fastjepa-calibration-", ignore_cleanup_errors=True) as folder:
         number = 0
         while (choice := next_choice(setting.purpose, trials.of_search())) is not None:
@@ -85,15 +87,20 @@ def measure(
 class _Trials:
     """What is known so far, of this start and of those before."""
 
-    def __init__(self, known: Sequence[Trial], keep: Callable[[tuple[Trial, ...]], None]) -> None:
-        self.keep = keep
+    def __init__(
+        self,
+        known: Sequence[Trial],
+        allowed: Callable[[Choice], bool],
+        keep: Callable[[tuple[Trial, ...]], None],
+    ) -> None:
+        self.allowed, self.keep = allowed, keep
         self._settled = settled(known)
         self._again = {trial.choice: trial for trial in known if trial not in self._settled}
         self._new: list[Trial] = []
 
     def of_search(self) -> list[Trial]:
         """What the next candidate depends on."""
-        return [*self._settled, *self._new]
+        return among(self.allowed, [*self._settled, *self._new])
 
     def all(self) -> tuple[Trial, ...]:
         """Also those of before that are to be tried again, and were not yet."""

@@ -12,7 +12,7 @@ import torch
 
 from fastjepa.calibration.children import Limits, measure
 from fastjepa.calibration.choice import EAGER, Choice
-from fastjepa.calibration.search import next_choice
+from fastjepa.calibration.search import BROKEN, among, next_choice
 from fastjepa.calibration.setting import Setting
 from fastjepa.calibration.store import (
     MEASURED,
@@ -30,6 +30,8 @@ VARIABLE = "FASTJEPA_CALIBRATE"
 _MARGIN = 1.02  # how much faster than eager is more than noise
 _LOCK_SECONDS = 300.0  # for some processes that wait for each other
 
+Allowed = Callable[[Choice], bool]
+
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
@@ -39,14 +41,18 @@ class Verdict:
     rows: Rows
     origin: str
 
-    def best(self, allowed: Callable[[Choice], bool] = lambda choice: True, fallback: Choice = EAGER) -> Choice:
-        """The fastest exact choice among the allowed ones; `fallback`, or eager, where nothing is clearly faster."""
+    def best(self, allowed: Allowed = lambda choice: True, fallback: Choice = EAGER) -> Choice:
+        """The fastest exact choice among the allowed ones; `fallback`, or eager, where nothing is clearly faster.
+
+        Where none of them was measured it is `fallback`, unless that is known not to work and eager is allowed.
+        """
         times = {choice: time for choice, time in scores(self.rows).items() if allowed(choice)}
+        if not times.keys() - {EAGER}:
+            broken = any(row.choice == fallback and row.status in BROKEN for row in self.rows)
+            return EAGER if broken and allowed(EAGER) else fallback
         eager = typical_reference(row for row in self.rows if row.status == "exact")
         if eager is not None and allowed(EAGER):
             times[EAGER] = eager
-        if not times:
-            return fallback
         best = min(times, key=lambda choice: times[choice])
         steady = next((choice for choice in (fallback, EAGER) if choice in times), best)
         return best if times[best] * _MARGIN < times[steady] else steady
@@ -60,7 +66,7 @@ class Verdict:
             return f"{row.milliseconds:.2f} ms; eager does not fit in memory beside it"
         return f"{row.speedup:.2f}× eager, {row.milliseconds:.2f} ms instead of {row.reference_milliseconds:.2f}"
 
-    def why_not(self, has_part: Callable[[Choice], bool], allowed: Callable[[Choice], bool] = lambda _: True) -> str:
+    def why_not(self, has_part: Callable[[Choice], bool], allowed: Allowed = lambda _: True) -> str:
         """Why a part is in no choice that won: what came of the candidate with it that came closest."""
         if not self.rows:
             return self.origin
@@ -100,6 +106,7 @@ def resolve(
     setting: Setting,
     device: torch.device,
     *,
+    allowed: Allowed = lambda _: True,
     cache_dir: Path | None = None,
     measuring: bool = True,
     redo: bool = False,
@@ -116,6 +123,7 @@ def resolve(
     Args:
         setting: the question.
         device: where candidates run.
+        allowed: which choices can be taken: no other is measured.
         cache_dir: default: the user's, `storage.cache_folder.default_cache_dir()`.
         measuring: False only looks up.
         redo: measure even if there are rows.
@@ -130,34 +138,34 @@ def resolve(
         return Verdict(setting, (), f"{VARIABLE}=0 is set: eager, and nothing was measured")
     folder = rows_folder(cache_dir)
     found = None if redo else find_rows(setting, folder, say)
-    if found is not None and (not measuring or _complete(setting, *found)):
-        return _looked_up(setting, *found)
+    if found is not None and (not measuring or _complete(setting, *found, allowed)):
+        return _looked_up(setting, *found, allowed)
     if not measuring:
         return Verdict(setting, (), "it was not measured on this GPU at these sizes")
     try:
         with only_one_process(folder, _LOCK_SECONDS, say):
             found = None if redo else find_rows(setting, folder, lambda _: None)
-            if found is not None and _complete(setting, *found):
-                return _looked_up(setting, *found)
-            kept = _Kept(setting, folder, redo)
-            return _measure(setting, device, found[0] if found else (), kept, limits or Limits(), makers, say)
+            if found is not None and _complete(setting, *found, allowed):
+                return _looked_up(setting, *found, allowed)
+            kept, known = _Kept(setting, folder, redo), found[0] if found else ()
+            return _measure(setting, device, known, allowed, kept, limits or Limits(), makers, say)
     except LockTimeoutError as error:
         return Verdict(
             setting, found[0] if found else (), f"{error}; {'as far as known' if found else 'eager for now'}"
         )
 
 
-def _complete(setting: Setting, rows: Rows, path: Path) -> bool:
+def _complete(setting: Setting, rows: Rows, path: Path, allowed: Allowed) -> bool:
     """Whether the search has come to its end, so that no start goes on with it.
 
     What is shipped is not tried again: who made it has seen to that.
     """
     known = rows if path.parent == MEASURED else settled(rows)
-    return next_choice(setting.purpose, known) is None
+    return next_choice(setting.purpose, among(allowed, known)) is None
 
 
-def _looked_up(setting: Setting, rows: Rows, path: Path) -> Verdict:
-    unfinished = "" if _complete(setting, rows, path) else ", not all of it yet"
+def _looked_up(setting: Setting, rows: Rows, path: Path, allowed: Allowed) -> Verdict:
+    unfinished = "" if _complete(setting, rows, path, allowed) else ", not all of it yet"
     return Verdict(setting, rows, f"measured before{unfinished}: {path}")
 
 
@@ -186,6 +194,7 @@ def _measure(
     setting: Setting,
     device: torch.device,
     known: Rows,
+    allowed: Allowed,
     kept: _Kept,
     limits: Limits,
     makers: str | None,
@@ -198,7 +207,9 @@ def _measure(
     )
     if device.type == "cuda" and device.index is None:  # a child's current device is another matter
         device = torch.device("cuda", torch.cuda.current_device())
-    rows = measure(setting, str(device), say, known=known, keep=kept.write, limits=limits, makers=makers)
+    rows = measure(
+        setting, str(device), say, known=known, allowed=allowed, keep=kept.write, limits=limits, makers=makers
+    )
     kept.write(rows)
     if not any(row.measured for row in rows):
         # Perhaps another program has the GPU, or its memory: the next start may do better.
@@ -210,7 +221,7 @@ def _measure(
             f"measured now, but not kept: {kept.error}; so every start will measure again, unless --cache_dir (of "
             f"commands) or XDG_CACHE_HOME names a folder that can be written, or {VARIABLE}=0 is set",
         )  # fmt: skip
-    complete = next_choice(setting.purpose, settled(rows)) is None
+    complete = next_choice(setting.purpose, among(allowed, settled(rows))) is None
     then = "" if complete else "; the next start goes on with the rest"
     return Verdict(
         setting, rows, f"measured now, kept in {kept.path}{then}; python -m fastjepa.calibrate --redo measures again"

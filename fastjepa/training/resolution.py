@@ -43,7 +43,6 @@ def resolve_run(config: Config, device: torch.device) -> Resolution:
     usual = _without_measuring(config, device)
     if device.type != "cuda" or (config.backend != "auto" and config.cuda_graph != "auto"):
         return Resolution(config.precision, usual)
-    verdict = resolve(setting_of_config(config, device, config.precision), device, cache_dir=config.cache_dir)
 
     def allowed(choice: Choice) -> bool:
         of_backend = {
@@ -53,6 +52,8 @@ def resolve_run(config: Config, device: torch.device) -> Resolution:
         }[config.backend]
         return of_backend and config.cuda_graph in ("auto", "on" if choice.cuda_graph else "off")
 
+    setting = setting_of_config(config, device, config.precision)
+    verdict = resolve(setting, device, allowed=allowed, cache_dir=config.cache_dir)
     chosen = verdict.best(allowed, usual)
     return Resolution(config.precision, chosen, verdict.report(chosen))
 
