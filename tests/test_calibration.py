@@ -358,3 +358,5 @@ def test_rows_that_cannot_be_kept_still_count(tmp_path: Path, monkeypatch: pytes
     verdict = resolve(some_setting(), CPU, cache_dir=blocked, say=lambda _: None)
     assert verdict.best() == BOTH
     assert verdict.origin.startswith("measured now, but not kept: ")
+    assert "every start will measure again, unless --cache_dir (of commands) or XDG_CACHE_HOME" in verdict.origin
+    assert verdict.origin.endswith("or FASTJEPA_CALIBRATE=0 is set")

@@ -24,7 +24,6 @@ from fastjepa.calibration.trial import Trial, settled
 from fastjepa.measuring.child_process import Ended, run_child
 
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
-_REASON_LENGTH = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +118,7 @@ class _Trials:
 
 def _blame(choice: Choice, ended: Ended, too_slow: bool, started: bool) -> Trial:
     """The trial of the candidate that a child had begun when it ended, or would have."""
-    reason = (ended.reason or "its process ended early")[:_REASON_LENGTH]
+    reason = ended.reason or "its process ended early"
     if ended.status is None and not too_slow:
         return Trial(choice, "not measured", "the time was over")
     if not started:  # which is no candidate's fault
