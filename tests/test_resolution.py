@@ -34,6 +34,7 @@ TINY = (
 ).split()
 ALL = everything("train")
 PLAIN = dataclasses.replace(ALL, cuda_graph=False)
+MIXED = dataclasses.replace(PLAIN, recompute=False)
 EAGER_GRAPH = Choice(cuda_graph=True, channels_last=True)
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -205,6 +206,55 @@ def test_where_nothing_allowed_was_measured_it_is_the_usual(monkeypatch: pytest.
     assert resolve_run(Config(precision="bf16", backend="eager"), GPU).choice == usual
     rows += (trial(usual, status="crashed"),)  # but not if it is known not to work
     assert resolve_run(Config(precision="bf16", backend="eager"), GPU).choice == Choice()
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "attempts", "asked"),
+    [
+        ({"backend": "fused"}, "wrong", 1, "--backend fused"),
+        ({"backend": "fused", "cuda_graph": "auto"}, "crashed", 1, "--backend fused"),
+        ({"backend": "fused"}, "failed", 1, "--backend fused"),
+        ({"backend": "fused"}, "hung", 2, "--backend fused"),
+        ({"backend": "fused"}, "hung", 1, None),  # perhaps its first compilation
+        ({"backend": "fused"}, "out of memory", 2, None),  # which says nothing about its numbers, and fails by itself
+        ({"backend": "auto"}, "wrong", 1, None),
+    ],
+)
+def test_what_was_found_not_to_work_is_not_run_because_it_was_asked_for(
+    flags: dict[str, Any], status: Any, attempts: int, asked: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both with the very choice that would be run, and where only its like was tried."""
+    monkeypatch.setattr(resolution, "setting_of_config", lambda *arguments: arguments[-1])
+    config = Config(precision="bf16", **flags)
+    for choices in ([ALL, PLAIN], [ALL]):
+        rows = [trial(c, status=status, attempts=attempts, reason="some\x1b reason") for c in choices]
+        verdict = Verdict(some_setting(), (trial(Choice(channels_last=True), 5.0), *rows), "measured before: there")
+        monkeypatch.setattr(resolution, "resolve", lambda *_, verdict=verdict, **__: verdict)
+        if asked is None:
+            expected = PLAIN if flags["backend"] == "fused" else Choice(channels_last=True)
+            assert resolve_run(config, GPU).choice == expected
+        else:
+            with pytest.raises(ValueError, match=rf"{asked} cannot be served here: .*: {status}: some\? reason; leave"):
+                resolve_run(config, GPU)
+        works = dataclasses.replace(verdict, rows=(*verdict.rows, trial(MIXED, 5.0)))
+        monkeypatch.setattr(resolution, "resolve", lambda *_, works=works, **__: works)
+        assert resolve_run(config, GPU).choice in (MIXED, Choice(channels_last=True))
+
+
+def test_what_may_work_at_the_next_start_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = (trial(ALL, status="wrong"), Trial(PLAIN, "not measured", "the time was over"))
+    monkeypatch.setattr(resolution, "resolve", lambda *_, **__: Verdict(some_setting(), rows, ""))
+    monkeypatch.setattr(resolution, "setting_of_config", lambda *arguments: arguments[-1])
+    assert resolve_run(Config(precision="bf16", backend="fused"), GPU).choice == PLAIN
+
+
+def test_a_graph_that_was_found_not_to_work_is_no_different(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = (trial(EAGER_GRAPH, status="crashed"), trial(Choice(channels_last=True), 5.0))
+    monkeypatch.setattr(resolution, "resolve", lambda *_, **__: Verdict(some_setting(), rows, ""))
+    monkeypatch.setattr(resolution, "setting_of_config", lambda *arguments: arguments[-1])
+    monkeypatch.setattr(resolution, "use_cuda_graph", lambda *_: True)
+    with pytest.raises(ValueError, match="--cuda_graph on cannot be served here: nothing with it works, for example"):
+        resolve_run(Config(precision="bf16", cuda_graph="on"), GPU)
 
 
 # ---- saved, and gone on with -----------------------------------------------------------------------------------------

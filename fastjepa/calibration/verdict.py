@@ -57,6 +57,13 @@ class Verdict:
         steady = next((choice for choice in (fallback, EAGER) if choice in times), best)
         return best if times[best] * _MARGIN < times[steady] else steady
 
+    def broken(self, allowed: Allowed) -> str | None:
+        """Why nothing that is allowed works, by one candidate; None if something does, or may at the next attempt."""
+        rows = [row for row in self.rows if allowed(row.choice)]
+        if any(row.status == "exact" or not row.settled for row in rows):
+            return None
+        return next((str(row) for row in rows if row.status in BROKEN), None)
+
     def gain(self, choice: Choice) -> str:
         """By how much `choice` wins, in words; "" for eager, and where nothing was measured."""
         row = next((row for row in self.rows if row.choice == choice), None)
