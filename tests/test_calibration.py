@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from calibration_standins import BOTH, CHANNELS_LAST, LIMITS, some_setting, trial
+from calibration_standins import BOTH, CHANNELS_LAST, LIMITS, MANY_BEST, some_setting, trial
+from fastjepa.calibration import children
 from fastjepa.calibration.choice import EAGER, Choice
 from fastjepa.calibration.search import everything, neighbours, next_choice, single_parts
 from fastjepa.calibration.setting import Purpose
-from fastjepa.calibration.store import rows_folder, rows_path
-from fastjepa.calibration.trial import Trial
-from fastjepa.calibration.verdict import Verdict, resolve
+from fastjepa.calibration.store import read_rows, rows_folder, rows_path, write_rows
+from fastjepa.calibration.trial import Trial, settled
+from fastjepa.calibration.verdict import Verdict, _Kept, resolve
 
 CPU = torch.device("cpu")
 ALL = everything("train")
@@ -90,11 +96,139 @@ def test_nothing_that_contains_a_broken_part_is_tried(rehearsal: Rehearsal) -> N
     assert len(with_fused_losses) == 3  # with everything, twice, and alone
 
 
-def test_later_starts_read_the_file(rehearsal: Rehearsal) -> None:
-    again = rehearse(rehearsal.folder, "nothing")
+def changed(cache: Path, rows: list[Trial]) -> Path:
+    write_rows(some_setting(), tuple(rows), rows_folder(cache))
+    return cache
+
+
+def test_later_starts_read_the_file(rehearsal: Rehearsal, tmp_path: Path) -> None:
+    """Once all is settled: see below."""
+    written = read_rows(rows_path(some_setting(), rows_folder(rehearsal.folder)))[1]
+    assert written == rehearsal.verdict.rows
+    assert "; the next start goes on with the rest; " in rehearsal.verdict.origin
+    rows = [row if row.settled else dataclasses.replace(row, attempts=2) for row in written]
+    again = rehearse(changed(tmp_path, rows), "nothing")
     assert again.said == []
-    assert again.verdict.rows == rehearsal.verdict.rows
+    assert again.verdict.rows == tuple(rows)
     assert again.verdict.origin.startswith("measured before: ")
+
+
+def test_a_search_without_an_end_is_gone_on_with(rehearsal: Rehearsal, tmp_path: Path) -> None:
+    """As it is where the time was over: rows are kept as they are, and only what is missing is measured."""
+    kept = [row for row in rehearsal.verdict.rows if row.settled and row.choice != CHANNELS_LAST]
+    assert len(kept) > 5
+    cache = changed(tmp_path, kept)
+    looked_up = resolve(some_setting(), CPU, cache_dir=cache, measuring=False, say=lambda _: None)
+    assert looked_up.rows == tuple(kept)
+    assert looked_up.origin.startswith("measured before, not all of it yet: ")
+    again = rehearse(cache, "only_channels_last")  # in which all others would be failures
+    assert again.verdict.rows[: len(kept)] == tuple(kept)
+    assert again.of(CHANNELS_LAST).status == "exact"
+    assert again.said[0].startswith(f"going on after {len(kept)} candidates with what is fastest on Some GPU")
+    assert rehearse(cache, "nothing").verdict.origin.startswith("measured before: ")
+
+
+def test_what_may_be_the_moments_fault_is_tried_once_more(tmp_path: Path) -> None:
+    """A first search that met a cold compiler, a GPU in use, and TRITON_INTERPRET=1."""
+    top, plain = ALL, dataclasses.replace(ALL, cuda_graph=False)
+    first = [trial(top, status="hung"), trial(BOTH, status="unavailable"), trial(CHANNELS_LAST, 9.9)]
+    assert {row.choice for row in settled([*first, trial(plain, status="out of memory")])} == {CHANNELS_LAST}
+    found = rehearse(changed(tmp_path, first), "many")
+    assert found.of(top).status == "exact"
+    assert found.of(top).attempts == 2
+    assert found.of(CHANNELS_LAST) == first[2]
+    assert found.verdict.best() == MANY_BEST
+    assert rehearse(tmp_path, "nothing").verdict.rows == found.verdict.rows
+
+
+def test_what_hung_twice_stays_so(tmp_path: Path) -> None:
+    rows = [trial(ALL, status="hung", attempts=2), trial(CHANNELS_LAST, 5.0)]
+    assert settled(rows) == rows
+    found = rehearse(changed(tmp_path, rows), "only_channels_last")
+    assert found.of(ALL) == rows[0]
+    assert rehearse(tmp_path, "nothing").said == []
+
+
+def test_a_second_attempt_is_counted_and_one_that_had_no_time_is_not() -> None:
+    kept: list[tuple[Trial, ...]] = []
+    hung = trial(ALL, status="hung")
+    trials = children._Trials([hung, trial(BOTH, 5.0)], lambda _: True, kept.append)
+    trials.add(Trial(ALL, "not measured", "the time was over"))
+    assert hung in trials.all()
+    assert kept == []
+    trials.add(hung)
+    assert trials.all() == (trial(BOTH, 5.0), dataclasses.replace(hung, attempts=2))
+    assert kept == [trials.all()]
+
+
+def test_where_nothing_was_measured_nothing_is_settled() -> None:
+    """Another program had the GPU, perhaps more than once."""
+    rows = [trial(ALL, status="crashed"), trial(BOTH, status="out of memory", attempts=2)]
+    assert settled(rows) == []
+    assert settled([*rows, trial(CHANNELS_LAST, 5.0)]) == [*rows, trial(CHANNELS_LAST, 5.0)]
+
+
+def test_measuring_again_in_vain_leaves_what_was_there(tmp_path: Path) -> None:
+    rows = (trial(CHANNELS_LAST, 5.0),)
+    path = write_rows(some_setting(), rows, rows_folder(tmp_path))
+    kept = _Kept(some_setting(), rows_folder(tmp_path), redo=True)
+    kept.write((trial(ALL, status="crashed"),))
+    assert read_rows(path)[1] == rows
+    kept.write((trial(ALL, status="crashed"), trial(BOTH, 5.0)))
+    assert len(read_rows(path)[1]) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_rows_survive_kills_at_any_moment(tmp_path: Path) -> None:
+    """Twenty kills, at moments from before the first child to after the last row."""
+    path = rows_path(some_setting(), rows_folder(tmp_path))
+    started = time.monotonic()
+    assert os.waitpid(forked(tmp_path), 0)[1] == 0
+    whole = time.monotonic() - started
+    every = read_rows(path)[1]
+    path.unlink()
+    random.seed(9)
+    before: tuple[Trial, ...] = ()
+    kills = 0
+    gains = 0
+    for _ in range(40):
+        if kills == 20:
+            break
+        process = forked(tmp_path)
+        until = time.monotonic() + random.uniform(0.0, whole)
+        while (ended := os.waitpid(process, os.WNOHANG)) == (0, 0) and time.monotonic() < until:
+            time.sleep(0.005)
+        if ended == (0, 0):
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            kills += 1
+        rows = read_rows(path)[1] if path.exists() else ()  # whole and valid, whenever the kill came
+        assert rows[: len(before)] == before  # nothing that was measured is lost or measured again
+        gains += ended == (0, 0) and len(rows) > len(before)
+        before = rows
+        if ended != (0, 0):  # all is there: begin anew, so that kills find something to hit
+            assert os.waitstatus_to_exitcode(ended[1]) == 0
+            path.unlink()
+            before = ()
+    assert kills == 20
+    assert gains > 1  # some were killed in the middle, and what they had was kept
+    final = rehearse(tmp_path, "many").verdict
+    assert final.rows[: len(before)] == before
+    assert final.best() == MANY_BEST
+    assert {row.choice: row.status for row in final.rows} == {row.choice: row.status for row in every}
+
+
+def forked(cache: Path) -> int:
+    """A process that calibrates with stand-ins; forked, because importing torch would take most of its time."""
+    process = os.fork()
+    if process == 0:
+        status = 1
+        try:
+            rehearse(cache, "many")
+            status = 0
+        finally:
+            os._exit(status)
+    return process
 
 
 @pytest.mark.parametrize("keep", [0, 100, -3])
@@ -133,7 +267,7 @@ print(found.verdict.origin)
 def test_where_nothing_can_be_measured_nothing_is_kept(tmp_path: Path) -> None:
     found = rehearse(tmp_path, "nothing")
     assert found.verdict.best() == EAGER
-    assert "nothing could be measured, so nothing was kept (exit status 3" in found.verdict.origin
+    assert "nothing could be measured, and the next start tries again (exit status 3" in found.verdict.origin
     assert list(rows_folder(tmp_path).glob("*.json")) == []
 
 
@@ -224,3 +358,5 @@ def test_rows_that_cannot_be_kept_still_count(tmp_path: Path, monkeypatch: pytes
     verdict = resolve(some_setting(), CPU, cache_dir=blocked, say=lambda _: None)
     assert verdict.best() == BOTH
     assert verdict.origin.startswith("measured now, but not kept: ")
+    assert "every start will measure again, unless --cache_dir (of commands) or XDG_CACHE_HOME" in verdict.origin
+    assert verdict.origin.endswith("or FASTJEPA_CALIBRATE=0 is set")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from calibration_standins import BOTH, CHANNELS_LAST, some_setting, trial
 from fastjepa import calibrate
+from fastjepa.calibration import setting as setting_module
 from fastjepa.calibration import store
 from fastjepa.calibration.choice import Choice
 from fastjepa.calibration.setting import Setting, setting_of_config, setting_of_jepa, sources_hash
@@ -52,7 +54,7 @@ def test_an_error_without_limit_is_kept_as_none(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"format": "x"}, "it is not a file of calibration"),
-        ({"version": 2}, "it has version 2; this fastjepa reads 1"),
+        ({"version": 1}, "it has version 1; this fastjepa reads 2"),
         ({"trials": []}, "it has no trials"),
         ({"trials": [1]}, "a trial is a table of choice, status"),
         ({"trials": "same twice"}, "it has two rows for one candidate"),
@@ -64,9 +66,24 @@ def test_an_error_without_limit_is_kept_as_none(tmp_path: Path) -> None:
         ({"trial": {"status": "great"}}, "status must be one of exact, wrong"),
         ({"trial": {"milliseconds": None}}, "an exact candidate has its time"),
         ({"trial": {"milliseconds": -1.0}}, "milliseconds must be a number ≥ 0 or null, got -1.0"),
-        ({"trial": {"milliseconds": 0}}, "milliseconds must be more than 0"),
+        ({"trial": {"milliseconds": 0}}, "milliseconds must be from 1e-06 to 1e+09, got 0"),
+        ({"trial": {"milliseconds": 10**400}}, "milliseconds must be at most 1e+100, got 1000"),
+        ({"trial": {"milliseconds": 1e-300}}, "milliseconds must be from 1e-06 to 1e+09, got 1e-300"),
+        ({"trial": {"reference_milliseconds": 10**4200}}, "reference_milliseconds must be at most"),
+        ({"trial": {"error": float("inf")}}, "error must be at most 1e+100, got inf"),
+        ({"trial": {"error": float("nan")}}, "error must be a number ≥ 0 or null, got nan"),
+        ({"trial": {"rounds": 10**400}}, "rounds must be a whole number ≥ 1 or null, got 1000"),
+        ({"trial": {"reason": "\x1b[2J"}}, "reason must be printable text of at most 300 characters"),
+        ({"trial": {"reason": "\ud800"}}, "reason must be printable text of at most 300 characters"),
+        ({"trial": {"reason": "x" * 301}}, "reason must be printable text of at most 300 characters"),
+        ({"setting": {"gpu": "\x1b[2J"}}, "gpu must be printable text of at most 200 characters"),
+        ({"setting": {"gpu": "x" * 201}}, "gpu must be printable text of at most 200 characters"),
+        ({"setting": {"batch": 10**400}}, "batch must be at most 2147483648, got 1000"),
+        ({"choice": {"\x1b[2J\ud800": 1}}, "channels_last, ?[2J?"),
+        ({"version": "\x1b" * 999}, "it has version '"),
         ({"trial": {"error": "1"}}, "error must be a number ≥ 0 or null, got '1'"),
         ({"trial": {"rounds": 1.5}}, "rounds must be a whole number ≥ 1 or null, got 1.5"),
+        ({"trial": {"attempts": 0}}, "attempts must be a whole number ≥ 1, got 0"),
         ({"trial": {"reason": 1}}, "status and reason must be text"),
         ({"trial": {"choice": 1}}, "a choice is a table of fields, got int"),
         ({"choice": {"cuda_graph": 1}}, "cuda_graph must be bool, got 1"),
@@ -88,12 +105,34 @@ def test_every_field_of_a_file_is_checked(tmp_path: Path, change: dict[str, Any]
         else:
             values[name] = values[name] | value if isinstance(value, dict) else value
     path.write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
         read_rows(path)
+    assert str(raised.value).isprintable()
+    assert len(str(raised.value)) <= 300
     told: list[str] = []
     assert find_rows(some_setting(), tmp_path, told.append) is None
     assert len(told) == 1
     assert "will be measured again" in told[0]
+
+
+def test_a_reason_is_made_printable_where_it_comes_up() -> None:
+    quoted = Trial(BOTH, "crashed", "\x1b[31mptxas fatal\n\ud800" + "x" * 999)
+    assert quoted.reason == ("?[31mptxas fatal??" + "x" * 999)[:300]
+    assert Trial.from_json(quoted.to_json()) == quoted
+
+
+def test_a_folder_that_may_not_be_entered_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretended, because root may enter any. Before Python 3.12, `Path.exists` raises there too."""
+
+    def refused(path: Path, *_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refused)
+    monkeypatch.setattr(Path, "open", refused)
+    told: list[str] = []
+    assert find_rows(some_setting(), tmp_path / "no", told.append) is None
+    (line,) = told
+    assert line.endswith("cannot be read (Permission denied) and is passed over")
 
 
 def test_a_file_of_another_setting_under_this_name_is_not_taken(tmp_path: Path) -> None:
@@ -115,12 +154,22 @@ def test_rows_of_the_package_count_for_the_same_gpu_and_code(tmp_path: Path, mon
     assert find_rows(some_setting(), user, pytest.fail) == (ROWS[:1], own)  # the user's own go first
 
 
-def test_committed_rows_can_be_read_and_are_of_this_code() -> None:
-    for path in MEASURED.glob("*.json"):
+def check_committed(folder: Path) -> None:
+    for path in folder.glob("*.json"):
         setting, rows = read_rows(path)
         assert path.name == f"{setting.key}.json"
+        assert setting.sources == sources_hash(), f"{path} was measured with other code: no run would take it"
         assert any(row.status == "exact" for row in rows)
+
+
+def test_committed_rows_can_be_read_and_are_of_this_code(tmp_path: Path) -> None:
+    check_committed(MEASURED)
     assert (MEASURED / "README.md").is_file()
+    write_rows(some_setting(), ROWS, tmp_path)
+    check_committed(tmp_path)
+    write_rows(some_setting(sources="0"), ROWS, tmp_path)
+    with pytest.raises(AssertionError, match="was measured with other code"):
+        check_committed(tmp_path)
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Setting)])
@@ -160,10 +209,21 @@ def test_a_run_and_its_model_ask_the_same_question() -> None:
     assert setting == setting_of_jepa(jepa, CPU, example=(3, 1, 5, 16, 16), purpose="train", precision="fp32")
 
 
-def test_the_hash_is_of_the_measured_code() -> None:
+ROOMS = ("kernels", "fused", "graphs", "model", "moving_mnist", "trials", "measuring", "calibration")
+
+
+@pytest.mark.parametrize("changed", ROOMS)
+def test_the_hash_is_of_the_code_that_decides(changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(sources_hash()) == 12
-    rooms = {room.name for room in (Path(store.__file__).parents[1]).iterdir()}
-    assert {"kernels", "fused", "graphs", "model", "trials"} <= rooms
+    package = Path(store.__file__).parents[1]
+    for room in ROOMS:
+        assert list((package / room).glob("*.py")), room
+        (tmp_path / room).mkdir()
+        (tmp_path / room / "some.py").write_text("1")
+    monkeypatch.setattr(setting_module, "_PACKAGE", tmp_path)
+    before = sources_hash.__wrapped__()
+    (tmp_path / changed / "some.py").write_text("2")
+    assert sources_hash.__wrapped__() != before
 
 
 # ---- the lock --------------------------------------------------------------------------------------------------------

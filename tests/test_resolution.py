@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from calibration_standins import some_setting, trial
+from calibration_standins import LIMITS, some_setting, trial
 from fastjepa import evaluate
 from fastjepa.calibration.choice import Choice
-from fastjepa.calibration.search import everything
-from fastjepa.calibration.verdict import Verdict
+from fastjepa.calibration.search import among, everything, next_choice
+from fastjepa.calibration.setting import Setting
+from fastjepa.calibration.store import read_rows, rows_folder, write_rows
+from fastjepa.calibration.trial import Trial
+from fastjepa.calibration.verdict import Verdict, resolve
 from fastjepa.config import Config, resolve_precision
 from fastjepa.storage.checkpoint import load_checkpoint, save_checkpoint
 from fastjepa.storage.run_folder import CHECKPOINT_NAME
@@ -30,6 +34,7 @@ TINY = (
 ).split()
 ALL = everything("train")
 PLAIN = dataclasses.replace(ALL, cuda_graph=False)
+MIXED = dataclasses.replace(PLAIN, recompute=False)
 EAGER_GRAPH = Choice(cuda_graph=True, channels_last=True)
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -116,7 +121,7 @@ def test_on_a_gpu_the_best_that_flags_allow(
     )  # fmt: skip
     asked = []
 
-    def pretended(setting: Any, device: torch.device, *, cache_dir: Path | None) -> Verdict:
+    def pretended(setting: Any, device: torch.device, *, allowed: Any, cache_dir: Path | None) -> Verdict:
         asked.append((setting, cache_dir))
         return Verdict(some_setting(), rows, "pretended")
 
@@ -129,6 +134,127 @@ def test_on_a_gpu_the_best_that_flags_allow(
         assert "pretended" in found.report
     else:
         assert asked == []
+
+
+def rows_of_a_search(allowed: Callable[[Choice], bool], statuses: dict[Choice, str]) -> tuple[Trial, ...]:
+    """What the search finds where each part takes a millisecond off, a graph two, and recomputation gives half of one
+    back; choices in `statuses` end so instead.
+    """
+    rows: list[Trial] = []
+    while (choice := next_choice("train", among(allowed, rows))) is not None:
+        parts = choice.batch_norm - choice.recompute / 2 + (choice.losses == "fused") + choice.channels_last
+        parts += 2 * choice.cuda_graph
+        status = statuses.get(choice, "exact")
+        rows.append(trial(choice, 9.0 - parts) if status == "exact" else trial(choice, status=status))
+    return tuple(rows)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"backend": "eager"}, EAGER_GRAPH),
+        ({"cuda_graph": "off"}, dataclasses.replace(PLAIN, recompute=False)),
+        ({"cuda_graph": "on"}, dataclasses.replace(ALL, recompute=False)),
+        ({"backend": "fused"}, dataclasses.replace(ALL, recompute=False)),
+    ],
+)
+def test_a_search_tries_what_flags_allow(
+    flags: dict[str, Any], expected: Choice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so finds the best of it, where a search among everything would walk elsewhere."""
+    found: list[Trial] = []
+
+    def searched(setting: Any, device: torch.device, *, allowed: Any, cache_dir: Any) -> Verdict:
+        found.extend(rows_of_a_search(allowed, {}))
+        assert all(allowed(row.choice) for row in found)
+        return Verdict(some_setting(), tuple(found), "searched")
+
+    monkeypatch.setattr(resolution, "resolve", searched)
+    monkeypatch.setattr(resolution, "setting_of_config", lambda *arguments: arguments[-1])
+    assert resolve_run(Config(precision="bf16", **flags), GPU).choice == expected
+    assert len(found) >= 3
+
+
+def test_backend_eager_is_measured_in_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a search among everything, whose rows it keeps, and with no candidate that has kernels."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setattr(resolution, "setting_of_config", lambda *_: some_setting())
+
+    def on_the_cpu(setting: Setting, device: torch.device, **options: Any) -> Verdict:
+        return resolve(
+            setting, CPU, makers="calibration_standins:all_work", limits=LIMITS, say=lambda _: None, **options
+        )
+
+    monkeypatch.setattr(resolution, "resolve", on_the_cpu)
+    before = rows_of_a_search(lambda choice: choice.needs_kernels, {})
+    path = write_rows(some_setting(), before, rows_folder(tmp_path))
+    config = Config(precision="bf16", backend="eager", cache_dir=tmp_path)
+    assert resolve_run(config, GPU).choice == EAGER_GRAPH
+    rows = read_rows(path)[1]
+    assert rows[: len(before)] == before
+    assert {row.choice for row in rows[len(before) :]} == {
+        EAGER_GRAPH, Choice(cuda_graph=True), Choice(channels_last=True)
+    }  # fmt: skip
+
+
+def test_where_nothing_allowed_was_measured_it_is_the_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not contiguous eager step by step, only because that has been timed beside the others."""
+    rows = (trial(ALL, 2.0), trial(PLAIN, 4.0))
+    monkeypatch.setattr(resolution, "resolve", lambda *_, **__: Verdict(some_setting(), rows, ""))
+    monkeypatch.setattr(resolution, "setting_of_config", lambda *arguments: arguments[-1])
+    usual = Choice(channels_last=True)
+    assert resolve_run(Config(precision="bf16", backend="eager"), GPU).choice == usual
+    rows += (trial(usual, status="crashed"),)  # but not if it is known not to work
+    assert resolve_run(Config(precision="bf16", backend="eager"), GPU).choice == Choice()
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "attempts", "asked"),
+    [
+        ({"backend": "fused"}, "wrong", 1, "--backend fused"),
+        ({"backend": "fused", "cuda_graph": "auto"}, "crashed", 1, "--backend fused"),
+        ({"backend": "fused"}, "failed", 1, "--backend fused"),
+        ({"backend": "fused"}, "hung", 2, "--backend fused"),
+        ({"backend": "fused"}, "hung", 1, None),  # perhaps its first compilation
+        ({"backend": "fused"}, "out of memory", 2, None),  # which says nothing about its numbers, and fails by itself
+        ({"backend": "auto"}, "wrong", 1, None),
+    ],
+)
+def test_what_was_found_not_to_work_is_not_run_because_it_was_asked_for(
+    flags: dict[str, Any], status: Any, attempts: int, asked: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both with the very choice that would be run, and where only its like was tried."""
+    monkeypatch.setattr(resolution, "setting_of_config", lambda *arguments: arguments[-1])
+    config = Config(precision="bf16", **flags)
+    for choices in ([ALL, PLAIN], [ALL]):
+        rows = [trial(c, status=status, attempts=attempts, reason="some\x1b reason") for c in choices]
+        verdict = Verdict(some_setting(), (trial(Choice(channels_last=True), 5.0), *rows), "measured before: there")
+        monkeypatch.setattr(resolution, "resolve", lambda *_, verdict=verdict, **__: verdict)
+        if asked is None:
+            expected = PLAIN if flags["backend"] == "fused" else Choice(channels_last=True)
+            assert resolve_run(config, GPU).choice == expected
+        else:
+            with pytest.raises(ValueError, match=rf"{asked} cannot be served here: .*: {status}: some\? reason; leave"):
+                resolve_run(config, GPU)
+        works = dataclasses.replace(verdict, rows=(*verdict.rows, trial(MIXED, 5.0)))
+        monkeypatch.setattr(resolution, "resolve", lambda *_, works=works, **__: works)
+        assert resolve_run(config, GPU).choice in (MIXED, Choice(channels_last=True))
+
+
+def test_what_may_work_at_the_next_start_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = (trial(ALL, status="wrong"), Trial(PLAIN, "not measured", "the time was over"))
+    monkeypatch.setattr(resolution, "resolve", lambda *_, **__: Verdict(some_setting(), rows, ""))
+    monkeypatch.setattr(resolution, "setting_of_config", lambda *arguments: arguments[-1])
+    assert resolve_run(Config(precision="bf16", backend="fused"), GPU).choice == PLAIN
+
+
+def test_a_graph_that_was_found_not_to_work_is_no_different(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = (trial(EAGER_GRAPH, status="crashed"), trial(Choice(channels_last=True), 5.0))
+    monkeypatch.setattr(resolution, "resolve", lambda *_, **__: Verdict(some_setting(), rows, ""))
+    monkeypatch.setattr(resolution, "setting_of_config", lambda *arguments: arguments[-1])
+    monkeypatch.setattr(resolution, "use_cuda_graph", lambda *_: True)
+    with pytest.raises(ValueError, match="--cuda_graph on cannot be served here: nothing with it works, for example"):
+        resolve_run(Config(precision="bf16", cuda_graph="on"), GPU)
 
 
 # ---- saved, and gone on with -----------------------------------------------------------------------------------------

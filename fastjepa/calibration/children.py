@@ -13,18 +13,17 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastjepa.calibration.choice import Choice
-from fastjepa.calibration.search import next_choice
+from fastjepa.calibration.search import among, next_choice
 from fastjepa.calibration.setting import Setting
-from fastjepa.calibration.trial import Trial
+from fastjepa.calibration.trial import Trial, settled
 from fastjepa.measuring.child_process import Ended, run_child
 
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
-_REASON_LENGTH = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,51 +42,105 @@ def measure(
     device: str,
     say: Callable[[str], None],
     *,
+    known: Sequence[Trial] = (),
+    allowed: Callable[[Choice], bool] = lambda _: True,
+    keep: Callable[[tuple[Trial, ...]], None] = lambda _: None,
     limits: Limits | None = None,
     makers: str | None = None,
 ) -> tuple[Trial, ...]:
     """Try candidates until none is left or the time is over; what came of each, in order.
 
-    `say` gets a line for each. `makers`: "module:function" that makes candidates in place of the real ones, for the
-    rehearsals in tests. A trial "not measured" is the one that was under way when the time was over.
+    Args:
+        setting: what for.
+        device: where candidates run.
+        say: gets a line for each.
+        known: what came of candidates before; the search goes on from those that are settled, and tries others again.
+        allowed: whether a choice is to be tried at all.
+        keep: gets all trials whenever one was added, so that what was measured survives whatever ends this process.
+        limits: of time.
+        makers: "module:function" that makes candidates in place of the real ones, for the rehearsals in tests.
+
+    A trial "not measured" is the one that was under way when the time was over, or that no child could begin.
     """
     limits = limits or Limits()
     begun_at = time.monotonic()
-    trials: list[Trial] = []
+    trials = _Trials(known, allowed, keep)
     with tempfile.TemporaryDirectory(prefix="fastjepa-calibration-", ignore_cleanup_errors=True) as folder:
         number = 0
-        while (choice := next_choice(setting.purpose, trials)) is not None:
+        while (choice := next_choice(setting.purpose, trials.of_search())) is not None:
             left = limits.total - (time.monotonic() - begun_at)
             if left < 1.0:
                 break
             number += 1
-            child = _Child(Path(folder) / str(number), limits, say, begun_at)
-            ended = child.run(setting, device, trials, left, makers)
-            trials += child.finished
+            child = _Child(Path(folder) / str(number), limits, say, begun_at, trials.add)
+            ended = child.run(setting, device, trials.of_search(), left, makers)
             if child.begun is not None or not child.started:
-                trials.append(_blame(child.begun or choice, ended, child.too_slow))
-                say(f"[{time.monotonic() - begun_at:3.0f} s] {trials[-1]}")
+                blamed = _blame(child.begun or choice, ended, child.too_slow, child.started)
+                trials.add(blamed)
+                say(f"[{time.monotonic() - begun_at:3.0f} s] {blamed}")
             if not child.started or (ended.status is None and not child.too_slow):
                 break  # no child can be started, or eager itself does not run; or the time is over
-    return tuple(trials)
+    return trials.all()
 
 
-def _blame(choice: Choice, ended: Ended, too_slow: bool) -> Trial:
-    """The trial of the candidate that a child had begun when it ended."""
+class _Trials:
+    """What is known so far, of this start and of those before."""
+
+    def __init__(
+        self,
+        known: Sequence[Trial],
+        allowed: Callable[[Choice], bool],
+        keep: Callable[[tuple[Trial, ...]], None],
+    ) -> None:
+        self.allowed, self.keep = allowed, keep
+        self._settled = settled(known)
+        self._again = {trial.choice: trial for trial in known if trial not in self._settled}
+        self._new: list[Trial] = []
+
+    def of_search(self) -> list[Trial]:
+        """What the next candidate depends on."""
+        return among(self.allowed, [*self._settled, *self._new])
+
+    def all(self) -> tuple[Trial, ...]:
+        """Also those of before that are to be tried again, and were not yet."""
+        return (*self._settled, *self._new, *self._again.values())
+
+    def add(self, trial: Trial) -> None:
+        before = self._again.get(trial.choice)
+        if trial.status == "not measured" and before is not None:
+            return  # what came of it before says more
+        if before is not None:
+            del self._again[trial.choice]
+            trial = dataclasses.replace(trial, attempts=before.attempts + (before.status != "not measured"))
+        self._new.append(trial)
+        self.keep(self.all())
+
+
+def _blame(choice: Choice, ended: Ended, too_slow: bool, started: bool) -> Trial:
+    """The trial of the candidate that a child had begun when it ended, or would have."""
+    reason = ended.reason or "its process ended early"
     if ended.status is None and not too_slow:
         return Trial(choice, "not measured", "the time was over")
+    if not started:  # which is no candidate's fault
+        return Trial(choice, "not measured", reason)
     if ended.status is None:
         return Trial(choice, "hung", f"no result after {ended.seconds:.0f} s; its process was ended")
-    return Trial(choice, "crashed", (ended.reason or "its process ended early")[:_REASON_LENGTH])
+    return Trial(choice, "crashed", reason)
 
 
 class _Child:
     """One child process, and what it has told so far."""
 
-    def __init__(self, folder: Path, limits: Limits, say: Callable[[str], None], begun_at: float) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        limits: Limits,
+        say: Callable[[str], None],
+        begun_at: float,
+        add: Callable[[Trial], None],
+    ) -> None:
         folder.mkdir()
-        self.folder, self.limits, self.say, self.begun_at = folder, limits, say, begun_at
-        self.finished: list[Trial] = []
+        self.folder, self.limits, self.say, self.begun_at, self.add = folder, limits, say, begun_at, add
         self.begun: Choice | None = None
         self.started = False
         self.too_slow = False
@@ -132,10 +185,10 @@ class _Child:
                 self.begun, self.started = Choice.from_json(values["begin"]), True
             else:
                 self.begun = None
-                self.finished.append(Trial.from_json(values))
+                trial = Trial.from_json(values)
+                self.add(trial)
+                self.say(f"[{time.monotonic() - self.begun_at:3.0f} s] {trial}")
             self._since, self._allowed = time.monotonic(), self.limits.candidate
-            if self.begun is None:
-                self.say(f"[{self._since - self.begun_at:3.0f} s] {self.finished[-1]}")
 
 
 def _variables() -> dict[str, str]:

@@ -2,19 +2,22 @@
 
 Everything at once comes first, because that is what usually wins, and a time limit then costs least. If it works, each
 part is left out (or put in) in turn, which is also the verdict on that part. If it does not, each part is tried alone,
-those that are exact and faster are put together, and their neighbours are tried as before.
+those that are exact and faster are put together, and their neighbours are tried as before. Where flags allow some
+choices only, no other is tried.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import get_args
 
-from fastjepa.calibration.choice import EAGER, Choice
+from fastjepa.calibration.choice import EAGER, Choice, Losses
 from fastjepa.calibration.setting import Purpose
 from fastjepa.calibration.trial import Trial, scores
 
-_BROKEN = ("wrong", "failed", "unavailable", "crashed", "hung")
+BROKEN = ("wrong", "failed", "unavailable", "crashed", "hung")
 
 
 def next_choice(purpose: Purpose, trials: Sequence[Trial]) -> Choice | None:
@@ -25,6 +28,27 @@ def next_choice(purpose: Purpose, trials: Sequence[Trial]) -> Choice | None:
         if choice not in tried and choice != EAGER and not any(contains(choice, part) for part in broken):
             return choice
     return None
+
+
+def among(allowed: Callable[[Choice], bool], trials: Sequence[Trial]) -> list[Trial]:
+    """The trials as a search sees them that is to try allowed choices only: all others count as tried.
+
+    A choice that is not allowed leads nowhere, however fast, but a part that does not work stays broken. It is plain
+    data, which a child process can be given.
+    """
+    seen = [trial for trial in trials if allowed(trial.choice) or trial.status in BROKEN]
+    known = {trial.choice for trial in seen}
+    others = [choice for choice in every_choice() if choice not in known and not allowed(choice)]
+    return [*seen, *(Trial(choice, "not measured", "it is not asked for") for choice in others)]
+
+
+def every_choice() -> Iterator[Choice]:
+    """All there are."""
+    booleans = (False, True)
+    for losses in get_args(Losses):
+        for batch_norm, graph, recompute, channels_last in itertools.product(booleans, repeat=4):
+            if batch_norm or not recompute:
+                yield Choice(batch_norm, losses, graph, recompute, channels_last)
 
 
 def everything(purpose: Purpose) -> Choice:
@@ -46,7 +70,7 @@ def single_parts(purpose: Purpose) -> tuple[Choice, ...]:
 def broken_parts(purpose: Purpose, trials: Sequence[Trial]) -> list[Choice]:
     """The parts that did not work alone: nothing that contains one is worth trying."""
     alone = single_parts(purpose)
-    return [trial.choice for trial in trials if trial.choice in alone and trial.status in _BROKEN]
+    return [trial.choice for trial in trials if trial.choice in alone and trial.status in BROKEN]
 
 
 def contains(choice: Choice, part: Choice) -> bool:

@@ -29,7 +29,7 @@ CONTEXT = 2  # frames that predict the next one, of the published predictor
 SOFTWARE = ("driver", "torch", "triton", "cuda", "cudnn", "fastjepa")
 _PACKAGE = Path(__file__).resolve().parent.parent
 # What is measured is made of these; a change in one of them makes rows of before worthless.
-_MEASURED_ROOMS = ("kernels", "fused", "graphs", "model", "trials")
+_MEASURED_ROOMS = ("kernels", "fused", "graphs", "model", "moving_mnist", "trials", "measuring", "calibration")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fastjepa.calibration.setting import Setting
-from fastjepa.calibration.trial import Trial
+from fastjepa.calibration.trial import Trial, printable
 from fastjepa.storage.cache_folder import default_cache_dir
 from fastjepa.storage.safe_files import write_text_atomic
 
@@ -26,9 +26,10 @@ else:
     import fcntl
 
 FORMAT = "fastjepa calibration"
-VERSION = 1
+VERSION = 2
 MEASURED = Path(__file__).resolve().parent / "measured"  # committed rows, package data
 _LARGEST_BYTES = 1_000_000
+_LONGEST_TEXT, _LONGEST_MESSAGE, _LARGEST_SIZE = 200, 300, 2**31
 _POLL_SECONDS = 0.1
 
 Rows = tuple[Trial, ...]
@@ -66,18 +67,31 @@ def read_rows(path: Path) -> tuple[Setting, Rows]:
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise ValueError("it is not a file of calibration")
     if values.get("version") != VERSION:
-        raise ValueError(f"it has version {values.get('version')!r}; this fastjepa reads {VERSION}")
+        raise ValueError(f"it has version {values.get('version')!r:.20}; this fastjepa reads {VERSION}")
     if not isinstance(values.get("trials"), list) or not values["trials"]:
         raise ValueError("it has no trials")
-    setting = Setting.from_json(values.get("setting"))
-    rows = tuple(Trial.from_json(trial) for trial in values["trials"])
+    try:
+        setting = Setting.from_json(values.get("setting"))
+        for name, value in setting.to_json().items():
+            _check_sane(name, value)
+        rows = tuple(Trial.from_json(trial) for trial in values["trials"])
+    except ValueError as error:  # which may quote what it found
+        raise ValueError(printable(str(error), _LONGEST_MESSAGE)) from error
     if len({row.choice for row in rows}) != len(rows):
         raise ValueError("it has two rows for one candidate")
     return setting, rows
 
 
+def _check_sane(name: str, value: object) -> None:
+    """What is shown to people must not play tricks on their terminal."""
+    if isinstance(value, str) and value != printable(value, _LONGEST_TEXT):
+        raise ValueError(f"{name} must be printable text of at most {_LONGEST_TEXT} characters, got {value!r}")
+    if isinstance(value, int) and value > _LARGEST_SIZE:
+        raise ValueError(f"{name} must be at most {_LARGEST_SIZE}, got {value!r}")
+
+
 def write_rows(setting: Setting, rows: Rows, folder: Path) -> Path:
-    """Write the file of one setting, whole or not at all.
+    """Write the file of one setting, whole or not at all. It need not hold every candidate: a search goes on from it.
 
     Raises:
         OSError, CheckpointError: the system refused.
@@ -97,14 +111,17 @@ def write_rows(setting: Setting, rows: Rows, folder: Path) -> Path:
 def find_rows(setting: Setting, folder: Path, say: Callable[[str], None]) -> tuple[Rows, Path] | None:
     """The rows for a setting and their file: of this user's cache, or else shipped with the package. None: none."""
     path = rows_path(setting, folder)
-    if path.exists():
-        try:
-            found, rows = read_rows(path)
-            if found == setting:
-                return rows, path
-            say(f"{path} is of another setting and will be measured again")
-        except (ValueError, OSError) as error:
-            say(f"{path} cannot be used and will be measured again: {error}")
+    try:
+        found, rows = read_rows(path)
+        if found == setting:
+            return rows, path
+        say(f"{path} is of another setting and will be measured again")
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except PermissionError as error:
+        say(f"{path} cannot be read ({error.strerror or error}) and is passed over")
+    except (ValueError, OSError) as error:
+        say(f"{path} cannot be used and will be measured again: {error}")
     for path in sorted(MEASURED.glob("*.json")):
         with contextlib.suppress(ValueError, OSError):  # tests/test_calibration_store.py reads each of them
             found, rows = read_rows(path)

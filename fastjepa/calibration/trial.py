@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
@@ -11,6 +10,12 @@ from fastjepa.calibration.choice import Choice
 
 Status = Literal["exact", "wrong", "out of memory", "failed", "unavailable", "crashed", "hung", "not measured"]
 _NUMBERS = ("milliseconds", "reference_milliseconds", "error", "bound")
+# May be the moment's fault: a kernel's first compilation, somebody else's memory, a variable that was set.
+_OF_THE_MOMENT = ("hung", "out of memory", "unavailable")
+_ATTEMPTS = 2  # of these, before it counts
+REASON_LENGTH = 300
+_SHORTEST, _LONGEST = 1e-6, 1e9  # milliseconds
+_LARGEST = 1e100  # of any other number
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class Trial:
     error, bound: of the tensor closest to its bound, by the exactness policy, at `checked_batch` clips.
     rounds: how often the two alternated.
     reason: why it is not "exact", in one line.
+    attempts: how often it was tried, in one start after another.
     """
 
     choice: Choice
@@ -33,12 +39,15 @@ class Trial:
     bound: float | None = None
     checked_batch: int | None = None
     rounds: int | None = None
+    attempts: int = 1
 
     def __post_init__(self) -> None:
         if self.status not in get_args(Status):
             raise ValueError(f"status must be one of {', '.join(get_args(Status))}; got {self.status!r}")
         if self.status == "exact" and self.milliseconds is None:
             raise ValueError("an exact candidate has its time")
+        # It may quote a compiler, or the last line of a process that died.
+        object.__setattr__(self, "reason", printable(self.reason, REASON_LENGTH))
 
     @property
     def speedup(self) -> float | None:
@@ -46,6 +55,18 @@ class Trial:
         if self.milliseconds is None or self.reference_milliseconds is None:
             return None
         return self.reference_milliseconds / self.milliseconds
+
+    @property
+    def settled(self) -> bool:
+        """Whether it is known: what may be the moment's fault is tried again by the next start, once."""
+        if self.status == "not measured":
+            return False
+        return self.status not in _OF_THE_MOMENT or self.attempts >= _ATTEMPTS
+
+    @property
+    def measured(self) -> bool:
+        """Whether it ran and was compared."""
+        return self.milliseconds is not None or self.status == "wrong"
 
     def __str__(self) -> str:
         if self.status != "exact":
@@ -58,7 +79,7 @@ class Trial:
         """Plain values only; an error without limit is told by `reason`."""
         values = asdict(self)
         for name in _NUMBERS:
-            if values[name] is not None and not math.isfinite(values[name]):
+            if values[name] is not None and not values[name] <= _LARGEST:
                 values[name] = None
         return values
 
@@ -70,18 +91,36 @@ class Trial:
             raise ValueError(f"a trial is a table of {', '.join(names)}")
         for name in _NUMBERS:
             value = values[name]
-            if value is not None and not (type(value) in (int, float) and math.isfinite(value) and value >= 0):
+            if value is not None and not (type(value) in (int, float) and value >= 0):
                 raise ValueError(f"{name} must be a number ≥ 0 or null, got {value!r}")
+            # Python's whole numbers have no largest: this compares before anything is made a float of.
+            if value is not None and not value <= _LARGEST:
+                raise ValueError(f"{name} must be at most {_LARGEST:.0e}, got {value!r:.40}")
         for name in ("milliseconds", "reference_milliseconds"):
-            if values[name] == 0:
-                raise ValueError(f"{name} must be more than 0")
+            if values[name] is not None and not _SHORTEST <= values[name] <= _LONGEST:
+                raise ValueError(f"{name} must be from {_SHORTEST} to {_LONGEST:.0e}, got {values[name]!r:.40}")
         if type(values["status"]) is not str or type(values["reason"]) is not str:
             raise ValueError("status and reason must be text")
+        if values["reason"] != printable(values["reason"], REASON_LENGTH):
+            raise ValueError(f"reason must be printable text of at most {REASON_LENGTH} characters")
         for name in ("checked_batch", "rounds"):
             value = values[name]
-            if value is not None and not (type(value) is int and value >= 1):
-                raise ValueError(f"{name} must be a whole number ≥ 1 or null, got {value!r}")
+            if value is not None and not (type(value) is int and 1 <= value <= _LARGEST):
+                raise ValueError(f"{name} must be a whole number ≥ 1 or null, got {value!r:.40}")
+        if not (type(values["attempts"]) is int and 1 <= values["attempts"] <= _LARGEST):
+            raise ValueError(f"attempts must be a whole number ≥ 1, got {values['attempts']!r:.40}")
         return Trial(**{**values, "choice": Choice.from_json(values["choice"])})
+
+
+def printable(text: str, length: int) -> str:
+    """At most `length` characters of it, and "?" for each that a terminal would obey or cannot show."""
+    return "".join(character if character.isprintable() else "?" for character in text[:length])
+
+
+def settled(trials: Iterable[Trial]) -> list[Trial]:
+    """Those that a new start need not try again. Where nothing was measured, perhaps the GPU was taken: none is."""
+    known = list(trials)
+    return [trial for trial in known if trial.settled] if any(trial.measured for trial in known) else []
 
 
 def scores(trials: Iterable[Trial]) -> dict[Choice, float]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from fastjepa.calibration.choice import Choice
+from fastjepa.calibration.choice import EAGER, Choice
 from fastjepa.calibration.setting import setting_of_config
-from fastjepa.calibration.verdict import resolve
+from fastjepa.calibration.verdict import VARIABLE, resolve
 from fastjepa.config import Config
 from fastjepa.graphs import use_cuda_graph
 from fastjepa.kernels.checks import unavailable_reason
@@ -37,13 +37,13 @@ def resolve_run(config: Config, device: torch.device) -> Resolution:
     calibrated.
 
     Raises:
-        ValueError: a flag that this device cannot serve; FASTJEPA_CALIBRATE is neither 0 nor 1.
+        ValueError: a flag that this device cannot serve, or whose every candidate was found not to work on it;
+            FASTJEPA_CALIBRATE is neither 0 nor 1.
     """
     assert config.precision != "auto"
     usual = _without_measuring(config, device)
     if device.type != "cuda" or (config.backend != "auto" and config.cuda_graph != "auto"):
         return Resolution(config.precision, usual)
-    verdict = resolve(setting_of_config(config, device, config.precision), device, cache_dir=config.cache_dir)
 
     def allowed(choice: Choice) -> bool:
         of_backend = {
@@ -53,6 +53,18 @@ def resolve_run(config: Config, device: torch.device) -> Resolution:
         }[config.backend]
         return of_backend and config.cuda_graph in ("auto", "on" if choice.cuda_graph else "off")
 
+    setting = setting_of_config(config, device, config.precision)
+    verdict = resolve(setting, device, allowed=allowed, cache_dir=config.cache_dir)
+    if not allowed(EAGER) and (problem := verdict.broken(allowed)) is not None:
+        asked = " ".join(
+            f"--{name} {value}"
+            for name, value in (("backend", config.backend), ("cuda_graph", config.cuda_graph))
+            if value != "auto"
+        )
+        raise ValueError(
+            f"{asked} cannot be served here: nothing with it works, for example {problem}; leave it to auto, or set "
+            f"{VARIABLE}=0 to run it unchecked ({verdict.origin})"
+        )
     chosen = verdict.best(allowed, usual)
     return Resolution(config.precision, chosen, verdict.report(chosen))
 
