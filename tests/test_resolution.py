@@ -20,6 +20,7 @@ from fastjepa.calibration.store import read_rows, rows_folder, write_rows
 from fastjepa.calibration.trial import Trial
 from fastjepa.calibration.verdict import Verdict, resolve
 from fastjepa.config import Config, resolve_precision
+from fastjepa.optional_packages import missing_packages
 from fastjepa.storage.checkpoint import load_checkpoint, save_checkpoint
 from fastjepa.storage.run_folder import CHECKPOINT_NAME
 from fastjepa.storage.safe_files import CheckpointError
@@ -41,6 +42,8 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if missing := missing_packages("tyro", "torchmetrics", "cv2", "sklearn"):
+        pytest.skip(f"needs what is not installed: {', '.join(missing)}")
     folder = tmp_path_factory.mktemp("runs")
     flags = [*TINY, "--max_steps", "1", "--cache_dir", str(folder / "cache"), "--out", str(folder / "run")]
     Trainer(parse_config(flags)).run()
