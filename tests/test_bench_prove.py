@@ -27,6 +27,7 @@ from bench.prove.proof import FAILED, OUT_OF_TIME, PASSED, PENDING, SKIPPED, Out
 from bench.recipe import GRAPH
 from bench.step import COMPILED, ORIGINAL
 from fastjepa.environment import ROOT
+from fastjepa.measuring.child_process import Ended
 from stand_in_suite import KINDS
 
 CPU = torch.device("cpu")
@@ -229,6 +230,44 @@ def test_rows_survive_kills_at_any_moment(tmp_path: Path) -> None:
             "good": "exact", "wrong": "inexact", "out of memory": "out of memory", "slow": "exact", "last": "exact"
         }.items()
     }  # fmt: skip
+
+
+def test_a_variant_that_ends_while_it_is_asked_to_leaves_no_blame_on_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has taken too long, and writes its rows after all; what its process has begun then is not to blame."""
+    file, calls = RowFile(tmp_path, "stand_in"), []
+
+    def failed(variant: str) -> Row:
+        return a_row(suite="stand_in", variant=variant, status="failed", reason="?", median_ms=None, rounds=0)
+
+    def run_child(*_: object, overdue: Any, **__: object) -> Ended:
+        calls.append(file.running())
+        if len(calls) > 1:
+            file.clear()
+            return Ended(0, 1.0, "")
+        file.begin([failed("slow")])
+        os.utime(tmp_path / "stand_in.now.json", (0, 0))
+        assert overdue()
+        file.add([a_row(suite="stand_in", variant="slow")])
+        file.begin([failed("innocent")])
+        return Ended(None, 1.0, "")
+
+    monkeypatch.setattr(supervise, "run_child", run_child)
+    outcome = supervise.run_part(suite_part(tmp_path), 60.0, tmp_path)
+    assert calls == [None, None]  # the second child finds nothing half done
+    assert {row.variant: row.status for row in file.rows()} == {"slow": "exact"}
+    assert outcome.status == PASSED
+
+
+def test_the_default_folder_is_one_begun_with_the_same_code_or_a_new_one(tmp_path: Path) -> None:
+    first = command.default_folder(tmp_path, "gpu", {"code": "a"})
+    for folder, code in ((first, "a"), (tmp_path / f"{first.name}-2", "b")):
+        Proof(folder, {"code": code}).note("x", Outcome(PASSED))
+        (folder / "environment.json").write_text("{}")
+    assert command.default_folder(tmp_path, "gpu", {"code": "a"}) == first
+    assert command.default_folder(tmp_path, "gpu", {"code": "b"}).name == f"{first.name}-2"
+    assert command.default_folder(tmp_path, "gpu", {"code": "c"}).name == f"{first.name}-3"
 
 
 # -- the list of parts

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import weakref
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from bench.harness.row_file import RowFile
 from bench.harness.rows import Row, read_rows
 from bench.harness.run import DeviceLostError, run_case
 from bench.harness.session import Session, Settings
-from bench.harness.variants import Tensors, Variant, eager
+from bench.harness.variants import Tensors, Variant, eager, needs_cuda
 from fastjepa.environment import Environment
 from fastjepa.measuring.policy import Error
 
@@ -238,3 +241,77 @@ def test_a_command_given_again_measures_what_is_missing(tmp_path: Path, capsys: 
     with pytest.raises(SystemExit, match="2"):
         suite.resolve("toy", parser, parser.parse_args(alone), alone)
     assert "--missing needs --out" in capsys.readouterr().err
+
+
+# -- what is nobody's fault
+
+
+def test_a_truth_that_cannot_be_had_fails_no_variant() -> None:
+    def broken(tensors: Tensors) -> Tensors:
+        raise RuntimeError("GET was unable to find an engine to execute this computation")
+
+    rows = run_case(toy_case(truth=broken), [eager(double), eager(double, "second")], CPU, ENVIRONMENT, SETTINGS)
+    assert [row.status for row in rows] == ["unjudged", "unjudged"]
+    assert all(row.median_ms is not None and row.baseline_ms is not None for row in rows)
+    assert rows[0].reason.startswith("no memory for the float64 reference (RuntimeError: GET was unable")
+
+
+class Hungry:
+    """While one of these is alive and has been called, there is no memory for anybody else."""
+
+    alive: ClassVar[weakref.WeakSet[Hungry]] = weakref.WeakSet()
+
+    def __call__(self, tensors: Tensors) -> Tensors:
+        Hungry.alive.add(self)
+        return double(tensors)
+
+
+def test_a_baseline_without_room_beside_one_variant_is_tried_again_beside_the_next() -> None:
+    def baseline(tensors: Tensors) -> Tensors:
+        if len(Hungry.alive):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return double(tensors)
+
+    variants = [eager(baseline), Variant("hungry", lambda _: Hungry()), eager(double, "frugal")]
+    rows = {row.variant: row for row in run_case(toy_case(), variants, CPU, ENVIRONMENT, SETTINGS)}
+    assert (rows["hungry"].status, rows["hungry"].speedup) == ("exact", None)
+    assert rows["frugal"].speedup is not None
+
+
+def test_where_zeros_would_pass_nothing_is_exact() -> None:
+    def far_off(tensors: Tensors) -> Tensors:
+        return {"y": 1.6 * double(tensors)["y"]}
+
+    half = {"precision": "bf16", "dtype": torch.bfloat16}
+    known = [eager(double), Variant("eager bf16", lambda _: far_off, **half)]  # type: ignore[arg-type]
+    known.append(Variant("zeros", lambda _: lambda x: {"y": torch.zeros_like(x["x"])}, **half))  # type: ignore[arg-type]
+    (row,) = run_case(toy_case(), known[2:], CPU, ENVIRONMENT, SETTINGS, known=known)
+    assert row.status == "unjudged"
+    assert "zeros would pass" in row.reason
+
+
+def test_variants_of_two_precisions_on_the_same_inputs_share_one_truth() -> None:
+    calls = []
+
+    def counted(tensors: Tensors) -> Tensors:
+        calls.append(1)
+        return double(tensors)
+
+    def single(device: torch.device, dtype: torch.dtype) -> Tensors:
+        return inputs(device, torch.float32)  # as in mixed precision
+
+    case = replace(toy_case(truth=counted), make_inputs=single)
+    half = {"precision": "bf16", "dtype": torch.bfloat16}
+    run_case(case, [eager(double), Variant("eager bf16", lambda _: double, **half)], CPU, ENVIRONMENT, SETTINGS)  # type: ignore[arg-type]
+    assert len(calls) == 1
+
+
+def test_variants_asked_for_by_name_that_cannot_run_are_no_success(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = suite.make_parser("toy", "A toy.")
+    elsewhere = eager(double, "kernel")
+    elsewhere = replace(elsewhere, available=needs_cuda)
+    for names, status in ((["kernel"], suite.VARIANT_FAILED), (["eager", "kernel"], 0)):
+        argv = ["--device", "cpu", "--quick", "--no-memory", "--variant", *names]
+        options = suite.resolve("toy", parser, parser.parse_args(argv), argv)
+        assert suite.run(options, parser, [(toy_case(), [eager(double), elsewhere])]) == status
+    assert "none of the variants asked for can run here: kernel" in capsys.readouterr().err
