@@ -30,7 +30,7 @@ from fastjepa.calibration.store import (
 from fastjepa.calibration.trial import Trial
 from fastjepa.calibration.verdict import Verdict
 from fastjepa.config import Config
-from original import OriginalJEPA
+from original import original_jepa
 from tiny import tiny_jepa
 
 CPU = torch.device("cpu")
@@ -183,7 +183,7 @@ def test_every_field_is_in_the_key(field: str) -> None:
 
 def test_a_setting_is_read_off_any_jepa_of_the_published_structure() -> None:
     sizes = {"henc": 2, "hpre": 2, "dstc": 4, "projector": "4-6-5"}
-    for jepa in (tiny_jepa(), OriginalJEPA()):
+    for jepa in (tiny_jepa(), original_jepa()):
         setting = setting_of_jepa(jepa, CPU, example=(3, 1, 5, 16, 24), purpose="train", precision="fp32")
         assert isinstance(setting, Setting)
         assert {name: getattr(setting, name) for name in sizes} == sizes

@@ -71,7 +71,7 @@ def test_residual_block_strides_round_up() -> None:
 
 def test_probe_heads_start_as_published() -> None:
     torch.manual_seed(0)
-    for module in ImageDecoder(16, 1, hidden=64).modules():
+    for module in ImageDecoder(16, 1, hidden_dim=64).modules():
         if isinstance(module, nn.Conv2d):
             assert module.bias is not None
             assert not module.bias.any()

@@ -27,7 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "environment": set(),
     "profiling": set(),
     "optional_packages": set(),
-    "model": {"kernels", "profiling"},
+    "model": {"kernels", "profiling", "optional_packages"},
     "storage": {"config", "optional_packages", "model"},
     "moving_mnist": {"optional_packages", "storage"},
     "calibration": {"measuring", "config", "environment", "storage"},

@@ -26,6 +26,15 @@ class InBf16(nn.Module):
         self._eager = (network,)
         self.training = network.training
 
+    def __getattr__(self, name: str) -> Any:
+        """Whoever asks a network for what it says of itself (`context_length`, `avg_pool`) still finds it."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_eager" not in self.__dict__ or name.startswith("__"):  # while it is being made, copied or unpickled
+                raise
+            return getattr(self.__dict__["_eager"][0], name)
+
     def forward(self, x: Tensor, *arguments: Any) -> Tensor:
         """What the network gives, in the dtype of x."""
         network = self._eager[0]

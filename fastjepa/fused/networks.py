@@ -29,7 +29,7 @@ from fastjepa.fused.recognition import (
 )
 from fastjepa.fused.recompute import Recomputation, recompute_activations
 from fastjepa.kernels.batch_norm.fused import batch_norm_act_repeatable
-from fastjepa.model.networks import join_context, join_skip, per_frame
+from fastjepa.model.networks import join_context, join_skip, per_frame, pooled, require_frames
 from fastjepa.model.strided_convolution import apply_convolution
 
 
@@ -134,6 +134,10 @@ class FusedResNet5(FusedNetwork):
     layer2: FusedResidualBlock
     layer3: FusedResidualBlock
 
+    def __init__(self, network: nn.Module, autocast_dtype: torch.dtype | None, recompute: bool) -> None:
+        super().__init__(network, autocast_dtype, recompute)
+        self.avg_pool: bool = getattr(network, "avg_pool", False)
+
     @classmethod
     def from_eager(
         cls, network: nn.Module, autocast_dtype: torch.dtype | None = None, recompute: bool = True
@@ -142,10 +146,16 @@ class FusedResNet5(FusedNetwork):
         require(encoder_problem(network))
         return cls(network, autocast_dtype, recompute)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """As `ResNet5.forward`, in the dtype of x if the network has an autocast of its own."""
+        if self.avg_pool:
+            require_frames(x)
+        return super().forward(x)
+
     def _body(self, memory: Recomputation, x: Tensor) -> Tensor:
         for block in (self.layer1, self.layer2, self.layer3):
             x = block.frames(memory, x)
-        return x
+        return pooled(x) if self.avg_pool else x
 
 
 class FusedResUNet(FusedNetwork):
@@ -168,6 +178,7 @@ class FusedResUNet(FusedNetwork):
         super().__init__(network, autocast_dtype, recompute)
         for name in CONVS_OF_UNET:
             setattr(self, name, getattr(network, name))
+        self.is_rnn: bool = getattr(network, "is_rnn", False)
 
     @classmethod
     def from_eager(
@@ -196,6 +207,7 @@ class FusedStateOnlyPredictor(nn.Module):
         source: Any = predictor
         self.predictor = FusedResUNet.from_eager(source.predictor, autocast_dtype, recompute)
         self.context_length: int = source.context_length
+        self.is_rnn: bool = getattr(predictor, "is_rnn", False)
         self.training = predictor.training
 
     @classmethod

@@ -6,6 +6,7 @@ too; then `difference` compares numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,10 +17,13 @@ BLOCKS_OF_ENCODER = ("layer1", "layer2", "layer3")
 BLOCKS_OF_UNET = ("enc1", "enc2", "enc3", "bott", "dec3", "dec2", "dec1")
 CONVS_OF_UNET = ("up3", "up2", "up1", "head")
 
+# Children that a module may have beside those it must: name → whether it is one that is understood.
+Optional = Mapping[str, Callable[[nn.Module], bool]]
+
 
 def block_problem(block: nn.Module) -> str | None:
     """Why `block` cannot be replaced by a `FusedResidualBlock`, or None if it can."""
-    problem = _children_problem(block, {"conv1", "bn1", "conv2", "bn2"}, optional={"shortcut"})
+    problem = _children_problem(block, {"conv1", "bn1", "conv2", "bn2"}, optional={"shortcut": _any_module})
     if problem:
         return problem
     source: Any = block
@@ -38,24 +42,30 @@ def block_problem(block: nn.Module) -> str | None:
 
 def encoder_problem(network: nn.Module) -> str | None:
     """Why `network` cannot be replaced by a `FusedResNet5`, or None if it can."""
-    return _network_problem(network, BLOCKS_OF_ENCODER, ())
+    # An average pool that is not followed by what `avg_pool` says is found by comparing numbers.
+    optional = {"avgpool": _is_global_pool} if getattr(network, "avg_pool", False) else {}
+    return _network_problem(network, BLOCKS_OF_ENCODER, (), optional)
 
 
 def unet_problem(network: nn.Module) -> str | None:
     """Why `network` cannot be replaced by a `FusedResUNet`, or None if it can."""
-    return _network_problem(network, BLOCKS_OF_UNET, CONVS_OF_UNET)
+    return _network_problem(network, BLOCKS_OF_UNET, CONVS_OF_UNET, {})
 
 
 def predictor_problem(predictor: nn.Module) -> str | None:
-    """Why `predictor` cannot be replaced by a `FusedStateOnlyPredictor`, or None if it can."""
+    """Why `predictor` cannot be replaced by a `FusedStateOnlyPredictor`, or None if it can, for all that its structure
+    says: one that reads actions has the same, and differs in numbers.
+    """
     names = [name for name, _ in predictor.named_children()]
     if names != ["predictor"] or not isinstance(getattr(predictor, "context_length", None), int):
         return f"{type(predictor).__name__} is not one network `predictor` over `context_length` frames"
     return unet_problem(predictor.predictor)  # type: ignore[arg-type]
 
 
-def _network_problem(network: nn.Module, blocks: tuple[str, ...], convs: tuple[str, ...]) -> str | None:
-    problem = _children_problem(network, {"conv1", "bn1", *blocks, *convs}, optional=set())
+def _network_problem(
+    network: nn.Module, blocks: tuple[str, ...], convs: tuple[str, ...], optional: Optional
+) -> str | None:
+    problem = _children_problem(network, {"conv1", "bn1", *blocks, *convs}, optional)
     if problem:
         return problem
     for name in blocks:
@@ -65,14 +75,25 @@ def _network_problem(network: nn.Module, blocks: tuple[str, ...], convs: tuple[s
     return None
 
 
-def _children_problem(module: nn.Module, required: set[str], optional: set[str]) -> str | None:
+def _children_problem(module: nn.Module, required: set[str], optional: Optional) -> str | None:
     children = dict(module.named_children())
     if missing := sorted(required - children.keys()):
         return f"{type(module).__name__} has no {', '.join(missing)}"
-    # The original may hold its activation as a module.
-    unknown = [name for name in children if name not in required | optional and type(children[name]) is not nn.ReLU]
+    unknown = [
+        name
+        for name, child in children.items()
+        if name not in required
+        and not (name in optional and optional[name](child))
+        # An activation may be a module, and what does nothing is in nobody's way.
+        and not (type(child) is nn.ReLU or is_identity(child))
+    ]
     if unknown:
         return f"{type(module).__name__} has further layers: {', '.join(unknown)}"
+    return hooks_problem(module)
+
+
+def hooks_problem(module: nn.Module) -> str | None:
+    """Which module in `module` has hooks, which what replaces it would not call; None if there are none."""
     for child in module.modules():
         if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks:
             return f"{type(child).__name__} has hooks, which a fused pass would not call"
@@ -80,8 +101,16 @@ def _children_problem(module: nn.Module, required: set[str], optional: set[str])
 
 
 def is_identity(module: nn.Module) -> bool:
-    """Whether a shortcut does nothing, as this or the original's code spells it."""
-    return isinstance(module, nn.Identity) or (isinstance(module, nn.Sequential) and len(module) == 0)
+    """Whether a module does nothing, as this or the original's code spells it."""
+    return type(module) is nn.Identity or (type(module) is nn.Sequential and len(module) == 0)
+
+
+def _is_global_pool(module: nn.Module) -> bool:
+    return type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1))
+
+
+def _any_module(module: nn.Module) -> bool:
+    return True  # looked at more closely afterwards
 
 
 def require(problem: str | None) -> None:

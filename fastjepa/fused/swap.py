@@ -1,33 +1,21 @@
-"""`accelerate(jepa)`: swap fused modules into a JEPA, fastjepa's own or one built with `eb_jepa`; `restore` undoes it.
-
-Modules are recognised by structure and attribute names, never by class, and then checked numerically.
-"""
+"""`accelerate` swaps fused modules into a JEPA, fastjepa's own or one built with `eb_jepa`; `restore` undoes it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import nn
 
 from fastjepa.calibration.choice import Choice
 from fastjepa.calibration.setting import Purpose
-from fastjepa.fused.autocast import InBf16
-from fastjepa.fused.decision import Backend, Decision, SwapPrecision, decide
-from fastjepa.fused.losses import ClosedFormSquareLoss, ClosedFormVCLoss
-from fastjepa.fused.recognition import difference, encoder_problem, predictor_problem, unet_problem
+from fastjepa.fused.decision import Backend, SwapPrecision, decide
+from fastjepa.fused.plan import in_bf16, plan
 from fastjepa.kernels.checks import unavailable_reason
-from fastjepa.model.projected_losses import HiddenLayer, hidden_layer
 
 Jepa = TypeVar("Jepa", bound=nn.Module)
-
-# A module with the structure of a published one must also compute the same: its fused form may differ by this much,
-# relative to the largest output. Each is some ten roundings of the dtype (fp32: of tf32, in which a GPU may convolve),
-# what ~40 layers may add up to, and far below what another activation or another order of layers would make.
-TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-2}
 
 
 @dataclass(frozen=True)
@@ -125,15 +113,15 @@ def accelerate(
         raise RuntimeError(f"{demanded} cannot be served: {unavailable}")
 
     decision = decide(jepa, device, backend, precision, example, purpose, choice)
-    plan = _plan(jepa, decision, torch.bfloat16 if precision == "bf16" else None)
-    problems = [f"{part.name}: {part.reason}" for part in plan if part.make is None and part.wanted]
+    parts = plan(jepa, decision, torch.bfloat16 if precision == "bf16" else None)
+    problems = [f"{part.name}: {part.reason}" for part in parts if part.make is None and part.wanted]
     if (backend == "fused" or choice is not None) and strict and problems:
         raise ValueError("not everything can be swapped exactly (strict=False leaves it): " + "; ".join(problems))
     if precision == "bf16":
-        plan = [_in_bf16(part) for part in plan]
-    originals = {part.name: part.module for part in plan if part.make is not None}
+        parts = [in_bf16(part) for part in parts]
+    originals = {part.name: part.module for part in parts if part.make is not None}
     swaps = []
-    for part in plan:
+    for part in parts:
         new = None if part.make is None else part.make()
         if new is not None:
             _put(jepa, part.name, new)
@@ -192,113 +180,6 @@ def _copy_modes(source: nn.Module, target: nn.Module) -> None:
             child.train(source.training)  # an activation, which the replacement does without
         elif other is not child:
             _copy_modes(other, child)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One part of the plan: `make` builds the replacement; None leaves the module as it is, for the reason."""
-
-    name: str  # the path of the module in the JEPA
-    module: nn.Module
-    make: Callable[[], nn.Module] | None
-    reason: str = ""
-    wanted: bool = True  # whether it was to be replaced
-
-
-def _plan(jepa: nn.Module, decision: Decision, autocast_dtype: torch.dtype | None) -> list[_Part]:
-    """What to do with each part, decided before anything is touched."""
-    source: Any = jepa
-    wrapper = source.predictor
-    parts = [_network(source.encoder, "encoder", "FusedResNet5", encoder_problem, decision, autocast_dtype)]
-    if predictor_problem(wrapper) is None:
-        part = _network(wrapper, "predictor", "FusedStateOnlyPredictor", predictor_problem, decision, autocast_dtype)
-    else:  # a wrapper of another kind stays, around a fused network
-        inner = getattr(wrapper, "predictor", wrapper)
-        part = _network(inner, "predictor.predictor", "FusedResUNet", unet_problem, decision, autocast_dtype)
-    parts.append(part)
-    for name, kind in (("regularizer", ClosedFormVCLoss), ("predcost", ClosedFormSquareLoss)):
-        parts.append(_loss(getattr(jepa, name), name, kind, decision))
-    return parts
-
-
-def _network(
-    module: nn.Module,
-    name: str,
-    kind: Literal["FusedResNet5", "FusedResUNet", "FusedStateOnlyPredictor"],
-    problem_of: Callable[[nn.Module], str | None],
-    decision: Decision,
-    autocast_dtype: torch.dtype | None,
-) -> _Part:
-    """The plan for a network; `kind` is the class of `fused.networks` that would replace it."""
-    if not decision.choice.batch_norm:
-        return _Part(name, module, None, decision.reasons["batch_norm"], wanted=False)
-    if (reason := problem_of(module)) is not None:
-        return _Part(name, module, None, reason)
-    weight = module.get_parameter("predictor.conv1.weight" if name == "predictor" else "conv1.weight")
-    if weight.dtype not in TOLERANCE:
-        return _Part(name, module, None, f"its weights are {weight.dtype}; kernels take fp32, bf16 and fp16")
-    from fastjepa.fused import networks  # only here: it needs Triton
-
-    from_eager: Callable[..., nn.Module] = getattr(networks, kind).from_eager
-    channels, frames = weight.shape[1], 1
-    if name == "predictor":  # which puts some frames into the channels
-        context_length: Any = module.context_length
-        channels, frames = channels // context_length, context_length + 1
-    # The form that every variant accepts: (B, C, T, H, W).
-    example = torch.rand(1, channels, frames, 8, 8, generator=torch.Generator().manual_seed(0))
-    example = example.to(weight.device, weight.dtype)
-    # A predictor is called with actions, here none.
-    inputs = (example, None) if name == "predictor" else (example,)
-    found = difference(from_eager(module), module, *inputs)  # in the caller's precision
-    if not found <= TOLERANCE[weight.dtype]:
-        return _Part(name, module, None, f"it has the published names but computes something else ({found:.1e} off)")
-    return _Part(name, module, partial(from_eager, module, autocast_dtype, decision.choice.recompute))
-
-
-def _in_bf16(part: _Part) -> _Part:
-    """A network that stays eager, in an autocast of its own; fused ones have theirs, and losses are fp32."""
-    if part.make is not None or part.name not in ("encoder", "predictor", "predictor.predictor"):
-        return part
-    name, module = part.name, part.module
-    inner = getattr(module, "predictor", None)
-    if name == "predictor" and isinstance(inner, nn.Module):
-        name, module = "predictor.predictor", inner  # who asks for a predictor's attributes still finds them
-    return _Part(name, module, partial(InBf16, module), part.reason, part.wanted)
-
-
-def _loss(
-    module: nn.Module, name: str, kind: type[ClosedFormVCLoss] | type[ClosedFormSquareLoss], decision: Decision
-) -> _Part:
-    path = decision.choice.losses
-    needed = ("proj", "std_coeff", "cov_coeff") if kind is ClosedFormVCLoss else ("proj",)
-    missing = [attribute for attribute in needed if not hasattr(module, attribute)]
-    if path == "eager":
-        return _Part(name, module, None, decision.reasons["projected_losses"], wanted=False)
-    if missing:
-        return _Part(name, module, None, f"{type(module).__name__} has no {', '.join(missing)}")
-    proj: Any = module.proj
-    layers = hidden_layer(proj, any_mode=True)
-    if not isinstance(layers, HiddenLayer):
-        return _Part(name, module, None, layers)
-    if path == "closed_form":
-        on_cpu = layers.linear1.weight.device.type == "cpu"
-        told = "closed form in plain torch" + (": faster on a CPU" if on_cpu else "")
-        return _Part(name, module, partial(kind, module, fused=False), told)
-    if (reason := _too_large(layers)) is not None:
-        return _Part(name, module, None, reason)
-    return _Part(name, module, partial(kind, module, fused=True))
-
-
-def _too_large(layers: HiddenLayer) -> str | None:
-    from fastjepa.kernels.projected_losses.activations import MAX_D, MAX_HIDDEN  # only here: it needs Triton
-
-    (hidden, channels), out = layers.linear1.weight.shape, layers.linear2.out_features
-    if channels > MAX_D or hidden > MAX_HIDDEN or not 2 <= out <= MAX_HIDDEN:
-        return (
-            f"the projector is {channels}-{hidden}-{out}; kernels take up to {MAX_D}-{MAX_HIDDEN}-{MAX_HIDDEN}, "
-            "and at least 2 outputs"
-        )
-    return None
 
 
 def _put(jepa: nn.Module, name: str, new: nn.Module) -> None:

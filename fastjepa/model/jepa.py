@@ -5,6 +5,8 @@ Shapes: a video is (B, C, T, H, W), its states (B, D, T, H, W).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,22 +23,31 @@ UNROLL_MODES = ("parallel", "autoregressive")
 
 
 class JEPA(nn.Module):
-    """Joint Embedding Predictive Architecture for video (arXiv 2602.03604), with the interface of `eb_jepa`."""
+    """Joint Embedding Predictive Architecture for video (arXiv 2602.03604), with the interface of `eb_jepa`.
+
+    Attributes:
+        single_unroll: the predictor's `is_rnn` (False if it has none): an autoregressive unroll then reads one state at
+            a time, whatever `ctxt_window_time` says.
+        ploss, rloss: 0; the original has them, and does nothing with them.
+    """
 
     def __init__(
         self,
         encoder: nn.Module,
-        action_encoder: nn.Module,
+        aencoder: nn.Module,
         predictor: nn.Module,
         regularizer: nn.Module,
         predcost: nn.Module,
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.action_encoder = action_encoder
+        self.action_encoder = aencoder
         self.predictor = predictor
+        self.single_unroll: bool = getattr(predictor, "is_rnn", False)
         self.regularizer = regularizer
         self.predcost = predcost
+        self.ploss = 0
+        self.rloss = 0
 
     @torch.no_grad()
     def encode(self, observations: Tensor) -> Tensor:
@@ -91,7 +102,7 @@ class JEPA(nn.Module):
             actions: (B, A, ·) or None; encoded by the action encoder and passed to the predictor.
             nsteps: how many steps, ≥ 1.
             unroll_mode: "parallel" or "autoregressive".
-            ctxt_window_time: the autoregressive window, in frames.
+            ctxt_window_time: the autoregressive window, in frames; 1 if the predictor is recurrent.
             compute_loss: also return the losses; each step's prediction loss is divided by `nsteps`.
             return_all_steps: return the list over steps instead of the last step's states.
 
@@ -101,7 +112,8 @@ class JEPA(nn.Module):
             Losses: (total, vc, vc_unweighted, {"std_loss", "cov_loss"}, prediction), or None.
 
         Raises:
-            ValueError: an unknown mode, a rank other than 5, too few frames, `nsteps` < 1 or beyond the actions.
+            ValueError: an unknown mode, a rank other than 5, too few frames, `nsteps` < 1, or, in autoregressive mode,
+                beyond the actions.
         """
         if unroll_mode not in UNROLL_MODES:
             raise ValueError(f"unroll_mode must be one of {', '.join(UNROLL_MODES)}; got {unroll_mode!r}")
@@ -110,11 +122,12 @@ class JEPA(nn.Module):
         if observations.dim() != 5:
             raise ValueError(f"expected a video (B, C, T, H, W), got shape {tuple(observations.shape)}")
         context_length = getattr(self.predictor, "context_length", 0)
-        _check_frames(unroll_mode, observations.shape[2], nsteps, context_length, ctxt_window_time, compute_loss)
+        window = 1 if self.single_unroll else ctxt_window_time
+        _check_frames(unroll_mode, observations.shape[2], nsteps, context_length, window, compute_loss)
 
         encoded_actions = None
         if actions is not None:
-            if nsteps > actions.shape[2]:
+            if unroll_mode == "autoregressive" and nsteps > actions.shape[2]:
                 raise ValueError(f"nsteps is {nsteps}, but there are only {actions.shape[2]} actions")
             encoded_actions = self.action_encoder(actions)
 
@@ -123,9 +136,7 @@ class JEPA(nn.Module):
         if unroll_mode == "parallel":
             states, pred_loss = self._unroll_parallel(state, encoded_actions, nsteps, compute_loss)
         else:
-            states, pred_loss = self._unroll_autoregressive(
-                state, encoded_actions, nsteps, ctxt_window_time, compute_loss
-            )
+            states, pred_loss = self._unroll_autoregressive(state, encoded_actions, nsteps, window, compute_loss)
         if not return_all_steps:
             last = states[-1]
             if unroll_mode == "parallel":
@@ -156,7 +167,8 @@ class JEPA(nn.Module):
             current = torch.cat((current, prediction), dim=2)
             steps.append(current)
             if compute_loss:
-                loss = loss + self.predcost(state[:, :, window + i : window + i + 1], prediction) / nsteps
+                # The prediction goes first, as in the original: a projector's buffers remember the order.
+                loss = loss + self.predcost(prediction, state[:, :, window + i : window + i + 1]) / nsteps
         return steps, loss
 
 
@@ -199,17 +211,17 @@ def _total(vc: tuple[Tensor, Tensor, dict[str, Tensor]] | None, pred_loss: Tenso
 
 
 class JEPAProbe(nn.Module):
-    """A head trained on the frozen states of a JEPA; it never moves the JEPA's parameters."""
+    """A head trained on the frozen states of a JEPA with the loss `hcost`; it never moves the JEPA's parameters."""
 
-    def __init__(self, jepa: JEPA, head: nn.Module, loss: nn.Module) -> None:
+    def __init__(self, jepa: nn.Module, head: nn.Module, hcost: nn.Module) -> None:
         super().__init__()
-        self.jepa = jepa
+        self.jepa: Any = jepa
         self.head = head
-        self.loss = loss
+        self.hcost = hcost
 
     def forward(self, observations: Tensor, targets: Tensor) -> Tensor:
         """Video (B, C, T, H, W) and the head's targets → the probe's loss, a scalar."""
-        return self.loss(self.head(self.jepa.encode(observations)), targets)
+        return self.hcost(self.head(self.jepa.encode(observations)), targets)
 
     @torch.no_grad()
     def infer(self, observations: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Shapes: B batch, C image channels, T frames, H×W pixels, D state channels (`dst
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastjepa.model.strided_convolution import Shortcut
+from fastjepa.optional_packages import needed_for
 
 CONTEXT = 2  # states from which the next one is predicted
 
@@ -64,33 +65,66 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet5(nn.Module):
-    """The encoder: frames to states at full resolution, ending in ReLU, so states are ≥ 0."""
+    """The encoder: frames to states, ending in ReLU, so states are ≥ 0; at full resolution if nothing strides.
 
-    def __init__(self, in_d: int, h_d: int, out_d: int) -> None:
+    Args:
+        in_d: image channels.
+        h_d: width of the first block; the second has twice as many channels.
+        out_d: state channels.
+        s1, s2, s3: strides of the three blocks.
+        avg_pool: average the last block's map, so that each frame becomes one vector.
+    """
+
+    def __init__(
+        self, in_d: int, h_d: int, out_d: int, s1: int = 1, s2: int = 1, s3: int = 1, avg_pool: bool = False
+    ) -> None:
         super().__init__()
+        self.avg_pool = avg_pool
         self.conv1 = conv3x3(in_d, h_d)
         self.bn1 = nn.BatchNorm2d(h_d)
-        self.layer1 = ResidualBlock(h_d, h_d)
-        self.layer2 = ResidualBlock(h_d, 2 * h_d)
-        self.layer3 = ResidualBlock(2 * h_d, out_d)
+        self.layer1 = ResidualBlock(h_d, h_d, s1)
+        self.layer2 = ResidualBlock(h_d, 2 * h_d, s2)
+        self.layer3 = ResidualBlock(2 * h_d, out_d, s3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, in_d, T, H, W) or (N, in_d, H, W) → the same with out_d channels."""
+        """x (B, in_d, T, H, W) or (N, in_d, H, W) → the same with out_d channels, H and W divided by the strides.
+
+        With `avg_pool`, frames (N, in_d, H, W) → (N, out_d). Raises ValueError for a video then: vectors are no states.
+        """
+        if self.avg_pool:
+            require_frames(x)
         return per_frame(self._frames, x)
 
     def _frames(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
-        return self.layer3(self.layer2(self.layer1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return pooled(x) if self.avg_pool else x
+
+
+def require_frames(x: Tensor) -> None:
+    """Raise ValueError for a video, which a network with `avg_pool` does not take."""
+    if x.dim() == 5:
+        raise ValueError(
+            f"an encoder with avg_pool takes frames (N, in_d, H, W) and makes vectors of them; got a video of shape "
+            f"{tuple(x.shape)}"
+        )
+
+
+def pooled(x: Tensor) -> Tensor:
+    """The mean over the pixels of (N, C, H, W), (N, C)."""
+    return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
 
 class ResUNet(nn.Module):
     """The predictor's network: a U-Net of residual blocks, three times down and up, linear at the end.
 
     Upsampled maps whose size differs from the skip's (sizes not divisible by 8) are resized bilinearly.
+    `is_rnn` is what a JEPA reads as `single_unroll`; it changes nothing in the network.
     """
 
-    def __init__(self, in_d: int, h_d: int, out_d: int) -> None:
+    def __init__(self, in_d: int, h_d: int, out_d: int, is_rnn: bool = False) -> None:
         super().__init__()
+        self.is_rnn = is_rnn
         self.conv1 = conv3x3(in_d, h_d)
         self.bn1 = nn.BatchNorm2d(h_d)
         self.enc1 = ResidualBlock(h_d, h_d)
@@ -133,23 +167,27 @@ class Projector(nn.Module):
 
     Linear → BatchNorm1d → ReLU for each hidden size, then a Linear without bias.
 
+    Attributes:
+        out_dim: the last size.
+
     Raises:
-        ValueError: `sizes` is not at least two positive integers joined by "-".
+        ValueError: `mlp_spec` is not at least two positive integers joined by "-".
     """
 
-    def __init__(self, sizes: str) -> None:
+    def __init__(self, mlp_spec: str) -> None:
         super().__init__()
         try:
-            dims = [int(size) for size in sizes.split("-")]
+            dims = [int(size) for size in mlp_spec.split("-")]
         except ValueError:
             dims = []
         if len(dims) < 2 or min(dims) < 1:
-            raise ValueError(f"projector sizes must look like '16-64-64', got {sizes!r}")
+            raise ValueError(f"projector sizes must look like '16-64-64', got {mlp_spec!r}")
         layers: list[nn.Module] = []
         for d_in, d_out in pairwise(dims[:-1]):
             layers += [nn.Linear(d_in, d_out), nn.BatchNorm1d(d_out), nn.ReLU()]
         layers.append(nn.Linear(dims[-2], dims[-1], bias=False))
         self.net = nn.Sequential(*layers)
+        self.out_dim = dims[-1]
 
     def forward(self, rows: Tensor) -> Tensor:
         """rows (N, in) → (N, out)."""
@@ -169,6 +207,7 @@ class StateOnlyPredictor(nn.Module):
         if context_length < 1:
             raise ValueError(f"context_length must be at least 1, got {context_length}")
         self.predictor = predictor
+        self.is_rnn: bool = getattr(predictor, "is_rnn", False)
         self.context_length = context_length
 
     def forward(self, states: Tensor, actions: Tensor | None = None) -> Tensor:
@@ -193,17 +232,34 @@ def join_context(states: Tensor, context_length: int) -> Tensor:
 
 
 class ImageDecoder(nn.Module):
-    """A probe that paints the frame from the state: conv → ReLU → conv."""
+    """A probe that paints the frame from the state: conv → ReLU → conv.
 
-    def __init__(self, in_d: int, out_d: int, hidden: int = 16) -> None:
+    in_dim, out_dim, hidden_dim: channels of the state, of the image and in between. The other arguments are the
+    original's and change nothing, as there.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int = 1,
+        hidden_dim: int = 16,
+        tk: int = 1,
+        ts: int = 1,
+        sk: int = 4,
+        ss: int = 2,
+        pad_mode: str = "same",
+        scale_factor: float = 1.0,
+        shift_factor: float = 0.0,
+    ) -> None:
         super().__init__()
+        self.scale_factor, self.shift_factor = scale_factor, shift_factor
         self.net = nn.Sequential(
-            nn.Conv2d(in_d, hidden, 3, padding=1), nn.ReLU(), nn.Conv2d(hidden, out_d, 3, padding=1)
+            nn.Conv2d(in_dim, hidden_dim, 3, padding=1), nn.ReLU(), nn.Conv2d(hidden_dim, out_dim, 3, padding=1)
         )
         self.apply(_init_probe)
 
     def forward(self, states: Tensor) -> Tensor:
-        """States (B, D, T, H, W) or (N, D, H, W) → images of the same layout with out_d channels."""
+        """States (B, D, T, H, W) or (N, D, H, W) → images of the same layout with out_dim channels."""
         return per_frame(self.net, states)
 
 
@@ -219,18 +275,37 @@ class DetHead(nn.Module):
             nn.ReLU(),
             nn.Conv3d(h_d, out_d, (1, 3, 3), padding="same"),
         )
-        self.head = nn.Sequential(convs, nn.Sigmoid())
+        self.head = nn.Sequential(convs)  # a Sequential of one, because the original's checkpoints name it so
         self.apply(_init_probe)
 
     def forward(self, states: Tensor) -> Tensor:
         """States (B, D, T, H, W) → probabilities (B, T, 8, 8); with out_d > 1, (B, out_d, T, 8, 8)."""
         if states.dim() != 5:
             raise ValueError(f"expected states (B, D, T, H, W), got shape {tuple(states.shape)}")
-        pooled = per_frame(lambda x: F.adaptive_avg_pool2d(x, self.CELLS), states)
-        convs, sigmoid = self.head
-        logits = convs(pooled)
+        logits = self.head(per_frame(lambda x: F.adaptive_avg_pool2d(x, self.CELLS), states))
         # Under bf16 autocast a sigmoid of bf16 logits would round to exactly 1, and the loss take log(0).
-        return sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32))).squeeze(1)
+        return torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32))).squeeze(1)
+
+    @torch.no_grad()
+    def score(self, preds: Sequence[Tensor], targets: Tensor) -> list[float]:
+        """The average precision of each horizon, as the original's evaluation takes it.
+
+        Args:
+            preds: predicted states of horizon 0, 1, …, each (B, D, T, H, W); the last is not scored.
+            targets: 1 where a digit is, (B, T, 8, 8).
+
+        Returns:
+            For s = 0 … len(preds) - 2 the AP of preds[s] against the targets, both from frame s on.
+
+        Raises:
+            MissingPackageError: torchmetrics is not installed.
+        """
+        with needed_for("average precision"):
+            from torchmetrics.functional.classification import binary_average_precision
+        return [
+            float(binary_average_precision(self(states)[:, s:].flatten(), targets[:, s:].flatten().long()))
+            for s, states in enumerate(preds[:-1])
+        ]
 
 
 def _init_probe(module: nn.Module) -> None:

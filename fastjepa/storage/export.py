@@ -34,7 +34,7 @@ _PARTS: dict[str, tuple[Callable[[Mapping[str, Any]], dict[str, int]], Callable[
             ResUNet(s["context_length"] * s["dstc"], s["hpre"], s["dstc"]), s["context_length"]
         ),
     ),
-    "decoder": (decoder_sizes, lambda s: ImageDecoder(**s)),
+    "decoder": (decoder_sizes, lambda s: ImageDecoder(s["in_d"], s["out_d"], s["hidden"])),
     "detection_head": (detection_head_sizes, lambda s: DetHead(**s)),
 }
 

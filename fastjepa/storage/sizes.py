@@ -46,7 +46,7 @@ def projector_sizes(projector: Tensors) -> str:
 
 
 def decoder_sizes(decoder: Tensors) -> dict[str, int]:
-    """`in_d`, `out_d` and `hidden`, the arguments of ImageDecoder."""
+    """`in_d`, `out_d` and `hidden`, the first arguments of ImageDecoder."""
     hidden, in_d = _shape(decoder, "net.0.weight", 4)[:2]
     return {"in_d": in_d, "out_d": _shape(decoder, "net.2.weight", 4)[0], "hidden": hidden}
 

@@ -1,0 +1,183 @@
+"""The plan of a swap: what becomes of each part of a JEPA, decided before anything is touched.
+
+Modules are recognised by structure and attribute names, never by class, and then checked numerically.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastjepa.fused.autocast import InBf16
+from fastjepa.fused.decision import Decision
+from fastjepa.fused.losses import ClosedFormSquareLoss, ClosedFormVCLoss
+from fastjepa.fused.recognition import difference, encoder_problem, hooks_problem, predictor_problem, unet_problem
+from fastjepa.model.modes import eval_mode
+from fastjepa.model.projected_losses import HiddenLayer, hidden_layer
+
+LossKind = type[ClosedFormVCLoss] | type[ClosedFormSquareLoss]
+
+# A module with the structure of a published one must also compute the same: its fused form may differ by this much,
+# relative to the largest output. Each is some ten roundings of the dtype (fp32: of tf32, in which a GPU may convolve),
+# what ~40 layers may add up to, and far below what another activation or another order of layers would make.
+TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-2}
+
+# A loss is tried in float64 and in plain torch; the room is for one that computes in fp32 whatever it is given.
+LOSS_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the plan: `make` builds the replacement; None leaves the module as it is, for the reason."""
+
+    name: str  # the path of the module in the JEPA
+    module: nn.Module
+    make: Callable[[], nn.Module] | None
+    reason: str = ""
+    wanted: bool = True  # whether it was to be replaced
+
+
+def plan(jepa: nn.Module, decision: Decision, autocast_dtype: torch.dtype | None) -> list[Part]:
+    """What to do with each part, decided before anything is touched."""
+    source: Any = jepa
+    wrapper = source.predictor
+    parts = [_network(source.encoder, "encoder", "FusedResNet5", encoder_problem, decision, autocast_dtype)]
+    part = _network(wrapper, "predictor", "FusedStateOnlyPredictor", predictor_problem, decision, autocast_dtype)
+    inner = getattr(wrapper, "predictor", None)
+    if part.make is None and part.wanted and isinstance(inner, nn.Module):
+        # A wrapper of another kind, as one that reads actions, stays around a fused network.
+        part = _network(inner, "predictor.predictor", "FusedResUNet", unet_problem, decision, autocast_dtype)
+    parts.append(part)
+    for name, kind in (("regularizer", ClosedFormVCLoss), ("predcost", ClosedFormSquareLoss)):
+        parts.append(_loss(getattr(jepa, name), name, kind, decision))
+    return parts
+
+
+def _network(
+    module: nn.Module,
+    name: str,
+    kind: Literal["FusedResNet5", "FusedResUNet", "FusedStateOnlyPredictor"],
+    problem_of: Callable[[nn.Module], str | None],
+    decision: Decision,
+    autocast_dtype: torch.dtype | None,
+) -> Part:
+    """The plan for a network; `kind` is the class of `fused.networks` that would replace it."""
+    if not decision.choice.batch_norm:
+        return Part(name, module, None, decision.reasons["batch_norm"], wanted=False)
+    if (reason := problem_of(module)) is not None:
+        return Part(name, module, None, reason)
+    weight = module.get_parameter("predictor.conv1.weight" if name == "predictor" else "conv1.weight")
+    if weight.dtype not in TOLERANCE:
+        return Part(name, module, None, f"its weights are {weight.dtype}; kernels take fp32, bf16 and fp16")
+    from fastjepa.fused import networks  # only here: it needs Triton
+
+    from_eager: Callable[..., nn.Module] = getattr(networks, kind).from_eager
+    example = _example(module, name, weight)
+    with eval_mode(module):
+        try:
+            module(*example)
+        except Exception as error:  # whatever code of the user's raises on an input that a published network takes
+            return Part(name, module, None, f"it has the published names but cannot be called like one: {error}")
+    found = difference(from_eager(module), module, *example)  # in the caller's precision
+    if not found <= TOLERANCE[weight.dtype]:
+        return Part(name, module, None, f"it has the published names but computes something else ({found:.1e} off)")
+    return Part(name, module, partial(from_eager, module, autocast_dtype, decision.choice.recompute))
+
+
+def _example(module: nn.Module, name: str, weight: Tensor) -> tuple[Tensor | None, ...]:
+    """Inputs for the network called `name`, whose first weight is this: frames or a video (B, C, T, H, W)."""
+    shape: tuple[int, ...] = (1, weight.shape[1], 1, 8, 8)
+    if name == "predictor":  # which puts some frames into the channels
+        context_length: Any = module.context_length
+        shape = (1, weight.shape[1] // context_length, context_length + 1, 8, 8)
+    elif getattr(module, "avg_pool", False):  # which makes no states of a video
+        shape = (2, weight.shape[1], 8, 8)
+    example = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    # A predictor is called with actions, here none.
+    return (example, None) if name == "predictor" else (example,)
+
+
+def in_bf16(part: Part) -> Part:
+    """A network that stays eager, in an autocast of its own; fused ones have theirs, and losses are fp32."""
+    if part.make is not None or part.name not in ("encoder", "predictor", "predictor.predictor"):
+        return part
+    name, module = part.name, part.module
+    inner = getattr(module, "predictor", None)
+    if name == "predictor" and isinstance(inner, nn.Module):
+        name, module = "predictor.predictor", inner  # who asks for a predictor's attributes still finds them
+    return Part(name, module, partial(InBf16, module), part.reason, part.wanted)
+
+
+def _loss(module: nn.Module, name: str, kind: LossKind, decision: Decision) -> Part:
+    path = decision.choice.losses
+    needed = ("proj", "std_coeff", "cov_coeff") if kind is ClosedFormVCLoss else ("proj",)
+    missing = [attribute for attribute in needed if not hasattr(module, attribute)]
+    if path == "eager":
+        return Part(name, module, None, decision.reasons["projected_losses"], wanted=False)
+    if missing:
+        return Part(name, module, None, f"{type(module).__name__} has no {', '.join(missing)}")
+    proj: Any = module.proj
+    layers = hidden_layer(proj, any_mode=True)
+    if not isinstance(layers, HiddenLayer):
+        return Part(name, module, None, layers)
+    if (reason := _loss_problem(module, kind, layers)) is not None:
+        return Part(name, module, None, reason)
+    if path == "closed_form":
+        on_cpu = layers.linear1.weight.device.type == "cpu"
+        told = "closed form in plain torch" + (": faster on a CPU" if on_cpu else "")
+        return Part(name, module, partial(kind, module, fused=False), told)
+    if (reason := _too_large(layers)) is not None:
+        return Part(name, module, None, reason)
+    return Part(name, module, partial(kind, module, fused=True))
+
+
+def _loss_problem(module: nn.Module, kind: LossKind, layers: HiddenLayer) -> str | None:
+    """Why a loss is not what `kind` computes though it has its attributes, or None: tried on copies."""
+    if (reason := hooks_problem(module)) is not None:
+        return reason
+    margin = getattr(getattr(module, "std_loss_fn", None), "std_margin", 1.0)
+    if margin != 1.0:
+        return f"its std_margin is {margin}, and the published one is 1"
+    generator = torch.Generator().manual_seed(0)
+    example = torch.randn(2, 2, layers.linear1.in_features, 3, 4, 4, generator=generator, dtype=torch.float64)
+    state, prediction = example.to(layers.linear1.weight.device)
+    inputs = (state, None) if kind is ClosedFormVCLoss else (state, prediction)
+    eager = copy.deepcopy(module).double().train()
+    closed = kind(copy.deepcopy(eager), fused=False)
+    with torch.no_grad():
+        try:
+            expected = _losses(eager(*inputs))
+        except Exception as error:  # whatever code of the user's raises on what the published loss takes
+            return f"it has the published attributes but cannot be called like the published loss: {error}"
+        found = _losses(closed(*inputs))
+    # A covariance loss of a single output is NaN in both.
+    if found.shape != expected.shape or not torch.allclose(found, expected, LOSS_TOLERANCE, 0, equal_nan=True):
+        return (
+            "it has the published attributes but computes something else "
+            f"({expected.tolist()} where the published loss is {found.tolist()})"
+        )
+    return None
+
+
+def _losses(result: Any) -> Tensor:
+    """What a call returned, without the dict of a regularizer, which repeats it."""
+    parts = result if isinstance(result, tuple) else (result,)
+    return torch.tensor([float(part) for part in parts if not isinstance(part, dict)], dtype=torch.float64)
+
+
+def _too_large(layers: HiddenLayer) -> str | None:
+    from fastjepa.kernels.projected_losses.activations import MAX_D, MAX_HIDDEN  # only here: it needs Triton
+
+    (hidden, channels), out = layers.linear1.weight.shape, layers.linear2.out_features
+    if channels > MAX_D or hidden > MAX_HIDDEN or not 2 <= out <= MAX_HIDDEN:
+        return (
+            f"the projector is {channels}-{hidden}-{out}; kernels take up to {MAX_D}-{MAX_HIDDEN}-{MAX_HIDDEN}, "
+            "and at least 2 outputs"
+        )
+    return None
