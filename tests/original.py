@@ -349,9 +349,21 @@ class Detector(nn.Module):
         )
         self.apply(_small_weights)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _logits(self, x: Tensor) -> Tensor:
         x = torch.stack([F.adaptive_avg_pool2d(x[:, :, t], (8, 8)) for t in range(x.shape[2])], 2)
-        return torch.sigmoid(self.head(x).squeeze(1))
+        return self.head(x).squeeze(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self._logits(x))
+
+    @torch.no_grad()
+    def score(self, preds: list[Tensor], targets: Tensor) -> list[float]:
+        from sklearn.metrics import average_precision_score
+
+        return [
+            average_precision_score(targets[:, s:].flatten().long(), self._logits(preds[s])[:, s:].flatten())
+            for s in range(len(preds) - 1)
+        ]
 
 
 def original_jepa(*, h: int = 2, d: int = 4, hidden: int = 6, out: int = 5, **encoder: Any) -> OriginalJEPA:
@@ -367,6 +379,14 @@ def action_jepa(*, d: int = 6, actions: int = 2) -> OriginalJEPA:
     regularizer = ActionRegularizer(8.0, 16.0, 12.0, idm=nn.Linear(2 * d, actions))
     predictor = GRUPredictor(d, actions, final_ln=nn.LayerNorm(d))
     return OriginalJEPA(VectorEncoder(2, d), nn.Identity(), predictor, regularizer, PredictionCost())
+
+
+def action_unet_jepa(*, h: int = 2, d: int = 4, actions: int = 2) -> OriginalJEPA:
+    """An action-conditioned Video JEPA: actions (B, A, T, H, W) are read beside the last state."""
+    jepa = original_jepa(h=h, d=d)
+    jepa.predictor = ActionPredictor(UNet(d + actions, h, d), context_length=1)
+    jepa.action_encoder = nn.Identity()
+    return jepa
 
 
 def unrolled_loss(jepa: nn.Module, video: Tensor, steps: int) -> Tensor:

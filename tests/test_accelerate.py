@@ -20,7 +20,16 @@ from fastjepa.calibration.verdict import Verdict
 from fastjepa.fused import decision
 from fastjepa.fused.losses import ClosedFormVCLoss
 from fastjepa.model.step import TrainStep
-from original import OriginalJEPA, original_jepa, unrolled_loss
+from original import (
+    MLP,
+    OriginalJEPA,
+    PredictionCost,
+    Regularizer,
+    action_jepa,
+    action_unet_jepa,
+    original_jepa,
+    unrolled_loss,
+)
 from tiny import tiny_batch, tiny_jepa, tiny_model
 
 # The contract for whole models in fp32: tensors to 1e-4 of their norm, losses to 1e-5.
@@ -151,6 +160,122 @@ def test_the_same_names_with_another_computation(device: str) -> None:
         fastjepa.accelerate(jepa, backend="fused")
     fastjepa.accelerate(jepa, backend="fused", strict=False, verbose=False)
     assert jepa.acceleration.swapped == ("predictor", "regularizer", "predcost")
+
+
+ENCODERS = [{"s1": 2}, {"s1": 2, "s2": 2, "s3": 2}, {"avg_pool": True}, {"s3": 3, "avg_pool": True}]
+
+
+@pytest.mark.parametrize("options", ENCODERS, ids=str)
+@pytest.mark.parametrize("size", [(16, 16), (19, 17)])
+def test_every_option_of_the_encoder_is_fused(options: dict[str, Any], size: tuple[int, int], device: str) -> None:
+    torch.manual_seed(0)
+    fast = original_jepa(**options).to(device)
+    truth = copy.deepcopy(fast).cpu().double()
+    fastjepa.accelerate(fast, backend="fused", verbose=False)
+    assert "encoder" in fast.acceleration.swapped
+    frames = torch.rand(6, 1, *size, generator=torch.Generator().manual_seed(1))  # enough rows for BatchNorm
+    found, expected = fast.encoder(frames.to(device)), truth.encoder(frames.double())
+    weights = torch.linspace(0.5, 1.5, expected.numel()).view_as(expected)
+    (found * weights.to(device)).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+    assert_near({n: g.cpu() for n, g in gradients(fast.encoder).items()}, gradients(truth.encoder), GRADIENT)
+    buffers = {n: b.cpu() for n, b in fast.encoder.named_buffers()}
+    assert_near(buffers, dict(truth.encoder.named_buffers()), LOSS)
+    if options.get("avg_pool"):
+        with pytest.raises(ValueError, match=r"avg_pool takes frames \(N, in_d, H, W\).*got a video"):
+            fast.encoder(torch.rand(1, 1, 2, 8, 8, device=device))
+
+
+def test_a_pool_that_is_something_else_is_named(device: str) -> None:
+    jepa = original().to(device)
+    jepa.encoder.avgpool = nn.AdaptiveAvgPool2d((2, 2))  # which `avg_pool` = False does not announce
+    with pytest.raises(ValueError, match="encoder: Encoder has further layers: avgpool"):
+        fastjepa.accelerate(jepa, backend="fused")
+    jepa.encoder.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+    jepa.encoder.avg_pool = True
+    jepa.encoder.layer3.relu = nn.Identity()
+    with pytest.raises(ValueError, match="encoder: it has the published names but computes something else"):
+        fastjepa.accelerate(jepa, backend="fused")
+
+
+def test_what_a_network_says_of_itself_is_kept(device: str) -> None:
+    jepa = original().to(device)
+    jepa.predictor.predictor.is_rnn = jepa.predictor.is_rnn = True
+    fastjepa.accelerate(jepa, backend="fused", verbose=False)
+    assert jepa.predictor.is_rnn
+    assert jepa.predictor.predictor.is_rnn
+    assert jepa.encoder.avg_pool is False
+
+
+def test_recurrent_and_action_conditioned_parts_are_left_with_a_reason(device: str) -> None:
+    torch.manual_seed(0)
+    eager = action_jepa().to(device)
+    video, actions = torch.rand(2, 2, 5, 9, 9, device=device), torch.rand(2, 2, 5, device=device)
+    for options in ({"backend": "auto"}, {"backend": "fused", "strict": False}):
+        fast = copy.deepcopy(eager)
+        fastjepa.accelerate(fast, verbose=False, **options)
+        assert fast.acceleration.swapped == ()
+        assert [swap.part for swap in fast.acceleration.swaps] == ["encoder", "predictor", "regularizer", "predcost"]
+        assert all(swap.reason for swap in fast.acceleration.swaps)
+        expected = eager.unroll(video, actions, nsteps=3, unroll_mode="autoregressive")
+        found = fast.unroll(video, actions, nsteps=3, unroll_mode="autoregressive")
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1][0], expected[1][0])
+    with pytest.raises(
+        ValueError,
+        match=r"encoder: VectorEncoder has no .*; predictor: GRUPredictor is not one network.*"
+        r"; regularizer: ActionRegularizer has no proj; predcost: Identity has no Sequential",
+    ):
+        fastjepa.accelerate(copy.deepcopy(eager), backend="fused")
+
+
+def test_a_wrapper_that_reads_actions_stays_around_a_fused_network(device: str) -> None:
+    torch.manual_seed(0)
+    eager = action_unet_jepa().to(device)
+    fast = copy.deepcopy(eager)
+    fastjepa.accelerate(fast, backend="fused", verbose=False)
+    assert fast.acceleration.swapped == ("encoder", "predictor.predictor", "regularizer", "predcost")
+    video = tiny_batch(2, 4, (8, 8))[0].to(device)
+    actions = torch.rand(2, 2, 4, 8, 8, device=device)
+    losses = [jepa.unroll(video, actions, nsteps=2)[1][0] for jepa in (eager, fast)]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=LOSS)
+    losses[1].backward()
+    assert all(p.grad is not None for p in fast.parameters())
+
+
+class ScaledCost(PredictionCost):
+    def forward(self, state: torch.Tensor, predi: torch.Tensor) -> torch.Tensor:
+        return 1.1 * super().forward(state, predi)
+
+
+class NeedsActions(Regularizer):
+    def forward(self, x: torch.Tensor, actions: torch.Tensor | None = None) -> Any:
+        assert actions is not None, "actions are needed"
+        return super().forward(x, actions)
+
+
+def test_a_loss_with_the_published_attributes_is_tried(device: str) -> None:
+    def refused(part: str, loss: nn.Module) -> str:
+        jepa = original().to(device)
+        setattr(jepa, part, loss.to(device))
+        fastjepa.accelerate(jepa, backend="fused", strict=False, verbose=False)
+        swap = next(swap for swap in jepa.acceleration.swaps if swap.part == part)
+        assert swap.by is None
+        assert jepa.get_submodule(part) is loss
+        return swap.reason
+
+    proj = MLP("4-6-5")
+    assert "computes something else ([" in refused("predcost", ScaledCost(proj))
+    assert "cannot be called like the published loss: actions are needed" in refused(
+        "regularizer", NeedsActions(1.0, 1.0, proj)
+    )
+    margin = Regularizer(1.0, 1.0, proj)
+    margin.std_loss_fn.std_margin = 0.5
+    assert refused("regularizer", margin) == "its std_margin is 0.5, and the published one is 1"
+    hooked = PredictionCost(proj)
+    hooked.register_forward_hook(lambda *_: None)
+    assert refused("predcost", hooked) == "PredictionCost has hooks, which a fused pass would not call"
 
 
 def test_a_wrapper_of_another_kind_stays_around_a_fused_network(device: str) -> None:

@@ -195,6 +195,9 @@ def test_a_setting_is_read_off_any_jepa_of_the_published_structure() -> None:
     assert "its weights are torch.bfloat16" in str(
         setting_of_jepa(half, CPU, example=None, purpose="train", precision="bf16")
     )
+    for other in (original_jepa(s2=2), original_jepa(avg_pool=True)):
+        strided = setting_of_jepa(other, CPU, example=None, purpose="train", precision="fp32")
+        assert "its encoder strides or pools" in str(strided)
     other = tiny_jepa()
     other.encoder = torch.nn.Identity()
     assert "not of the published form" in str(

@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+import original
 from fastjepa.model.jepa import JEPA, JEPAProbe, build_jepa, detection_loss
 from fastjepa.model.losses import SquareLossSeq, VCLoss
+from fastjepa.model.networks import DetHead, ImageDecoder, Projector, ResNet5, ResUNet, StateOnlyPredictor
+from original import OriginalJEPA, action_jepa, action_unet_jepa, original_jepa
 from tiny import tiny_batch, tiny_jepa
 
 
@@ -45,6 +53,91 @@ def test_autoregressive_losses_compare_with_the_frame_predicted() -> None:
     torch.testing.assert_close(losses[4], expected)
     total, vc, _, _, pred = losses
     torch.testing.assert_close(total, vc + pred)
+
+
+# What a user of the original unrolls: the model, its options, and whether actions go with the video. A window of frames
+# is no matter to a recurrent predictor. Losses of windows above 1 are compared with other frames (docs/differences.md).
+UNROLLS: dict[str, tuple[Callable[[], OriginalJEPA], dict[str, Any]]] = {
+    "video": (original_jepa, {"nsteps": 2}),
+    "video, strided": (lambda: original_jepa(s1=2, s3=2), {"nsteps": 2}),
+    "video, planning": (
+        original_jepa,
+        {"nsteps": 3, "unroll_mode": "autoregressive", "ctxt_window_time": 2, "compute_loss": False},
+    ),
+    "actions, recurrent": (action_jepa, {"nsteps": 3, "unroll_mode": "autoregressive", "ctxt_window_time": 4}),
+    "actions beside the state": (action_unet_jepa, {"nsteps": 7}),  # more steps than actions, which parallel allows
+    "actions, planning": (action_unet_jepa, {"nsteps": 3, "unroll_mode": "autoregressive"}),
+}
+
+
+@pytest.mark.parametrize("case", UNROLLS)
+@pytest.mark.parametrize("all_steps", [False, True])
+def test_parts_of_the_original_unroll_in_our_jepa(case: str, all_steps: bool) -> None:
+    make, options = UNROLLS[case]
+    torch.manual_seed(0)
+    theirs = make().double()
+    parts = copy.deepcopy(theirs)
+    ours = JEPA(parts.encoder, parts.action_encoder, parts.predictor, parts.regularizer, parts.predcost)
+    assert ours.single_unroll == theirs.single_unroll == (make is action_jepa)
+    video, actions = torch.rand(2, 2 if make is action_jepa else 1, 6, 8, 8, dtype=torch.float64), None
+    if make is not original_jepa and "actions" in case:
+        actions = torch.rand(2, 2, 6, dtype=torch.float64)
+        actions = actions if make is action_jepa else actions[..., None, None].expand(2, 2, 6, 8, 8)
+    found, expected = [], []
+    for jepa, results in ((ours, found), (theirs, expected)):
+        states, losses = jepa.unroll(video, actions, **options, return_all_steps=all_steps)
+        results += [*(states if all_steps else [states]), *jepa.state_dict().values()]
+        results += [] if losses is None else [*losses[:3], losses[4]]
+        assert (losses is None) == (options.get("compute_loss") is False)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+PAIRS = [
+    (original.Encoder, ResNet5), (original.UNet, ResUNet), (original.PairPredictor, StateOnlyPredictor),
+    (original.MLP, Projector), (original.Regularizer, VCLoss), (original.PredictionCost, SquareLossSeq),
+    (original.OriginalJEPA, JEPA), (original.OriginalJEPA.unroll, JEPA.unroll), (original.Probe, JEPAProbe),
+    (original.Painter, ImageDecoder), (original.Detector, DetHead), (original.Detector.score, DetHead.score),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("theirs", "ours"), PAIRS, ids=lambda thing: thing.__qualname__)
+def test_the_originals_arguments_and_defaults(theirs: Any, ours: Any) -> None:
+    found = list(inspect.signature(ours).parameters.values())
+    for i, parameter in enumerate(inspect.signature(theirs).parameters.values()):
+        assert found[i].name == parameter.name
+        assert found[i].default == parameter.default or parameter.default is parameter.empty
+
+
+def test_our_modules_carry_the_originals_attributes_and_weights() -> None:
+    theirs = original_jepa(s2=2)
+    encoder, projector = ResNet5(1, 2, 4, s2=2), Projector("4-6-5")
+    predictor = StateOnlyPredictor(ResUNet(8, 2, 4), context_length=2)
+    ours = JEPA(encoder, encoder, predictor, VCLoss(10.0, 100.0, proj=projector), SquareLossSeq(projector))
+    ours.load_state_dict(theirs.state_dict())  # strictly
+    for path, names in {
+        "": ("single_unroll", "ploss", "rloss"), "encoder": ("avg_pool",), "predictor": ("is_rnn", "context_length"),
+        "predictor.predictor": ("is_rnn",), "regularizer": ("std_coeff", "cov_coeff"), "regularizer.proj": ("out_dim",),
+    }.items():  # fmt: skip
+        for name in names:
+            assert getattr(ours.get_submodule(path), name) == getattr(theirs.get_submodule(path), name)
+    video = tiny_batch()[0]
+    torch.testing.assert_close(ours.unroll(video, None)[1][0], theirs.unroll(video, None)[1][0])  # type: ignore[index]
+    for frames in (encoder, theirs.encoder):
+        frames.avg_pool = True
+    theirs.encoder.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+    assert encoder(video[:, :, 0]).shape == (2, 4)
+    torch.testing.assert_close(encoder(video[:, :, 0]), theirs.encoder(video[:, :, 0]))
+
+
+@pytest.mark.packages("torchmetrics", "sklearn")
+def test_scores_of_the_detection_head() -> None:
+    torch.manual_seed(0)
+    theirs, ours = original.Detector(4, 3, 1), DetHead(4, 3, 1)
+    ours.load_state_dict(theirs.state_dict())
+    preds, targets = [torch.rand(2, 4, 5, 16, 16) for _ in range(4)], torch.rand(2, 5, 8, 8) > 0.9
+    found, expected = ours.score(preds, targets), theirs.score(preds, targets)
+    assert len(found) == 3
+    assert found == pytest.approx(expected, abs=1e-6)
 
 
 class AddAction(nn.Module):

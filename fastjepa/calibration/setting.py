@@ -174,6 +174,10 @@ def setting_of_jepa(
         projector = projector_sizes(source.predcost.proj.state_dict())
     except (AttributeError, CheckpointError) as error:
         return f"it is not of the published form: {error}"
+    if getattr(source.encoder, "avg_pool", False) or any(
+        layer.stride != (1, 1) for layer in source.encoder.modules() if isinstance(layer, nn.Conv2d)
+    ):
+        return "its encoder strides or pools, and what is calibrated keeps the resolution"
     sizes: dict[str, Any] = {**encoder, "hpre": predictor["hpre"], "projector": projector}
     if predictor["context_length"] != CONTEXT or predictor["dstc"] != encoder["dstc"]:
         return f"its predictor reads {predictor['context_length']} states of {predictor['dstc']} channels"
