@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastjepa.storage.adam_state import plain_execution, reorder_adam_state
+from fastjepa.storage.adam_state import plain_execution, plain_tensor, reorder_adam_state
 from fastjepa.storage.checkpoint import plain_state, strip_compile_prefix
-from fastjepa.storage.eb_jepa_checkpoint import jepa_of_state
+from fastjepa.storage.eb_jepa_checkpoint import is_state_dict, jepa_of_state
 from fastjepa.storage.eb_jepa_run import check_finite, parameter_names, run_of_content
 from fastjepa.storage.safe_files import CheckpointError, write_atomic
 
@@ -55,13 +55,29 @@ def save_eb_jepa_checkpoint(
     modules = {name: plain_state(module) for name, module in heads.items() if module is not None}
     modules["jepa"] = plain_state(jepa)
     if optimizer is None:
-        write_eb_jepa_file(path, modules, None, [], epoch=epoch, step=step)
+        _write(path, modules, None, [], epoch=epoch, step=step)
     else:
         order = _order(optimizer, {"jepa": jepa, **heads})
-        write_eb_jepa_file(path, modules, optimizer.state_dict(), order, epoch=epoch, step=step)
+        _write(path, modules, optimizer.state_dict(), order, epoch=epoch, step=step)
 
 
-def write_eb_jepa_file(
+def write_run_for_eb_jepa(path: str | os.PathLike[str], state: Mapping[str, Any], *, epoch: int, step: int) -> None:
+    """`save_eb_jepa_checkpoint` with what the checkpoint of a run holds (see `fastjepa.storage.checkpoint.snapshot`).
+
+    Raises:
+        CheckpointError: `state` is not of a run, or as `save_eb_jepa_checkpoint`.
+    """
+    modules, optimizer = state.get("modules"), state.get("optimizer")
+    names = {"jepa", "image_decoder", "detection_head"}
+    if not isinstance(modules, dict) or modules.keys() != names or not all(map(is_state_dict, modules.values())):
+        raise CheckpointError("it does not have the modules of a run")
+    if not isinstance(optimizer, dict):
+        raise CheckpointError("it has no optimizer")
+    # A state_dict has the parameters in the order in which the run's optimizer got them, whatever the networks were.
+    _write(path, modules, optimizer, list(modules["jepa"]), epoch=epoch, step=step)
+
+
+def _write(
     path: str | os.PathLike[str],
     modules: Mapping[str, Mapping[str, Tensor]],
     optimizer: Mapping[str, Any] | None,
@@ -70,27 +86,24 @@ def write_eb_jepa_file(
     epoch: int,
     step: int,
 ) -> None:
-    """`save_eb_jepa_checkpoint` with state_dicts: "jepa", and "image_decoder" and "detection_head" if there.
+    """Write state_dicts. `order` has the names of the JEPA's parameters, among others, as the optimizer has them.
 
-    `order` names the JEPA's parameters in the order in which the optimizer has them. Nothing is written that
-    `load_eb_jepa_run` would refuse.
-
-    Raises:
-        CheckpointError: as `save_eb_jepa_checkpoint`.
+    Nothing is written that `load_eb_jepa_run` would refuse.
     """
     jepa = jepa_of_state(modules["jepa"], std_coeff=0.0, cov_coeff=0.0)  # in memory of its own, contiguous
-    content: dict[str, Any] = {"epoch": epoch - 1, "step": step, "model_state_dict": dict(jepa.state_dict())}
-    for name in modules.keys() - {"jepa"}:
-        content[f"{name}_state_dict"] = {
-            key: value.detach().to("cpu", copy=True).contiguous() for key, value in modules[name].items()
-        }
+    content: dict[str, Any] = {"model_state_dict": dict(jepa.state_dict())}
+    if type(epoch) is int:
+        content["epoch"] = epoch - 1  # the original counts the last one that it finished
+    content["step"] = step
+    for name in sorted(modules.keys() - {"jepa"}):
+        content[f"{name}_state_dict"] = {key: plain_tensor(value) for key, value in modules[name].items()}
     if optimizer is None:
         check_finite("the JEPA", jepa.state_dict())
     else:
+        names = parameter_names(jepa)
         try:
-            groups = optimizer["param_groups"]
-            rest = [[str(index) for index in group["params"]] for group in groups[1:]]  # heads have one order only
-            ordered = reorder_adam_state(optimizer, [list(order), *rest], [parameter_names(jepa), *rest])
+            rest = [[str(index) for index in group["params"]] for group in optimizer["param_groups"][1:]]
+            ordered = reorder_adam_state(optimizer, [[n for n in order if n in names], *rest], [names, *rest])
             content["optimizer_state_dict"] = plain_execution(ordered)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"the optimizer is not Adam over a JEPA and its heads: {error!r}") from error
