@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastjepa.storage.tensor_files import shown
 
 # How Adam is computed, not what: these suit the machine that runs now, and are not taken from a checkpoint.
 _EXECUTION_KEYS = {"foreach", "fused", "capturable", "differentiable"}
@@ -87,7 +90,7 @@ def _plan_settings(
         elif type(current) is type(value) and (not isinstance(value, tuple) or len(current) == len(value)):
             settings.append((group, key, value))
         else:
-            raise ValueError(f"{where}: {key} is saved as {value!r}, here it is {current!r}")
+            raise ValueError(f"{where}: {key} is saved as {shown(value)}, here it is {current!r}")
     _check_values(where, saved)
 
 
@@ -95,11 +98,11 @@ def _check_values(where: str, saved: Mapping[str, Any]) -> None:
     """Refuse numbers that Adam's constructor would refuse, or that would make every parameter NaN."""
     for key in ("lr", "initial_lr", "eps", "weight_decay"):
         value = saved.get(key, 0.0)
-        if not (_is_number(value) and 0 <= float(value) < math.inf):
-            raise ValueError(f"{where}: {key} is saved as {value!r}, expected a number ≥ 0")
+        if not (_is_number(value) and 0 <= value <= sys.float_info.max):  # an int can be beyond every float
+            raise ValueError(f"{where}: {key} is saved as {shown(value)}, expected a number ≥ 0")
     for beta in saved["betas"]:
-        if not (_is_number(beta) and 0 <= float(beta) < 1):
-            raise ValueError(f"{where}: betas are saved as {saved['betas']!r}, expected numbers from 0 to below 1")
+        if not (_is_number(beta) and 0 <= beta < 1):
+            raise ValueError(f"{where}: betas are saved with {shown(beta)}, expected numbers from 0 to below 1")
 
 
 def _is_number(value: object) -> bool:

@@ -27,6 +27,7 @@ from fastjepa.storage.sizes import (
     predictor_sizes,
     projector_sizes,
 )
+from fastjepa.storage.tensor_files import shown
 
 _LARGEST_COUNT = 2**53  # beyond it a float no longer counts
 
@@ -168,7 +169,7 @@ def run_of_content(
     )  # the file has its own
     _load_adam(optimizer, content.get("optimizer_state_dict"), modules, new_heads, step)
     used = {*_USED, *entries.values()}
-    unused = tuple(sorted(str(key) for key in content if key not in used))
+    unused = tuple(sorted(key if isinstance(key, str) else shown(key) for key in content if key not in used))
     return EbJepaRun(**modules, optimizer=optimizer, epoch=epoch, step=step, new_heads=new_heads, unused=unused)
 
 
@@ -187,7 +188,7 @@ def check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
 def _count(content: Mapping[str, Any], name: str, least: int) -> int:
     value = content.get(name)
     if type(value) is not int or not least <= value < _LARGEST_COUNT:
-        found = "missing" if name not in content else f"{value!r:.60}"
+        found = "missing" if name not in content else shown(value)
         raise CheckpointError(f"{name} is {found}, expected a whole number from {least} to 2**53")
     return value
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from fastjepa.config import Config, preset_config, resolve_preset
 from fastjepa.storage.eb_jepa_run import EbJepaRun, load_eb_jepa_run
+from fastjepa.storage.tensor_files import shown
 from fastjepa.training.progress import say
 
 
@@ -85,5 +86,5 @@ def continue_from(
         names = " and ".join(name.replace("_", " ") for name in run.new_heads)
         say(f"it has no weights of {names}: begun anew, with fresh Adam state")
     if run.unused:
-        say(f"not used of it: {', '.join(run.unused)}")
+        say(f"not used of it: {', '.join(map(shown, run.unused))}")
     return run.epoch, run.step
