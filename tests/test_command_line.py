@@ -71,8 +71,8 @@ def test_config_survives_json() -> None:
         (["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N; got 'tpu'"),
         (["--device", "cpu", "--precision", "tf32"], "--precision tf32 needs a CUDA device"),
         (["--device", "mps", "--backend", "fused"], "--device must be auto, cpu, cuda or cuda:N; got 'mps'"),
-        (["--preset", "huge"], "--preset must be one of auto, full, demo; got 'huge'"),
-        (["--resume", "/nowhere"], "/nowhere is not a folder"),
+        (["--preset", "huge"], f"--preset must be one of auto, {', '.join(PRESETS)}; got 'huge'"),
+        (["--resume", "/nowhere"], "--resume takes the folder of a run; /nowhere does not exist"),
         (["--colour", "red"], "--colour"),
     ],
 )
