@@ -28,14 +28,13 @@ class RunFolder:
     """
 
     def __init__(self, config: Config) -> None:
-        self._made = False
+        self._made: list[Path] = []  # folders, the innermost first
         folder = config.resume or config.out
         flag = "--out" if config.resume is None else "--resume"
         try:
-            self.path = _new_folder(Path("runs"), config.preset) if folder is None else folder
-            if config.resume is None:
-                self._made = folder is None or not self.path.exists()
-                self.path.mkdir(parents=True, exist_ok=True)
+            self.path = self._new_folder(Path("runs"), config.preset) if folder is None else folder
+            if folder is not None and config.resume is None:
+                self._make(self.path, exist_ok=True)
             self._lock = FolderLock(self.path)
         except OSError as error:
             self._remove_if_made()
@@ -49,25 +48,29 @@ class RunFolder:
             )
 
     def release(self) -> None:
-        """Let another process have it. A folder that was made for this run, and into which nothing came, is removed."""
+        """Let another process have it. What was made for this run and stayed empty is removed."""
         self._lock.release()
         self._remove_if_made()
 
     def _remove_if_made(self) -> None:
-        if self._made:
-            with contextlib.suppress(OSError):  # it is not empty
-                self.path.rmdir()
+        with contextlib.suppress(OSError):  # it is not empty
+            for path in self._made:
+                path.rmdir()
 
+    def _make(self, path: Path, *, exist_ok: bool) -> None:
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        path.mkdir(parents=True, exist_ok=exist_ok)
+        self._made = missing
 
-def _new_folder(parent: Path, preset: str) -> Path:
-    """Made here, so that two runs that start in the same second get two."""
-    stem = f"{datetime.now():%Y-%m-%d-%H%M%S}-{preset}"
-    for i in range(1000):
-        path = parent / (stem + (f"-{i}" if i else ""))
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(parents=True)
-            return path
-    raise FileExistsError(errno.EEXIST, f"a thousand folders are called {stem}", str(parent))
+    def _new_folder(self, parent: Path, preset: str) -> Path:
+        """Made here, so that two runs that start in the same second get two."""
+        stem = f"{datetime.now():%Y-%m-%d-%H%M%S}-{preset}"
+        for i in range(1000):
+            path = parent / (stem + (f"-{i}" if i else ""))
+            with contextlib.suppress(FileExistsError):
+                self._make(path, exist_ok=False)
+                return path
+        raise FileExistsError(errno.EEXIST, f"a thousand folders are called {stem}", str(parent))
 
 
 def read_run_config(folder: Path) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def parse_options(
     try:
         with needed_for("the command line"):
             import tyro
-        check_flags(kind, sys.argv[1:] if argv is None else argv, prog)
+        check_flags(kind, sys.argv[1:] if argv is None else argv, prog, default)
     except (MissingPackageError, ValueError) as error:
         fail(error)
     if default is None:

@@ -11,23 +11,27 @@ import difflib
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
 
 _HELP = ("-h", "--help")
 _WORDS: dict[type, str] = {int: "a whole number", float: "a number", str: "a word", Path: "a path"}
 
 
-def check_flags(kind: type, argv: Sequence[str], prog: str) -> None:
-    """Look at the flags for the dataclass `kind`. With --help among them nothing is checked.
+def check_flags(kind: type[T], argv: Sequence[str], prog: str, default: T | None = None) -> None:
+    """Look at the flags for the dataclass `kind`, and whether it can be made of them. With --help nothing is checked.
 
     Raises:
-        ValueError: the first that is unknown, lacks its value or has one of the wrong kind; or a word that belongs to
-            no flag. The message says what is accepted.
+        ValueError: the first that is unknown, lacks its value or has one of the wrong kind; a word that belongs to no
+            flag; one that is needed and not given; or what `kind` itself raises. The message says what is accepted.
     """
     if any(word in _HELP for word in argv):
         return
+    assert dataclasses.is_dataclass(kind)
     hints = get_type_hints(kind)
     fields = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    given: dict[str, Any] = {}
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -38,6 +42,7 @@ def check_flags(kind: type, argv: Sequence[str], prog: str) -> None:
         if _is_switch(fields.get(name.removeprefix("no_"))):
             if has_value:
                 raise ValueError(f"{flag} takes no value, got {value!r}; it is given or not")
+            given[name.removeprefix("no_")] = not name.startswith("no_")
             continue
         if name not in fields:
             raise ValueError(f"there is no flag {flag}{_nearest(name, fields)}; {prog} --help lists all")
@@ -45,8 +50,15 @@ def check_flags(kind: type, argv: Sequence[str], prog: str) -> None:
             if not words or _is_flag(words[0]):
                 raise ValueError(f"{flag} needs a value: {_accepted(fields[name])}")
             value = words.pop(0)
-        if not any(_fits(one, value) for one in _kinds(fields[name])):
-            raise ValueError(f"{flag} must be {_accepted(fields[name])}; got {value!r}")
+        given[name] = _read(flag, fields[name], value)
+    if default is not None:
+        dataclasses.replace(default, **given)  # type: ignore[type-var]
+        return
+    for field in dataclasses.fields(kind):
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if needed and field.name not in given:
+            raise ValueError(f"--{field.name} is needed: {_accepted(fields[field.name])}; see {prog} --help")
+    kind(**given)
 
 
 def _is_flag(word: str) -> bool:
@@ -70,17 +82,18 @@ def _kinds(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
-def _fits(kind: Any, value: str) -> bool:
-    if kind is type(None):
-        return value == "None"
-    if get_origin(kind) is Literal:
-        return value in map(str, get_args(kind))
-    if kind in (int, float):
-        try:
-            kind(value)
-        except ValueError:
-            return False
-    return True  # also for what is not known here: tyro will say
+def _read(flag: str, kind: Any, value: str) -> Any:
+    for one in _kinds(kind):
+        if one is type(None) and value == "None":
+            return None
+        if get_origin(one) is Literal and value in map(str, get_args(one)):
+            return value
+        if one in _WORDS:
+            try:
+                return one(value)
+            except ValueError:
+                continue
+    raise ValueError(f"{flag} must be {_accepted(kind)}; got {value!r}")
 
 
 def _accepted(kind: Any) -> str:
@@ -92,4 +105,4 @@ def _accepted(kind: Any) -> str:
 def _words(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, get_args(kind)))
-    return _WORDS.get(kind, getattr(kind, "__name__", str(kind)))
+    return _WORDS[kind]

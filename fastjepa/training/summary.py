@@ -33,7 +33,7 @@ def summary(trainer: Trainer, seconds: float, files: Sequence[Path], *, trained:
     """
     last = trainer.last_row
     assert last is not None, "a run that has ended was evaluated"
-    done = "done" if trained else "nothing was left to do, and nothing has changed"
+    done = "done" if trained else "nothing was left to do"
     return "\n".join(
         (
             f"\n{done}, in {seconds:.0f} s: {_position(trainer)}",

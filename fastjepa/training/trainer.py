@@ -330,15 +330,24 @@ class Trainer:
         missing = left_out()
         pretrained, written = self.folder / "pretrained", []
         if WEIGHTS not in missing:
+            config = dataclasses.replace(self.config, resume=None)  # the same weights, resumed or not: the same files
             export_pretrained(
-                self.jepa, self.config.to_json(), pretrained,
+                self.jepa, config.to_json(), pretrained,
                 decoder=self.image_decoder, detection_head=self.detection_head,
             )  # fmt: skip
         if PICTURES not in missing:
             from fastjepa.figures.runs import draw_run  # which needs matplotlib
 
             written = draw_run(self.folder)
-        names = ("config.json", "environment.json", "metrics.csv", CHECKPOINT_NAME, BOARD_NAME, pretrained, TRACE_NAME)
+        names = (
+            "config.json",
+            "environment.json",
+            "metrics.csv",
+            CHECKPOINT_NAME,
+            BOARD_NAME,
+            pretrained.name,
+            TRACE_NAME,
+        )
         return [path for name in names if (path := self.folder / name).exists()] + written
 
 
