@@ -88,6 +88,8 @@ def roll_out(options: Options) -> Result:
     path = options.out or run_folder / "figures" / f"rollout-{options.horizon}.gif"
     if path.suffix.lower() != ".gif":
         raise ValueError(f"--out must end in .gif, got {path}")
+    if path.parent.exists() and not path.parent.is_dir():
+        raise ValueError(f"--out {path} cannot be written: {path.parent} is not a folder")
 
     config, jepa, decoder, head = load_run(options.checkpoint, device)
     set_precision(config.precision)
