@@ -305,19 +305,29 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     assert (here / "new" / "metrics.csv").read_text().splitlines()[-1].startswith("1,2,")
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_what_tensorboard_cannot_write_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its thread's error comes with the next call, and is a line with the folder; not a traceback of the thread."""
     writer = pytest.importorskip("tensorboard.summary.writer.record_writer").RecordWriter
 
-    def write(*_: object) -> None:
+    def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(safe_files.CheckpointError) as told, board.open_board(tmp_path, 0) as opened:  # noqa: PT012
-        monkeypatch.setattr(writer, "write", write)
+        monkeypatch.setattr(writer, "write", refuse)
         for step in range(1000):
             opened.add_scalar("loss", 0.0, step)
             opened.add_image("image", torch.zeros(1, 8, 8).numpy(), step)
     assert str(told.value) == f"could not write {tmp_path / 'tensorboard'}: No space left on device"
+
+    monkeypatch.undo()
+    closing = pytest.raises(safe_files.CheckpointError, match=r"tensorboard: No space left on device$")
+    with closing, board.open_board(tmp_path / "2", 0):
+        monkeypatch.setattr(writer, "flush", refuse)
+    monkeypatch.undo()
+    with pytest.raises(KeyError, match="first"), board.open_board(tmp_path / "3", 0):  # noqa: PT012
+        monkeypatch.setattr(writer, "flush", refuse)
+        raise KeyError("first")  # and not what closing says after it
 
 
 def test_too_little_memory(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
