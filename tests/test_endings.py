@@ -31,6 +31,7 @@ from fastjepa.storage.checkpoint import load_checkpoint
 from fastjepa.storage.folder_lock import LOCK_NAME
 from fastjepa.storage.run_folder import CHECKPOINT_NAME
 from fastjepa.training.command_line import parse_config, run_from_command_line
+from fastjepa.training.evaluation import Evaluation, evaluate
 from fastjepa.training.trainer import Trainer
 
 pytestmark = pytest.mark.packages("tyro", "torchmetrics", "cv2", "sklearn", "matplotlib", "PIL", "safetensors")
@@ -107,12 +108,6 @@ class Run:
 NOTHING_LEFT = "nothing was left to do, in "
 
 
-def to_the_end(run: Run, _: pytest.MonkeyPatch) -> None:
-    assert run.begin() == 0
-    run.assert_summary("2 of 2 epochs, 6 steps in all")
-    assert run.steps() == [(3, True), (6, True)]
-
-
 def max_steps_inside_the_first_epoch(run: Run, _: pytest.MonkeyPatch) -> None:
     assert run.begin("--max_steps 2 --epochs 1") == 0
     run.assert_summary("0 of 1 epochs and 2 steps of the next, 2 steps in all")
@@ -183,6 +178,23 @@ def signal_at_the_last_step(run: Run, patch: pytest.MonkeyPatch) -> None:
     assert run.steps() == [(3, True)]
 
 
+def signal_in_an_evaluation(run: Run, patch: pytest.MonkeyPatch) -> None:
+    """The first goes on with the next epoch later; in the last one a signal changes nothing."""
+
+    def signalled(*arguments: Any, **options: Any) -> Evaluation:
+        signal.raise_signal(signal.SIGINT)
+        return evaluate(*arguments, **options)
+
+    with patch.context() as twice:
+        twice.setattr("fastjepa.training.trainer.evaluate", signalled)
+        assert run.begin() == 128 + signal.SIGINT
+        run.assert_stopped("stopped by SIGINT")
+        assert run.steps() == [(3, True)]
+        assert run.resume() == 0
+    run.assert_summary("2 of 2 epochs, 6 steps in all")
+    assert run.steps() == [(3, True), (6, True)]
+
+
 def ended_in_its_last_evaluation(run: Run, patch: pytest.MonkeyPatch) -> None:
     """Ended as a second Ctrl-C, or SIGKILL, would: what is on disk is the last checkpoint."""
     with patch.context() as once:
@@ -224,10 +236,10 @@ def resumed_with_fewer_epochs_than_it_has(run: Run, patch: pytest.MonkeyPatch) -
 
 
 ENDINGS: tuple[Callable[[Run, pytest.MonkeyPatch], None], ...] = (
-    to_the_end, max_steps_inside_the_first_epoch, max_steps_at_the_end_of_an_epoch,
+    max_steps_inside_the_first_epoch, max_steps_at_the_end_of_an_epoch,
     max_steps_in_a_later_epoch_with_few_evaluations, resumed_when_it_is_finished, resumed_with_more_epochs,
     resumed_with_no_steps_left_in_mid_epoch, signal_in_the_first_epoch, signal_at_the_last_step,
-    ended_in_its_last_evaluation, ended_while_drawing, resumed_with_fewer_epochs_than_it_has,
+    signal_in_an_evaluation, ended_in_its_last_evaluation, ended_while_drawing, resumed_with_fewer_epochs_than_it_has,
 )  # fmt: skip
 
 

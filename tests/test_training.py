@@ -179,12 +179,6 @@ def test_folders(cache: Path, uninterrupted: Path, tmp_path: Path) -> None:
         trainer(cache, "--out", str(tmp_path / "file" / "run"))
 
 
-def test_nothing_left_to_do(uninterrupted: Path) -> None:
-    run = Trainer(parse_config(["--resume", str(uninterrupted)]))
-    assert run.run() is None
-    assert run.global_step == 21
-
-
 def test_a_checkpoint_from_before_rows_that_were_cut_short_were_kept(cache: Path, tmp_path: Path) -> None:
     """Its run is evaluated again, to the same numbers."""
     folder = tmp_path / "run"

@@ -61,7 +61,8 @@ def parse_options(
 def parse_config(argv: Sequence[str] | None = None, prog: str = "train.py") -> Config:
     """The configuration that the flags in `argv` (default: sys.argv) ask for.
 
-    The defaults of all other flags depend on --preset and --device, or on --resume, so those are looked at first.
+    The defaults of all other flags depend on --preset, --device and --data, or on --resume, so those are looked at
+    first.
     Prints a clear line and exits with status 2 if the flags cannot be served.
     """
     argv = sys.argv[1:] if argv is None else list(argv)

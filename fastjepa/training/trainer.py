@@ -340,14 +340,8 @@ class Trainer:
 
             written = draw_run(self.folder)
         names = (
-            "config.json",
-            "environment.json",
-            "metrics.csv",
-            CHECKPOINT_NAME,
-            BOARD_NAME,
-            pretrained.name,
-            TRACE_NAME,
-        )
+            "config.json", "environment.json", "metrics.csv", CHECKPOINT_NAME, BOARD_NAME, pretrained.name, TRACE_NAME
+        )  # fmt: skip
         return [path for name in names if (path := self.folder / name).exists()] + written
 
 
