@@ -2,7 +2,33 @@
 
 import sys
 
-from fastjepa.training.command_line import parse_config, run_from_command_line
+# Before anything that an old Python cannot even read; so this file keeps to what it can.
+if sys.version_info < (3, 10):  # noqa: UP036
+    sys.stderr.write(
+        "error: fastjepa needs Python 3.10 or newer; this is Python %s, %s\n"  # noqa: UP031
+        % (sys.version.split()[0], sys.executable)
+    )
+    sys.exit(2)
 
 if __name__ == "__main__":
+    import os
+    import signal
+
+    # torch takes a second or more to load, and Ctrl-C in the midst of it would be a traceback from inside.
+    def _stop(*_):  # type: ignore[no-untyped-def]
+        os.write(2, b"stopped\n")
+        os._exit(130)
+
+    before = signal.signal(signal.SIGINT, _stop)
+    try:
+        from fastjepa.training.command_line import parse_config, run_from_command_line
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "numpy"):
+            raise
+        sys.stderr.write(
+            "error: training needs the Python package %s, which is not installed in %s; `make train` makes an "  # noqa: UP031
+            "environment that has it, `pip install -e .` adds it to this one\n" % (error.name, sys.executable)
+        )
+        sys.exit(2)
+    signal.signal(signal.SIGINT, before)
     sys.exit(run_from_command_line(parse_config()))

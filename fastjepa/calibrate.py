@@ -17,6 +17,7 @@ from fastjepa.calibration.setting import CONTEXT, ROLLOUT_STEPS, setting_of_conf
 from fastjepa.calibration.store import MEASURED, read_rows, rows_folder
 from fastjepa.calibration.verdict import Verdict, resolve
 from fastjepa.config import Config, Precision, resolve_device, resolve_precision
+from fastjepa.refusal import CommandParser, refusals
 
 _SIZES = ("batch_size", "n_frames", "canvas", "henc", "hpre", "dstc", "steps")
 _OF_TRAINING = ("n_frames", "steps")
@@ -26,7 +27,7 @@ _FLAGS_OF_TRAINING = " and ".join(f"--{name}" for name in _OF_TRAINING)
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; the process's exit status."""
     options = _parser().parse_args(argv)
-    try:
+    with refusals():
         if options.show:
             return show(options.cache_dir)
         device = resolve_device(options.device)
@@ -46,9 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             setting = setting_of_config(config, device, precision)
         verdict = resolve(setting, device, cache_dir=options.cache_dir, redo=options.redo)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     print(verdict.report(verdict.best()))
     return 0
 
@@ -71,7 +69,7 @@ def show(cache_dir: Path | None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m fastjepa.calibrate",
         description="Measure once what is fastest, and exact, on this GPU; at the sizes of the recipe unless told "
         "otherwise. Rows are kept in the cache, where training and fastjepa.accelerate find them.",

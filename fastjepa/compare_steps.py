@@ -5,20 +5,19 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastjepa.optional_packages import MissingPackageError
+from fastjepa.refusal import CommandParser, fail, refusals
 from fastjepa.storage.run_folder import CHECKPOINT_NAME
-from fastjepa.training.command_line import fail, parse_config, run_from_command_line
+from fastjepa.training.command_line import parse_config, run_from_command_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train one run for each of --steps into OUT/steps-K, then draw OUT/steps.png; finished runs are not repeated."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m fastjepa.compare_steps",
         description="Train with several numbers of prediction steps and plot AP against horizon for each.",
         epilog="All other flags are those of train.py (see python train.py --help) and apply to every run.",
@@ -29,10 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, flags = parser.parse_known_args(argv)
     if "--resume" in flags:
         fail("--resume is not needed: calling the command again continues the comparison in --out")
-    try:  # now: without matplotlib the runs would be for nothing
+    for steps in own.steps:
+        if steps < 1:
+            fail(f"--steps must be numbers of at least 1, got {steps}")
+    if len(set(own.steps)) < len(own.steps):
+        fail(f"--steps must be different numbers, got {' '.join(map(str, own.steps))}")
+    with refusals():  # now: without matplotlib the runs would be for nothing
         from fastjepa.figures.runs import draw_step_comparison
-    except MissingPackageError as error:
-        fail(error)
     folders = []
     for steps in own.steps:
         folder = own.out / f"steps-{steps}"
@@ -44,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = run_from_command_line(config)
         if status:
             return status
-    print(f"\nwrote {draw_step_comparison(folders, own.out / 'steps.png')}")
+    with refusals():
+        print(f"\nwrote {draw_step_comparison(folders, own.out / 'steps.png')}")
     return 0
 
 

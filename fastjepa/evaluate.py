@@ -16,11 +16,13 @@ from fastjepa.fused.swap import accelerate
 from fastjepa.kernels.checks import unavailable_reason
 from fastjepa.model.jepa import JEPA, build_jepa, build_probes
 from fastjepa.model.networks import DetHead, ImageDecoder
-from fastjepa.optional_packages import MissingPackageError, require_packages
+from fastjepa.moving_mnist.official import DownloadError
+from fastjepa.optional_packages import require_packages
+from fastjepa.refusal import refusals
 from fastjepa.storage.checkpoint import load_checkpoint, load_modules
 from fastjepa.storage.run_folder import CHECKPOINT_NAME
 from fastjepa.storage.safe_files import CheckpointError, write_text_atomic
-from fastjepa.training.command_line import fail, parse_options
+from fastjepa.training.command_line import parse_options
 from fastjepa.training.evaluation import evaluate
 from fastjepa.training.resolution import read_choice
 from fastjepa.training.run_clips import load_run_clips
@@ -57,7 +59,13 @@ def load_run(checkpoint: Path, device: torch.device) -> tuple[Config, JEPA, Imag
         CheckpointError: missing, damaged, or not the checkpoint of a run.
     """
     path = checkpoint / CHECKPOINT_NAME if checkpoint.is_dir() else checkpoint
-    state = load_checkpoint(path)
+    if not path.exists():
+        held = f"{checkpoint} has no {CHECKPOINT_NAME} in it" if checkpoint.is_dir() else f"there is no {checkpoint}"
+        raise CheckpointError(f"--checkpoint takes the folder of a run or its {CHECKPOINT_NAME}; {held}")
+    try:
+        state = load_checkpoint(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"--checkpoint {checkpoint}: {error}") from error
     try:
         config = Config.from_json(state["config"])
     except (KeyError, TypeError, ValueError) as error:
@@ -86,7 +94,9 @@ def load_run(checkpoint: Path, device: torch.device) -> tuple[Config, JEPA, Imag
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     options = parse_options(Options, argv, prog="python -m fastjepa.evaluate")
-    try:
+    with refusals(DownloadError):
+        if options.batch_size is not None and options.batch_size < 1:
+            raise ValueError(f"--batch_size must be at least 1, got {options.batch_size}")
         require_packages("evaluation", "torchmetrics")
         device = resolve_device(options.device)
         config, jepa, decoder, head = load_run(options.checkpoint, device)
@@ -98,8 +108,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         )  # fmt: skip
         if options.json is not None:
             write_text_atomic(options.json, json.dumps(result.as_row(), indent=2) + "\n")
-    except (ValueError, OSError, CheckpointError, MissingPackageError) as error:
-        fail(error)
     print(f"{len(clips):,} clips; guessing would give {result.positive_share:.3f}")
     print("horizon  AP      AP pooled")
     for s, (ap, pooled) in enumerate(zip(result.ap, result.pooled_ap, strict=True)):

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastjepa.config import Config
-from fastjepa.optional_packages import MissingPackageError
+from fastjepa.refusal import refusals
 from fastjepa.storage.checkpoint import load_checkpoint
 from fastjepa.storage.eb_jepa_export import write_run_for_eb_jepa
 from fastjepa.storage.run_folder import CHECKPOINT_NAME
 from fastjepa.storage.safe_files import CheckpointError
-from fastjepa.training.command_line import fail, parse_options
+from fastjepa.training.command_line import parse_options
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,8 @@ def export_run(options: Options) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     options = parse_options(Options, argv, prog="python -m fastjepa.export")
-    try:
+    with refusals():
         lines = export_run(options)
-    except (ValueError, OSError, CheckpointError, MissingPackageError) as error:
-        fail(error)
     print("\n".join(lines))
 
 

@@ -20,9 +20,9 @@ from fastjepa.graphs import CudaGraphChoice, GraphedRollout, use_cuda_graph
 from fastjepa.model.jepa import JEPA
 from fastjepa.model.modes import eval_mode
 from fastjepa.model.networks import CONTEXT
-from fastjepa.optional_packages import MissingPackageError
-from fastjepa.storage.safe_files import CheckpointError
-from fastjepa.training.command_line import fail, parse_options
+from fastjepa.moving_mnist.official import DownloadError
+from fastjepa.refusal import refusals
+from fastjepa.training.command_line import parse_options
 from fastjepa.training.run_clips import load_run_clips
 from fastjepa.training.trainer import set_precision
 
@@ -88,6 +88,8 @@ def roll_out(options: Options) -> Result:
     path = options.out or run_folder / "figures" / f"rollout-{options.horizon}.gif"
     if path.suffix.lower() != ".gif":
         raise ValueError(f"--out must end in .gif, got {path}")
+    if path.parent.exists() and not path.parent.is_dir():
+        raise ValueError(f"--out {path} cannot be written: {path.parent} is not a folder")
 
     config, jepa, decoder, head = load_run(options.checkpoint, device)
     set_precision(config.precision)
@@ -169,10 +171,8 @@ def _wait(device: torch.device) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     options = parse_options(Options, argv, prog="python -m fastjepa.rollout")
-    try:
+    with refusals(DownloadError):
         result = roll_out(options)
-    except (ValueError, OSError, CheckpointError, MissingPackageError) as error:
-        fail(error)
     how = "as a CUDA graph" if result.graph else "step by step"
     print(
         f"{options.clips} clips, {options.horizon} frames ahead, {how} on {result.device}: "

@@ -280,7 +280,8 @@ def test_the_command_shows_what_is_known(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_the_command_measures_on_a_gpu_only(capsys: pytest.CaptureFixture[str]) -> None:
-    assert calibrate.main(["--device", "cpu"]) == 2
+    with pytest.raises(SystemExit, match=r"^2$"):
+        calibrate.main(["--device", "cpu"])
     assert "there is nothing to calibrate on a CPU" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         calibrate.main(["--show", "--redo"])
@@ -324,7 +325,8 @@ def test_a_rollout_has_no_steps_of_training(
 ) -> None:
     monkeypatch.setattr(calibrate, "resolve_device", lambda _: torch.device("cuda"))
     for flag in ("--n_frames", "--steps"):
-        assert calibrate.main(["--inference", flag, "3"]) == 2
+        with pytest.raises(SystemExit, match=r"^2$"):
+            calibrate.main(["--inference", flag, "3"])
         assert "a rollout is of 8 frames from 2: --n_frames and --steps are of training" in capsys.readouterr().err
 
 

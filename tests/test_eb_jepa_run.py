@@ -20,7 +20,7 @@ from fastjepa.model.step import TrainStep, build_optimizer
 from fastjepa.storage.checkpoint import plain_state
 from fastjepa.storage.eb_jepa_run import EbJepaRun, load_eb_jepa_run, parameter_names
 from fastjepa.storage.safe_files import CheckpointError
-from original import OriginalJEPA
+from original import original_jepa, unrolled_loss
 
 STEPS = 2  # of the unroll
 
@@ -30,7 +30,7 @@ class Original:
 
     def __init__(self, seed: int = 0, dtype: torch.dtype = torch.float64) -> None:
         torch.manual_seed(seed)
-        self.jepa = OriginalJEPA().to(dtype)
+        self.jepa = original_jepa().to(dtype)
         dstc = self.jepa.predictor.predictor.head.out_channels
         self.decoder, self.head = (module.to(dtype) for module in build_probes(dobs=1, dstc=dstc, hdet=2))
         self.optimizer = torch.optim.Adam(
@@ -43,7 +43,7 @@ class Original:
 
     def step(self, video: Tensor, digit_location: Tensor) -> None:
         self.optimizer.zero_grad()
-        loss = self.jepa.loss(video, STEPS)
+        loss = unrolled_loss(self.jepa, video, STEPS)
         for head, error, target in (
             (self.decoder, F.mse_loss, video),
             (self.head, F.binary_cross_entropy, digit_location),

@@ -563,7 +563,8 @@ def test_the_command_says_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureF
         ([str(incomplete)], "lacks rollout.npz (a run writes"),
         ([], "name at least one run folder"),
     ):
-        assert main(arguments) == 1
+        with pytest.raises(SystemExit, match=r"^2$"):
+            main(arguments)
         captured = capsys.readouterr()
         assert captured.out == ""
         assert captured.err.startswith("error: ")
@@ -575,11 +576,13 @@ def test_the_command_says_when_it_cannot_write(
 ) -> None:
     run = write_run(tmp_path / "run")
     (run / "figures").write_text("a file where the folder should be")
-    assert main([str(run)]) == 1
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main([str(run)])
     assert str(run / "figures") in capsys.readouterr().err
     (run / "figures").unlink()
     monkeypatch.setattr(os, "fsync", _disk_full)
-    assert main([str(run)]) == 1
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main([str(run)])
     assert "No space left" in capsys.readouterr().err
 
 

@@ -29,24 +29,28 @@ ROOMS: dict[str, set[str]] = {
     "optional_packages": set(),
     "model": {"kernels", "profiling", "optional_packages"},
     "storage": {"config", "optional_packages", "model"},
+    "refusal": {"measuring", "optional_packages", "storage"},
     "moving_mnist": {"optional_packages", "storage"},
     "calibration": {"measuring", "config", "environment", "storage"},
     "fused": {"kernels", "model", "calibration"},
     "graphs": {"kernels", "profiling", "model", "moving_mnist", "fused"},
     "trials": {"kernels", "measuring", "model", "moving_mnist", "calibration", "fused", "graphs"},
-    "figures": {"optional_packages", "model", "storage"},
+    "figures": {"optional_packages", "model", "storage", "refusal"},
     "training": {
-        "kernels", "config", "environment", "profiling", "optional_packages", "model", "storage", "moving_mnist",
-        "calibration", "fused", "graphs", "figures",
+        "kernels", "config", "environment", "profiling", "optional_packages", "model", "storage", "refusal",
+        "moving_mnist", "calibration", "fused", "graphs", "figures",
     },
-    "calibrate": {"config", "calibration"},
-    "evaluate": {"kernels", "config", "optional_packages", "model", "storage", "calibration", "fused", "training"},
+    "calibrate": {"config", "refusal", "calibration"},
+    "evaluate": {
+        "kernels", "config", "optional_packages", "model", "storage", "refusal", "moving_mnist", "calibration", "fused",
+        "training",
+    },
     "rollout": {
-        "config", "environment", "optional_packages", "model", "storage", "calibration", "graphs", "figures",
-        "training", "evaluate",
+        "config", "environment", "model", "refusal", "moving_mnist", "calibration", "graphs", "figures", "training",
+        "evaluate",
     },
-    "export": {"config", "optional_packages", "storage", "training"},
-    "compare_steps": {"optional_packages", "storage", "figures", "training"},
+    "export": {"config", "storage", "refusal", "training"},
+    "compare_steps": {"refusal", "storage", "figures", "training"},
 }  # fmt: skip
 
 

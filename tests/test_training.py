@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fastjepa
-from fastjepa.storage.checkpoint import load_checkpoint
+from fastjepa.storage.checkpoint import load_checkpoint, save_checkpoint
 from fastjepa.storage.run_folder import CHECKPOINT_NAME
 from fastjepa.storage.safe_files import CheckpointError
 from fastjepa.training.command_line import parse_config
@@ -179,7 +179,14 @@ def test_folders(cache: Path, uninterrupted: Path, tmp_path: Path) -> None:
         trainer(cache, "--out", str(tmp_path / "file" / "run"))
 
 
-def test_nothing_left_to_do(uninterrupted: Path) -> None:
-    run = Trainer(parse_config(["--resume", str(uninterrupted)]))
-    assert run.run() is None
-    assert run.global_step == 21
+def test_a_checkpoint_from_before_rows_that_were_cut_short_were_kept(cache: Path, tmp_path: Path) -> None:
+    """Its run is evaluated again, to the same numbers."""
+    folder = tmp_path / "run"
+    trainer(cache, "--out", str(folder), "--max_steps", "9").run()
+    state, before = load_checkpoint(folder / CHECKPOINT_NAME), (folder / "metrics.csv").read_text()
+    del state["cut_short"]
+    save_checkpoint(folder / CHECKPOINT_NAME, state)
+    resumed = Trainer(parse_config(["--resume", str(folder)]))
+    assert resumed.run() is not None
+    assert resumed.global_step == 9
+    assert (folder / "metrics.csv").read_text() == before

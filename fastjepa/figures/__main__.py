@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastjepa.optional_packages import MissingPackageError
-from fastjepa.storage.safe_files import CheckpointError
+from fastjepa.refusal import CommandParser, refusals
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m fastjepa.figures",
         description="Draws the pictures of training runs into RUN/figures/ and prints the files written.",
     )
@@ -23,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="also draw the runs' average precision by their training steps, into this PNG",
     )  # fmt: skip
     given = parser.parse_args(arguments)
-    try:
+    with refusals():
         from fastjepa.figures.runs import draw_run, draw_step_comparison
 
         if not given.runs:
@@ -33,9 +31,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(path)
         if given.compare is not None:
             print(draw_step_comparison(given.runs, given.compare))
-    except (OSError, ValueError, CheckpointError, MissingPackageError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     return 0
 
 

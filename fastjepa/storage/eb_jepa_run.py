@@ -211,7 +211,9 @@ def _head(name: str, entry: str, state: Any) -> nn.Module:
     try:
         if name == "image_decoder":
             decoder = decoder_sizes(tensors)
-            return build_filled(entry, lambda: ImageDecoder(**decoder), tensors)
+            return build_filled(
+                entry, lambda: ImageDecoder(decoder["in_d"], decoder["out_d"], decoder["hidden"]), tensors
+            )
         sizes = detection_head_sizes(tensors)
         return build_filled(entry, lambda: DetHead(**sizes), tensors)
     except CheckpointError as error:

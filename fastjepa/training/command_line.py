@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from fastjepa.config import (
     MAY_CHANGE_ON_RESUME,
@@ -19,15 +19,18 @@ from fastjepa.config import (
     resolve_precision,
     resolve_preset,
 )
-from fastjepa.environment import device_name
 from fastjepa.graphs.capture import use_cuda_graph
 from fastjepa.kernels.checks import unavailable_reason
+from fastjepa.moving_mnist.official import MNIST_TEST_SEQ, DownloadError
 from fastjepa.optional_packages import MissingPackageError, needed_for
+from fastjepa.refusal import STOPPED, CommandParser, fail, refusals
 from fastjepa.storage.checkpoint import check_same_config
 from fastjepa.storage.run_folder import read_run_config
 from fastjepa.storage.safe_files import CheckpointError
 from fastjepa.training.eb_jepa_start import defaults_from_eb_jepa
+from fastjepa.training.flags import check_flags
 from fastjepa.training.stop_signals import Interrupted
+from fastjepa.training.summary import describe, summary
 from fastjepa.training.trainer import NonFiniteLossError, Trainer
 
 T = TypeVar("T")
@@ -36,12 +39,6 @@ DESCRIPTION = """Train and evaluate a Video JEPA on Moving MNIST.
 
 Without flags: the published recipe on a GPU, a demo of a few minutes on a CPU. Everything that the run makes
 (checkpoint, metrics, pictures, exported weights) goes to one folder, named at the end."""
-
-
-def fail(message: object) -> NoReturn:
-    """End the program with exit status 2 and one line that says why."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def parse_options(
@@ -54,7 +51,8 @@ def parse_options(
     try:
         with needed_for("the command line"):
             import tyro
-    except MissingPackageError as error:
+        check_flags(kind, sys.argv[1:] if argv is None else argv, prog, default)
+    except (MissingPackageError, ValueError) as error:
         fail(error)
     if default is None:
         return tyro.cli(kind, prog=prog, description=description, args=argv, use_underscores=True)
@@ -64,18 +62,19 @@ def parse_options(
 def parse_config(argv: Sequence[str] | None = None, prog: str = "train.py") -> Config:
     """The configuration that the flags in `argv` (default: sys.argv) ask for.
 
-    The defaults of all other flags depend on --preset, --device and --from_eb_jepa, or on --resume, so those are looked
-    at first.
+    The defaults of all other flags depend on --preset, --device, --data and --from_eb_jepa, or on --resume, so those
+    are looked at first.
     Prints a clear line and exits with status 2 if the flags cannot be served.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = CommandParser(prog=prog, add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="auto")
     first.add_argument("--device", default="auto")
+    first.add_argument("--data")
     first.add_argument("--resume", type=Path)
     first.add_argument("--from_eb_jepa", type=Path)
-    chosen, _ = first.parse_known_args(argv)
-    try:
+    with refusals():
+        chosen, _ = first.parse_known_args(argv)
         saved = None if chosen.resume is None else read_run_config(chosen.resume)
         if saved is None:
             device = resolve_device(chosen.device)
@@ -83,8 +82,10 @@ def parse_config(argv: Sequence[str] | None = None, prog: str = "train.py") -> C
                 default = preset_config(resolve_preset(chosen.preset, device))
             else:
                 default = defaults_from_eb_jepa(chosen.from_eb_jepa, chosen.preset, device)
+            if chosen.data == "official":  # whose frames have one size
+                default = dataclasses.replace(default, canvas=MNIST_TEST_SEQ.size)
         else:
-            default = dataclasses.replace(Config.from_json(saved), resume=chosen.resume, out=chosen.resume)
+            default = _saved_config(saved, chosen.resume)
         config = parse_options(Config, argv, prog=prog, description=DESCRIPTION, default=default)
         if config.preset == "auto":  # given explicitly; tyro has parsed the word, not what it stands for
             config = dataclasses.replace(config, preset=default.preset)
@@ -103,9 +104,15 @@ def parse_config(argv: Sequence[str] | None = None, prog: str = "train.py") -> C
         if config.backend == "fused" and (reason := unavailable_reason(device)) is not None:
             raise ValueError(f"--backend fused cannot be served: {reason}; use auto or eager")
         use_cuda_graph(config.cuda_graph, device)
-    except (ValueError, CheckpointError) as error:
-        fail(error)
     return config
+
+
+def _saved_config(saved: dict[str, Any], folder: Path) -> Config:
+    """The configuration of the run in `folder`, about to be resumed there."""
+    try:
+        return dataclasses.replace(Config.from_json(saved), resume=folder, out=folder)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"--resume {folder}: {error}") from error
 
 
 def run_from_command_line(config: Config) -> int:
@@ -113,43 +120,23 @@ def run_from_command_line(config: Config) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("fastjepa").setLevel(logging.INFO)
     started = time.perf_counter()
-    try:
-        trainer = Trainer(config)
-        print(describe(trainer))
-        trainer.run()
-        files = trainer.finish()
-    except KeyboardInterrupt:
-        print("stopped")
-        return 130
-    except Interrupted as stopped:
-        print(f"stopped by {stopped}; continue with: python train.py --resume {trainer.folder}")
-        return 128 + stopped.signal_number
-    except (ValueError, OSError, CheckpointError, NonFiniteLossError, MissingPackageError) as error:
-        fail(error)
-    last = trainer.rows[-1]
-    print(f"\ndone in {time.perf_counter() - started:.0f} s: {trainer.epoch} epochs, {trainer.global_step} steps")
-    print(
-        f"mAP {last['map']:.3f} (pooled {last['pooled_map']:.3f}), AP_0 {last['ap_0']:.3f}; guessing would give "
-        f"{last['positive_share']:.3f}"
-    )
-    print("wrote:")
-    for path in files:
-        print(f"  {path}")
+    trainer = None
+    with refusals(NonFiniteLossError, DownloadError):
+        try:
+            trainer = Trainer(config)
+            print(describe(trainer), flush=True)
+            trained = trainer.run() is not None
+            files = trainer.finish()
+        except KeyboardInterrupt:
+            print(f"stopped{'' if trainer is None else _how_to_go_on(trainer)}")
+            return STOPPED
+        except Interrupted as stopped:
+            assert trainer is not None
+            print(f"stopped by {stopped}{_how_to_go_on(trainer)}")
+            return 128 + stopped.signal_number
+    print(summary(trainer, time.perf_counter() - started, files, trained=trained))
     return 0
 
 
-def describe(trainer: Trainer) -> str:
-    """What will be trained, on what, and where it goes."""
-    config, parameters = trainer.config, sum(p.numel() for p in trainer.jepa.parameters())
-    small = " (small, for a CPU; --preset full is the published recipe)" if config.preset == "demo" else ""
-    resolution = trainer.resolution
-    how = f"computes with: {resolution.choice} (--backend, --cuda_graph)"
-    if resolution.report:
-        how += f"\n{resolution.report}"
-    return (
-        f"preset {config.preset}{small}; {device_name(trainer.device)}\n"
-        f"precision {config.precision} (--precision changes it); {how}\n"
-        f"{parameters:,} parameters; {len(trainer.train_clips):,} + {len(trainer.val_clips):,} clips of "
-        f"{config.n_frames}×{config.canvas}×{config.canvas} ({config.data}); {config.epochs} epochs of batches of "
-        f"{config.batch_size}\nfolder: {trainer.folder}"
-    )
+def _how_to_go_on(trainer: Trainer) -> str:
+    return f"; continue with: python train.py --resume {shlex.quote(str(trainer.folder))}"

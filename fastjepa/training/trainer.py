@@ -26,8 +26,9 @@ from fastjepa.moving_mnist.cache import fingerprint
 from fastjepa.optional_packages import needed_for
 from fastjepa.profiling import span
 from fastjepa.storage.checkpoint import load_checkpoint, load_snapshot, save_checkpoint, snapshot
+from fastjepa.storage.eb_jepa_run import EbJepaRun
 from fastjepa.storage.export import export_pretrained
-from fastjepa.storage.run_folder import CHECKPOINT_NAME, prepare_folder
+from fastjepa.storage.run_folder import CHECKPOINT_NAME, RunFolder
 from fastjepa.storage.safe_files import CheckpointError, write_atomic, write_text_atomic
 from fastjepa.training.board import BOARD_NAME, Board, open_board
 from fastjepa.training.eb_jepa_start import continue_from, read_start
@@ -51,6 +52,13 @@ class NonFiniteLossError(RuntimeError):
 class Trainer:
     """One run, from a `Config` to a folder. `run()` trains to the end; progress is in the folder at any moment.
 
+    The folder is locked against other processes until `run()` has ended.
+
+    Attributes:
+        rows: the rows of metrics.csv, one for each epoch that is done.
+        cut_short: the row that metrics.csv shows below them while `max_steps` ends the run within an epoch; a resumed
+            run completes the epoch, and this row goes.
+
     Raises:
         ValueError: options that contradict each other, the data or the machine.
         OSError, CheckpointError: files that cannot be read or written; the message names them.
@@ -64,7 +72,19 @@ class Trainer:
         say_what_is_left_out()
         before = read_start(config)  # before there is a folder
         self.device = resolve_device(config.device)
-        self.folder = prepare_folder(config)
+        self._run_folder = RunFolder(config)
+        self.folder = self._run_folder.path
+        try:
+            self._build(config, before)
+        except BaseException:
+            self._run_folder.release()
+            raise
+
+    def _build(self, config: Config, before: EbJepaRun | None) -> None:
+        """What to train, on what: from the checkpoint where the run is resumed, and else on disk as its first one.
+
+        `before` is the run of the original that a new one goes on from.
+        """
         precision = resolve_precision(config.precision, self.device)
         self.config = config = dataclasses.replace(config, out=self.folder, precision=precision)
         set_precision(precision)
@@ -113,6 +133,7 @@ class Trainer:
             sums = (self.epoch_losses, self.interval_losses)
             self.graphed_step = GraphedTrainStep(self.step, self.train_clips, accumulators=sums)
         self.rows: list[dict[str, float]] = []
+        self.cut_short: dict[str, float] | None = None
         if saved is not None:
             self._resume(saved)
         else:
@@ -128,32 +149,33 @@ class Trainer:
     def run(self) -> Evaluation | None:
         """Train to the last epoch or `max_steps`; the last evaluation, None if there was nothing left to do.
 
+        A run whose training had ended, and which was stopped before it was evaluated, is evaluated.
+
         Raises:
             Interrupted: SIGINT or SIGTERM; the state is saved.
             NonFiniteLossError: a loss is NaN or infinite; the last checkpoint is from before that.
         """
         evaluation = None
-        with (
-            open_board(self.folder, self.global_step) as board,
-            stop_signals() as received,
-            trace_steps(self.folder / TRACE_NAME if self.config.profile else None, say) as step_done,
-        ):
-            while not self.finished:
-                complete = self._train_epoch(board, received, step_done)
-                row = self._training_row()
-                if complete:
-                    self.epoch, self.batch = self.epoch + 1, 0
-                    self.epoch_losses.zero_()
-                if self.finished or self.epoch % self.config.eval_every == 0:
-                    evaluation = self._evaluate(board)
-                    row |= evaluation.as_row()
-                # The row of an epoch that `max_steps` cut short is shown, not kept: a resumed run completes the epoch.
-                self._write_metrics([*self.rows, row])
-                if complete:
-                    self.rows.append(row)
-                self.save()
-                if received and not self.finished:
-                    raise Interrupted(received[0])
+        try:
+            with (
+                open_board(self.folder, self.global_step) as board,
+                stop_signals() as received,
+                trace_steps(self.folder / TRACE_NAME if self.config.profile else None, say) as step_done,
+            ):
+                while not (self.finished and self.evaluated):
+                    complete, row = self._train_to_a_row(board, received, step_done)
+                    if self.finished or self.epoch % self.config.eval_every == 0:
+                        evaluation = self._evaluate(board)
+                        row |= evaluation.as_row()
+                    if complete:
+                        self.rows.append(row)
+                    self.cut_short = None if complete else row
+                    self._write_metrics()
+                    self.save()
+                    if received and not self.finished:
+                        raise Interrupted(received[0])
+        finally:
+            self._run_folder.release()
         return evaluation
 
     @property
@@ -162,6 +184,32 @@ class Trainer:
         limit = self.config.max_steps
         return self.epoch >= self.config.epochs or (limit is not None and self.global_step >= limit)
 
+    @property
+    def last_row(self) -> dict[str, float] | None:
+        """The last row of metrics.csv; None before there is one."""
+        return self.cut_short or (self.rows[-1] if self.rows else None)
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether the model as it is now was evaluated."""
+        return self.last_row is not None and self.last_row["step"] == self.global_step and "map" in self.last_row
+
+    def _train_to_a_row(
+        self, board: Board, received: list[int], step_done: Callable[[], None]
+    ) -> tuple[bool, dict[str, float]]:
+        """Train to the end of the epoch, or of the run; (whether the epoch is complete, its row without evaluation)."""
+        if self.finished and self.batch == 0:
+            # A run that once went further was resumed with fewer epochs, at the end of one that was not evaluated.
+            row = {"epoch": self.epoch, "step": self.global_step, "seconds": round(self.seconds, 3)}
+            return True, self.rows.pop() if self.rows else row
+        self.cut_short = None  # its epoch goes on
+        complete = self._train_epoch(board, received, step_done)
+        row = self._training_row()
+        if complete:
+            self.epoch, self.batch = self.epoch + 1, 0
+            self.epoch_losses.zero_()
+        return complete, row
+
     def _train_epoch(self, board: Board, received: list[int], step_done: Callable[[], None]) -> bool:
         """Train on the batches left in this epoch; False if `max_steps` ended it early."""
         config = self.config
@@ -169,6 +217,8 @@ class Trainer:
         started = time.perf_counter()
         with progress_bar(f"epoch {self.epoch + 1}/{config.epochs}", len(batches), self.batch) as bar:
             for indices in batches[self.batch :]:
+                if self.finished:
+                    break
                 self._step(indices)
                 step_done()
                 self.batch += 1
@@ -182,8 +232,6 @@ class Trainer:
                     self.save()
                     if received:
                         raise Interrupted(received[0])
-                if self.finished:
-                    break
         self.seconds += time.perf_counter() - started
         return self.batch == len(batches)
 
@@ -255,25 +303,30 @@ class Trainer:
                     "from before that"
                 )
         state["losses"] = {"epoch": self.epoch_losses.cpu(), "interval": self.interval_losses.cpu()}
-        state["rows"] = self.rows
+        state["rows"], state["cut_short"] = self.rows, self.cut_short
         state["data"] = self.data_fingerprint
         state["resolved"] = self.resolution.to_json()
         save_checkpoint(self.folder / CHECKPOINT_NAME, state)
 
     def _resume(self, state: dict[str, Any]) -> None:
-        if state["data"] != self.data_fingerprint:
-            path = self.folder / CHECKPOINT_NAME
+        path = self.folder / CHECKPOINT_NAME
+        if state.get("data") != self.data_fingerprint:
             raise CheckpointError(f"{path} was trained on other clips: the data options or the data files have changed")
+        losses = _checked_losses(state, path)
+        rows, cut_short = _checked_rows(state, path)
         progress = load_snapshot(state, self.modules, self.optimizer)
+        if missing := {"epoch", "batch", "global_step", "seconds"} - progress.keys():
+            raise CheckpointError(f"{path} does not say how far the run was: it lacks {', '.join(sorted(missing))}")
+        self.rows, self.cut_short = rows, cut_short
         self.epoch, self.batch = int(progress["epoch"]), int(progress["batch"])
         self.global_step, self.seconds = int(progress["global_step"]), float(progress["seconds"])
-        self.epoch_losses.copy_(state["losses"]["epoch"])
-        self.interval_losses.copy_(state["losses"]["interval"])
-        self.rows = state["rows"]
-        if self.rows:
-            self._write_metrics(self.rows)  # what was written after the checkpoint is about to be done again
+        self.epoch_losses.copy_(losses["epoch"])
+        self.interval_losses.copy_(losses["interval"])
+        if self.last_row is not None:
+            self._write_metrics()  # what was written after the checkpoint is about to be done again
 
-    def _write_metrics(self, rows: list[dict[str, float]]) -> None:
+    def _write_metrics(self) -> None:
+        rows = [*self.rows, *([self.cut_short] if self.cut_short else [])]
         columns = list(dict.fromkeys(name for row in rows for name in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -286,16 +339,41 @@ class Trainer:
         missing = left_out()
         pretrained, written = self.folder / "pretrained", []
         if WEIGHTS not in missing:
+            config = dataclasses.replace(self.config, resume=None)  # the same weights, resumed or not: the same files
             export_pretrained(
-                self.jepa, self.config.to_json(), pretrained,
+                self.jepa, config.to_json(), pretrained,
                 decoder=self.image_decoder, detection_head=self.detection_head,
             )  # fmt: skip
         if PICTURES not in missing:
             from fastjepa.figures.runs import draw_run  # which needs matplotlib
 
             written = draw_run(self.folder)
-        names = ("config.json", "environment.json", "metrics.csv", CHECKPOINT_NAME, BOARD_NAME, pretrained, TRACE_NAME)
+        names = (
+            "config.json", "environment.json", "metrics.csv", CHECKPOINT_NAME, BOARD_NAME, pretrained.name, TRACE_NAME
+        )  # fmt: skip
         return [path for name in names if (path := self.folder / name).exists()] + written
+
+
+def _checked_losses(state: dict[str, Any], path: Path) -> dict[str, Tensor]:
+    losses = state.get("losses")
+    for name in ("epoch", "interval"):
+        value = losses.get(name) if isinstance(losses, dict) else None
+        if not isinstance(value, Tensor) or value.shape != (len(LOSS_NAMES),):
+            raise CheckpointError(f"{path} is damaged: it has no sums of the losses")
+    assert isinstance(losses, dict)
+    return losses
+
+
+def _checked_rows(state: dict[str, Any], path: Path) -> tuple[list[dict[str, float]], dict[str, float] | None]:
+    """The rows of the epochs that are done, and the one of an epoch cut short, which older checkpoints do not have."""
+    rows, cut_short = state.get("rows"), state.get("cut_short")
+    if isinstance(rows, list) and all(_is_row(row) for row in (*rows, *(() if cut_short is None else (cut_short,)))):
+        return rows, cut_short
+    raise CheckpointError(f"{path} is damaged: it has no rows of metrics")
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and "step" in row and all(type(value) in (int, float) for value in row.values())
 
 
 def set_precision(precision: str) -> None:
