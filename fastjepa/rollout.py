@@ -17,9 +17,9 @@ from fastjepa.config import Config, resolve_device, resolve_precision
 from fastjepa.environment import device_name
 from fastjepa.evaluate import load_run
 from fastjepa.graphs import CudaGraphChoice, GraphedRollout, use_cuda_graph
+from fastjepa.model.context import CONTEXT
 from fastjepa.model.jepa import JEPA
 from fastjepa.model.modes import eval_mode
-from fastjepa.model.networks import CONTEXT
 from fastjepa.optional_packages import MissingPackageError
 from fastjepa.storage.safe_files import CheckpointError
 from fastjepa.training.command_line import fail, parse_options
@@ -166,9 +166,9 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    options = parse_options(Options, argv, prog="python -m fastjepa.rollout")
+def main(argv: Sequence[str] | None = None, prog: str = "python -m fastjepa.rollout") -> None:
+    """The command line, typed as `prog`."""
+    options = parse_options(Options, argv, prog=prog)
     try:
         result = roll_out(options)
     except (ValueError, OSError, CheckpointError, MissingPackageError) as error:

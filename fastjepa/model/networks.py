@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastjepa.model.context import CONTEXT
 from fastjepa.model.strided_convolution import Shortcut
-
-CONTEXT = 2  # states from which the next one is predicted
 
 
 def per_frame(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -100,8 +101,16 @@ def parse_config(argv: Sequence[str] | None = None, prog: str = "train.py") -> C
     return config
 
 
-def run_from_command_line(config: Config) -> int:
-    """Train, draw, export and print a summary; the process's exit status."""
+def main(argv: Sequence[str] | None = None, prog: str = "python train.py") -> int:
+    """The command line of training, typed as `prog`; the process's exit status."""
+    return run_from_command_line(parse_config(argv, prog), prog)
+
+
+def run_from_command_line(config: Config, prog: str = "python train.py", again: str | None = None) -> int:
+    """Train, draw, export and print a summary; the process's exit status.
+
+    A run that is stopped names the command that goes on: `again`, or `prog` with --resume.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("fastjepa").setLevel(logging.INFO)
     started = time.perf_counter()
@@ -114,7 +123,8 @@ def run_from_command_line(config: Config) -> int:
         print("stopped")
         return 130
     except Interrupted as stopped:
-        print(f"stopped by {stopped}; continue with: python train.py --resume {trainer.folder}")
+        again = again or f"{prog} --resume {shlex.quote(str(trainer.folder))}"
+        print(f"stopped by {stopped}; continue with: {again}")
         return 128 + stopped.signal_number
     except (ValueError, OSError, CheckpointError, NonFiniteLossError, MissingPackageError) as error:
         fail(error)
