@@ -28,29 +28,27 @@ __version__ = "0.1.0"  # pyproject.toml reads it here
 
 __all__ = ["JEPA", "accelerate", "build_jepa", "load_eb_jepa_checkpoint", "load_pretrained", "restore"]
 
-# Both lists say the same: the first to type checkers and editors, the second to `__getattr__`.
+# Type checkers see the imports; a running program looks the same names up when they are first asked for.
 if TYPE_CHECKING:
     from fastjepa.fused.swap import accelerate, restore
     from fastjepa.model.jepa import JEPA, build_jepa
     from fastjepa.storage.eb_jepa_checkpoint import load_eb_jepa_checkpoint
     from fastjepa.storage.export import load_pretrained
+else:
+    _DEFINED_IN = {
+        "JEPA": "fastjepa.model.jepa",
+        "accelerate": "fastjepa.fused.swap",
+        "build_jepa": "fastjepa.model.jepa",
+        "load_eb_jepa_checkpoint": "fastjepa.storage.eb_jepa_checkpoint",
+        "load_pretrained": "fastjepa.storage.export",
+        "restore": "fastjepa.fused.swap",
+    }
 
-_DEFINED_IN = {
-    "JEPA": "fastjepa.model.jepa",
-    "accelerate": "fastjepa.fused.swap",
-    "build_jepa": "fastjepa.model.jepa",
-    "load_eb_jepa_checkpoint": "fastjepa.storage.eb_jepa_checkpoint",
-    "load_pretrained": "fastjepa.storage.export",
-    "restore": "fastjepa.fused.swap",
-}
+    def __getattr__(name: str) -> Any:  # PEP 562; a type checker that saw it would believe in any name
+        if name not in _DEFINED_IN:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module(_DEFINED_IN[name]), name)
+        return value
 
-
-def __getattr__(name: str) -> Any:  # PEP 562: called for what is not there yet
-    if name not in _DEFINED_IN:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_DEFINED_IN[name]), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastjepa.optional_packages import MissingPackageError
+from fastjepa.optional_packages import MissingPackageError, require_packages
 from fastjepa.storage.run_folder import CHECKPOINT_NAME
 from fastjepa.training.command_line import fail, parse_config, run_from_command_line
 from fastjepa.training.handed_on import refuse_flags, split_at_dashes
@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m fastjepa.comp
             parser.error(f"--steps must be numbers of at least 1, got {steps}")
     try:
         refuse_flags(flags, _OWN)
-        # now: without matplotlib the runs would be for nothing
+        # now: without these the runs would be for nothing
+        require_packages("comparing steps", "tyro", "torchmetrics", "matplotlib", "PIL")
         from fastjepa.figures.runs import draw_step_comparison
     except (ValueError, MissingPackageError) as error:
         fail(error)

@@ -178,6 +178,7 @@ def test_a_run_from_the_command_to_its_pictures(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert command(["train", *TINY, "--cache_dir", str(cache), "--out", "run"]) == 0
+    assert str(Path("run", "pretrained")) in capsys.readouterr().out.split()
     assert command(["evaluate", "--checkpoint", "run", "--device", "cpu"]) == 0
     assert command(["rollout", "--checkpoint", "run", "--horizon", "3", "--device", "cpu"]) == 0
     assert command(["figures", "run", "--compare", "compared.png"]) == 0

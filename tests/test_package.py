@@ -36,7 +36,7 @@ def test_the_names_are_the_same_to_type_checkers_and_when_asked_for() -> None:
     tree = ast.parse(Path(str(fastjepa.__file__)).read_text(encoding="utf-8"))
     (typed,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     found = {a.name: node.module for node in typed.body if isinstance(node, ast.ImportFrom) for a in node.names}
-    assert found == fastjepa._DEFINED_IN
+    assert found == vars(fastjepa)["_DEFINED_IN"]
     assert sorted(found) == fastjepa.__all__
     for name, module in found.items():
         assert module is not None

@@ -288,7 +288,15 @@ class Trainer:
             from fastjepa.figures.runs import draw_run  # which needs matplotlib
 
             written = draw_run(self.folder)
-        names = ("config.json", "environment.json", "metrics.csv", CHECKPOINT_NAME, BOARD_NAME, pretrained, TRACE_NAME)
+        names = (
+            "config.json",
+            "environment.json",
+            "metrics.csv",
+            CHECKPOINT_NAME,
+            BOARD_NAME,
+            pretrained.name,
+            TRACE_NAME,
+        )
         return [path for name in names if (path := self.folder / name).exists()] + written
 
 
