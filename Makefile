@@ -46,7 +46,8 @@ setup: $(VENV)/installed
 # The stamp is newer than the files that say what to install, so a second call installs nothing. The CPU build of
 # torch does not bring triton, which the kernel tests need: pyproject.toml asks for it.
 $(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), f"Python 3.10 or newer is needed, this is {sys.version}"'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("error: Python 3.10 or newer is needed, " \
+		"this is %d.%d; name one with make PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@

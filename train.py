@@ -27,7 +27,7 @@ if __name__ == "__main__":
             raise
         sys.stderr.write(
             "error: training needs the Python package %s, which is not installed in %s; `make train` makes an "  # noqa: UP031
-            "environment that has it, `pip install -e .` adds it to this one\n" % (error.name, sys.executable)
+            "environment that has it, `pip install -e '.[train]'` adds it to this one\n" % (error.name, sys.executable)
         )
         sys.exit(2)
     signal.signal(signal.SIGINT, before)

@@ -21,7 +21,8 @@ from bench.harness.variants import Computation, Tensors, Variant, always, needs_
 from bench.recipe import TINY, Recipe, arithmetic, build_model, count
 from fastjepa.fused.folding import folded_batch_norm
 from fastjepa.graphs import GraphedRollout
-from fastjepa.model.networks import CONTEXT, StateOnlyPredictor
+from fastjepa.model.context import CONTEXT
+from fastjepa.model.networks import StateOnlyPredictor
 
 EAGER, EAGER_BF16 = "eager", "eager bf16"
 Available = Callable[[torch.device], str | None]

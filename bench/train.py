@@ -9,6 +9,7 @@ again, and its clock goes on too.
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import threading
 import time
@@ -22,6 +23,7 @@ from fastjepa.environment import Environment, collect
 from fastjepa.storage.run_folder import CHECKPOINT_NAME
 from fastjepa.training.command_line import parse_config
 from fastjepa.training.evaluation import Evaluation, evaluate
+from fastjepa.training.handed_on import refuse_flags, split_at_dashes
 from fastjepa.training.stop_signals import Interrupted
 from fastjepa.training.trainer import Trainer
 
@@ -103,17 +105,29 @@ def train(
 
 def main(argv: Sequence[str]) -> int:
     """The command line; returns 0 if training went as it should, done or not."""
-    parser = argparse.ArgumentParser(prog="python -m bench train", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog=_PROG,
+        usage=f"{_PROG} [-h] [--seconds S] --out DIR [--quick] [-- FLAGS OF THE TRAINER]",
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog="The trainer's flags follow --, as in -- --precision bf16 --epochs 5; train.py --help lists them.",
+        allow_abbrev=False,
+    )
     parser.add_argument(
-        "--seconds", type=float, default=120.0, help="of training and evaluation (default: %(default)s)"
+        "--seconds", type=float, default=120.0, metavar="S", help="of training and evaluation (default: %(default)s)"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for train.jsonl, train.csv and run/")
     parser.add_argument("--quick", action="store_true", help="a smoke run: a tiny model, two short epochs")
-    parser.add_argument("flags", nargs="*", help="after --: flags of train.py, e.g. -- --precision bf16 --epochs 5")
-    args = parser.parse_args(argv)
+    own, flags = split_at_dashes(argv)
+    args, unknown = parser.parse_known_args(own)
+    if unknown:
+        parser.error(f"{unknown[0]} is not a flag of this command; the trainer's follow --: -- {shlex.join(unknown)}")
     if args.seconds <= 0:
         parser.error(f"--seconds must be more than 0, got {args.seconds}")
-    config = _config(args.out / "run", [*(_QUICK if args.quick else ()), *args.flags])
+    try:
+        refuse_flags(flags, _OWN)
+    except ValueError as error:
+        parser.error(str(error))
+    config = _config(args.out / "run", [*(_QUICK if args.quick else ()), *flags])
     environment = collect(["python", "-m", "bench", "train", *argv], resolve_device(config.device))
     rows = read_rows(args.out / "train.jsonl") if config.resume and (args.out / "train.jsonl").exists() else []
     before = len(rows)
@@ -131,6 +145,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+_PROG = "python -m bench train"
+
+_OWN = {
+    "--out": "is this command's own: name the folder before --; the run lies in its run/",
+    "--resume": "is not needed: the same command goes on with the run in --out",
+}
+
 _QUICK = (
     "--batch_size 4 --henc 2 --hpre 2 --dstc 4 --steps 1 --epochs 2 --n_train 12 --n_val 4 --n_frames 5 --canvas 16 "
     "--digit_size 8 --preset demo"
@@ -140,8 +161,8 @@ _QUICK = (
 def _config(folder: Path, flags: list[str]) -> Config:
     """The configuration of a new run, or of the one in `folder`, which `flags` must not contradict."""
     if not (folder / CHECKPOINT_NAME).exists():
-        return parse_config([*flags, "--out", str(folder)], prog="python -m bench train --")
-    return parse_config([*flags, "--resume", str(folder)], prog="python -m bench train --")
+        return parse_config([*flags, "--out", str(folder)], prog=f"{_PROG} --")
+    return parse_config([*flags, "--resume", str(folder)], prog=f"{_PROG} --")
 
 
 def render(rows: Sequence[Row]) -> str:

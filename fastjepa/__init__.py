@@ -1,11 +1,14 @@
 """Video JEPA, readable and fast: `model` is the eager reference, everything else makes it faster or usable.
 
-docs/architecture.md has the rooms and which may import which. Importing this imports no Triton.
+docs/architecture.md has the rooms and which may import which. What is named below is imported when it is first asked
+for: importing this package takes no time, and neither do commands that need no torch. Nothing here imports Triton.
 """
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # Installed, fastjepa.kernels is where pyproject.toml puts the folder kernels/; in a checkout it is the link beside this
 # file. Where a checkout has no links (Windows, an archive), the folder is loaded from where it lies, so that
@@ -21,13 +24,7 @@ if not (_here / "kernels").is_dir() and (_kernels / "launch.py").is_file():
     kernels = sys.modules["fastjepa.kernels"] = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(kernels)
 
-# ruff: noqa: E402 - the path comes before what is found through it
-from fastjepa.fused.swap import accelerate, restore
-from fastjepa.model.jepa import JEPA, build_jepa
-from fastjepa.storage.eb_jepa_checkpoint import load_eb_jepa_checkpoint
-from fastjepa.storage.eb_jepa_export import save_eb_jepa_checkpoint
-from fastjepa.storage.eb_jepa_run import load_eb_jepa_run
-from fastjepa.storage.export import load_pretrained
+__version__ = "0.1.0"  # pyproject.toml reads it here
 
 __all__ = [
     "JEPA",
@@ -39,3 +36,32 @@ __all__ = [
     "restore",
     "save_eb_jepa_checkpoint",
 ]
+
+# Type checkers see the imports; a running program looks the same names up when they are first asked for.
+if TYPE_CHECKING:
+    from fastjepa.fused.swap import accelerate, restore
+    from fastjepa.model.jepa import JEPA, build_jepa
+    from fastjepa.storage.eb_jepa_checkpoint import load_eb_jepa_checkpoint
+    from fastjepa.storage.eb_jepa_export import save_eb_jepa_checkpoint
+    from fastjepa.storage.eb_jepa_run import load_eb_jepa_run
+    from fastjepa.storage.export import load_pretrained
+else:
+    _DEFINED_IN = {
+        "JEPA": "fastjepa.model.jepa",
+        "accelerate": "fastjepa.fused.swap",
+        "build_jepa": "fastjepa.model.jepa",
+        "load_eb_jepa_checkpoint": "fastjepa.storage.eb_jepa_checkpoint",
+        "load_eb_jepa_run": "fastjepa.storage.eb_jepa_run",
+        "load_pretrained": "fastjepa.storage.export",
+        "restore": "fastjepa.fused.swap",
+        "save_eb_jepa_checkpoint": "fastjepa.storage.eb_jepa_export",
+    }
+
+    def __getattr__(name: str) -> Any:  # PEP 562; a type checker that saw it would believe in any name
+        if name not in _DEFINED_IN:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module(_DEFINED_IN[name]), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

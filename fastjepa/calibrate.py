@@ -24,9 +24,9 @@ _OF_TRAINING = ("n_frames", "steps")
 _FLAGS_OF_TRAINING = " and ".join(f"--{name}" for name in _OF_TRAINING)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; the process's exit status."""
-    options = _parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None, prog: str = "python -m fastjepa.calibrate") -> int:
+    """The command line, typed as `prog`; the process's exit status."""
+    options = _parser(prog).parse_args(argv)
     with refusals():
         if options.show:
             return show(options.cache_dir)
@@ -68,9 +68,9 @@ def show(cache_dir: Path | None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = CommandParser(
-        prog="python -m fastjepa.calibrate",
+        prog=prog,
         description="Measure once what is fastest, and exact, on this GPU; at the sizes of the recipe unless told "
         "otherwise. Rows are kept in the cache, where training and fastjepa.accelerate find them.",
         allow_abbrev=False,

@@ -91,9 +91,9 @@ def load_run(checkpoint: Path, device: torch.device) -> tuple[Config, JEPA, Imag
     return config, jepa, decoder.to(device), head.to(device)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    options = parse_options(Options, argv, prog="python -m fastjepa.evaluate")
+def main(argv: Sequence[str] | None = None, prog: str = "python -m fastjepa.evaluate") -> None:
+    """The command line, typed as `prog`."""
+    options = parse_options(Options, argv, prog=prog)
     with refusals(DownloadError):
         if options.batch_size is not None and options.batch_size < 1:
             raise ValueError(f"--batch_size must be at least 1, got {options.batch_size}")

@@ -58,9 +58,9 @@ def export_run(options: Options) -> list[str]:
     return lines
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    options = parse_options(Options, argv, prog="python -m fastjepa.export")
+def main(argv: Sequence[str] | None = None, prog: str = "python -m fastjepa.export") -> None:
+    """The command line, typed as `prog`."""
+    options = parse_options(Options, argv, prog=prog)
     with refusals():
         lines = export_run(options)
     print("\n".join(lines))

@@ -1,17 +1,27 @@
 """Packages that only a part of fastjepa needs, imported where they are used.
 
-torch and numpy (and Triton, for kernels) are enough to import fastjepa, and to use the models and most benchmarks. A
-normal install brings everything; where something is missing, only what needs it fails, and says what to install.
+torch and numpy (and Triton, for kernels) are enough to import fastjepa, and to use the models and most benchmarks: that
+is what fastjepa depends on. The extras of pyproject.toml bring the rest; where something is missing, only what needs it
+fails, and says what to install.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 # Modules that are installed under another name. The rest are called as they are imported.
 _INSTALLED_AS = {"cv2": "opencv-python-headless", "sklearn": "scikit-learn", "PIL": "pillow"}
+
+# The extras of pyproject.toml with the packages they bring; each has those of the one before it too.
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "figures": ("matplotlib", "pillow"),
+    "train": (
+        "tyro", "tqdm", "torchmetrics", "scikit-learn", "opencv-python-headless", "tensorboard", "safetensors",
+    ),
+}  # fmt: skip
 
 
 class MissingPackageError(ImportError):
@@ -57,5 +67,26 @@ def _error(what: str, packages: list[str]) -> MissingPackageError:
     listed = ", ".join(packages)
     return MissingPackageError(
         f"{what} needs the Python package{'s' if several else ''} {listed}, which {'are' if several else 'is'} not "
-        f"installed; pip install {' '.join(packages)}"
+        f"installed; {install_command(packages)}"
     )
+
+
+def install_command(packages: list[str]) -> str:
+    """What to type for `packages`, named as pip does: the smallest extra that has all of them, or they themselves.
+
+    An extra is named only where fastjepa itself is installed: elsewhere pip would look for it on the network.
+    """
+    brought: set[str] = set()
+    for extra, more in EXTRAS.items():
+        brought |= set(more)
+        if brought.issuperset(packages) and _is_installed("fastjepa"):
+            return f"pip install 'fastjepa[{extra}]'"
+    return f"pip install {' '.join(packages)}"
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

@@ -17,9 +17,9 @@ from fastjepa.config import Config, resolve_device, resolve_precision
 from fastjepa.environment import device_name
 from fastjepa.evaluate import load_run
 from fastjepa.graphs import CudaGraphChoice, GraphedRollout, use_cuda_graph
+from fastjepa.model.context import CONTEXT
 from fastjepa.model.jepa import JEPA
 from fastjepa.model.modes import eval_mode
-from fastjepa.model.networks import CONTEXT
 from fastjepa.moving_mnist.official import DownloadError
 from fastjepa.refusal import refusals
 from fastjepa.training.command_line import parse_options
@@ -168,9 +168,9 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    options = parse_options(Options, argv, prog="python -m fastjepa.rollout")
+def main(argv: Sequence[str] | None = None, prog: str = "python -m fastjepa.rollout") -> None:
+    """The command line, typed as `prog`."""
+    options = parse_options(Options, argv, prog=prog)
     with refusals(DownloadError):
         result = roll_out(options)
     how = "as a CUDA graph" if result.graph else "step by step"

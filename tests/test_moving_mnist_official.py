@@ -3,6 +3,7 @@
 import hashlib
 import io
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -122,6 +123,7 @@ def test_a_stand_in_has_no_md5(tmp_path: Path) -> None:
     assert train.shape == (14, 3, 8, 8)
 
 
+@pytest.mark.packages("tqdm")
 @pytest.mark.parametrize("announced", [len(CONTENT), None])
 def test_download_once_with_progress(tmp_path: Path, announced: int | None, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "new" / "folder"
@@ -132,6 +134,16 @@ def test_download_once_with_progress(tmp_path: Path, announced: int | None, caps
     assert (folder / "mnist_test_seq.npy").read_bytes() == CONTENT
     second = load_official(None, folder, file)  # the server is gone
     np.testing.assert_array_equal(first[0], second[0])
+
+
+def test_download_without_a_progress_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with served(sends(CONTENT, len(CONTENT))) as file:
+        download(file, tmp_path / "file.npy")
+    assert (tmp_path / "file.npy").read_bytes() == CONTENT
+    assert capsys.readouterr().err == ""
 
 
 def test_download_from_a_file_address(tmp_path: Path) -> None:

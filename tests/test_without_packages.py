@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 
 import pytest
 
 from absence import python, run_as_main, without
-from fastjepa.optional_packages import MissingPackageError, missing_packages, needed_for, require_packages
+from fastjepa.optional_packages import (
+    MissingPackageError,
+    install_command,
+    missing_packages,
+    needed_for,
+    require_packages,
+)
 from fastjepa.storage.run_folder import CHECKPOINT_NAME
 
 OPTIONAL = (
-    "cv2", "sklearn", "matplotlib", "PIL", "imageio", "tyro", "tensorboard", "torchmetrics", "nvtx", "safetensors",
+    "cv2", "sklearn", "matplotlib", "PIL", "tyro", "tensorboard", "torchmetrics", "nvtx", "safetensors",
     "tqdm", "scipy", "hypothesis",
 )  # fmt: skip
 BARE = without(*OPTIONAL)
@@ -35,7 +42,7 @@ for package in (fastjepa, bench):
             importlib.import_module(module.name)
         except MissingPackageError as error:
             assert str(error) == "drawing needs the Python package matplotlib, which is not installed; " \\
-                "pip install matplotlib", error
+                {install_command(["matplotlib"])!r}, error
             broken.append(module.name)
 print(*broken)
 import torch
@@ -63,7 +70,6 @@ import numpy as np, torch, fastjepa
 from pathlib import Path
 from fastjepa.config import preset_config
 from fastjepa.moving_mnist import digit_maps, embedded_digits, generate_clips
-from fastjepa.moving_mnist.official import MNIST_TEST_SEQ, download
 from fastjepa.optional_packages import MissingPackageError
 from fastjepa.rollout import Options, roll_out
 from fastjepa.storage.export import export_pretrained
@@ -78,7 +84,6 @@ calls = [
     embedded_digits,
     lambda: generate_clips(images, 1, canvas=16, digit_size=8, seed=0),
     lambda: digit_maps(images),
-    lambda: download(MNIST_TEST_SEQ, folder / "download"),
     lambda: export_pretrained(jepa, {{}}, folder / "export"),
     lambda: average_precision(torch.ones(2), torch.ones(2)),
     lambda: Trainer(preset_config("demo")),
@@ -97,12 +102,11 @@ print(bench.main(["eval", "--quick"]), bench.main(["step", "--eval"]))
     assert done.returncode == 0, done.stderr
     *errors, left, eval_error, step_error, statuses = done.stdout.splitlines()
     assert errors == [
-        f"{what} needs the Python package {package}, which is not installed; pip install {package}"
+        f"{what} needs the Python package {package}, which is not installed; {install_command([package])}"
         for what, package in (
             ("making the embedded digits", "opencv-python-headless"),
             ("resizing digits", "opencv-python-headless"),
             ("finding the digits of a frame", "opencv-python-headless"),
-            ("the download", "tqdm"),
             ("exporting weights", "safetensors"),
             ("evaluation", "torchmetrics"),
             ("evaluation", "torchmetrics"),
@@ -133,24 +137,27 @@ def test_a_benchmark_runs(tmp_path: Path) -> None:
 def test_a_command_without_tyro_says_so_in_one_line(command: str) -> None:
     done = run_as_main(without("tyro"), command, "--help")
     assert (done.returncode, done.stdout) == (2, "")
-    expected = "error: the command line needs the Python package tyro, which is not installed; pip install tyro\n"
-    assert done.stderr == expected
+    expected = "error: the command line needs the Python package tyro, which is not installed; "
+    assert done.stderr == f"{expected}{install_command(['tyro'])}\n"
 
 
 @pytest.mark.packages("tyro", "torchmetrics", "cv2", "sklearn")
 def test_training_leaves_out_what_it_cannot_make_and_says_so_at_the_start(tmp_path: Path) -> None:
     run = tmp_path / "run"
     flags = [*TINY, "--cache_dir", str(tmp_path / "cache"), "--out", str(run)]
-    blocker = without("tensorboard", "matplotlib", "PIL", "imageio", "safetensors", "tqdm")
+    blocker = without("tensorboard", "matplotlib", "PIL", "safetensors", "tqdm")
     done = run_as_main(blocker, "train.py", *flags)
     assert done.returncode == 0, done.stderr
     first = [line for line in done.stderr.splitlines() if line.startswith("left out")]
     assert done.stderr.splitlines()[: len(first)] == first
     assert first == [
-        "left out: TensorBoard events, because of what is not installed: tensorboard, pillow",
-        "left out: the progress bar, because of what is not installed: tqdm",
-        "left out: pictures, because of what is not installed: matplotlib, pillow",
-        "left out: exported weights, because of what is not installed: safetensors",
+        f"left out: {what}, because of what is not installed: {', '.join(packages)}; {install_command(packages)}"
+        for what, packages in (
+            ("TensorBoard events", ["tensorboard", "pillow"]),
+            ("the progress bar", ["tqdm"]),
+            ("pictures", ["matplotlib", "pillow"]),
+            ("exported weights", ["safetensors"]),
+        )
     ]
     listed = {Path(line.strip()) for line in done.stdout.partition("wrote:\n")[2].splitlines()}
     made = {"config.json", "environment.json", "metrics.csv", CHECKPOINT_NAME}
@@ -170,6 +177,27 @@ def test_the_helpers_name_what_pip_installs() -> None:
         r"no_such_a no_such_b$",
     ):
         require_packages("training", "no_such_a", "numpy", "no_such_b")
+
+
+@pytest.mark.parametrize(
+    ("packages", "installed", "command"),
+    [
+        (["pillow"], True, "pip install 'fastjepa[figures]'"),
+        (["tensorboard", "pillow"], True, "pip install 'fastjepa[train]'"),
+        (["tensorboard", "pillow"], False, "pip install tensorboard pillow"),
+        (["numpy", "tyro"], True, "pip install numpy tyro"),
+    ],
+)
+def test_what_to_type_names_an_extra_where_fastjepa_is_installed(
+    packages: list[str], installed: bool, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find(name: str) -> object:
+        if not installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return object()
+
+    monkeypatch.setattr(importlib.metadata, "distribution", find)
+    assert install_command(packages) == command
 
 
 def test_an_error_inside_a_package_is_not_taken_for_its_absence(

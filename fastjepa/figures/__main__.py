@@ -9,10 +9,10 @@ from pathlib import Path
 from fastjepa.refusal import CommandParser, refusals
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+def main(argv: Sequence[str] | None = None, prog: str = "python -m fastjepa.figures") -> int:
+    """The command line, typed as `prog`; returns the exit status."""
     parser = CommandParser(
-        prog="python -m fastjepa.figures",
+        prog=prog,
         description="Draws the pictures of training runs into RUN/figures/ and prints the files written.",
     )
     parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="run folders")
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--compare", type=Path, metavar="PNG",
         help="also draw the runs' average precision by their training steps, into this PNG",
     )  # fmt: skip
-    given = parser.parse_args(arguments)
+    given = parser.parse_args(argv)
     with refusals():
         from fastjepa.figures.runs import draw_run, draw_step_comparison
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fastjepa.model.networks import CONTEXT
+from fastjepa.model.context import CONTEXT
 
 _MAX_ROLLOUT_BYTES = 2**30  # a few clips are some MB; an npz that unpacks to more than this is damaged or hostile
 _MAX_TEXT_BYTES = 2**26

@@ -12,7 +12,7 @@ import numpy as np
 
 from fastjepa.figures import style
 from fastjepa.figures.data import RolloutArrays
-from fastjepa.model.networks import CONTEXT
+from fastjepa.model.context import CONTEXT
 
 
 def draw_rollout_strip(rollout_arrays: RolloutArrays, path: Path, clip: int = 0) -> Path:

@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastjepa.model.context import CONTEXT
 from fastjepa.model.strided_convolution import Shortcut
 from fastjepa.optional_packages import needed_for
-
-CONTEXT = 2  # states from which the next one is predicted
 
 
 def per_frame(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

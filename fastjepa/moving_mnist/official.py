@@ -1,5 +1,6 @@
 """The official Moving MNIST file, `mnist_test_seq.npy`: check it, download it, split it as Video JEPA does."""
 
+import contextlib
 import hashlib
 import http.client
 import logging
@@ -7,11 +8,12 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fastjepa.moving_mnist.cache import open_npy, writing_to
-from fastjepa.optional_packages import needed_for
+from fastjepa.optional_packages import missing_packages
 from fastjepa.storage.safe_files import atomic_file
 
 logger = logging.getLogger(__name__)
@@ -93,12 +95,11 @@ def load_official(
 
 
 def download(file: SequenceFile, target: Path) -> None:
-    """Downloads `file` to `target` with a progress bar. `target` appears only when its md5 is right.
+    """Downloads `file` to `target`, with a progress bar where tqdm is. `target` appears only when its md5 is right.
 
     Raises:
         DownloadError: no connection, an incomplete answer, or another content.
         OSError: the folder of `target` cannot be written.
-        MissingPackageError: tqdm is not installed.
     """
     logger.info("downloading %s to %s", file.url, target)
     md5 = hashlib.md5(usedforsecurity=False)
@@ -116,8 +117,6 @@ def download(file: SequenceFile, target: Path) -> None:
 
 def _fetch(file: SequenceFile, target: Path) -> Iterator[bytes]:
     """The blocks of a download. Network errors become DownloadErrors, so that they are not taken for disk errors."""
-    with needed_for("the download"):
-        from tqdm import tqdm
     # The header of a .npy file of plain numbers is 128 bytes or less; a longer answer is something else.
     most = int(np.prod(file.shape)) + 128
     received = 0
@@ -125,17 +124,27 @@ def _fetch(file: SequenceFile, target: Path) -> Iterator[bytes]:
         with urllib.request.urlopen(file.url, timeout=_TIMEOUT_S) as response:
             announced = response.headers.get("Content-Length")
             total = int(announced) if announced is not None else None
-            with tqdm(total=total, unit="B", unit_scale=True, desc=file.name) as progress:
+            with _progress_bar(file.name, total) as progress:
                 while block := response.read(_BLOCK):
                     received += len(block)
                     if received > most:
                         raise ValueError(f"the answer is longer than the file, {most} bytes")
-                    progress.update(len(block))
+                    if progress is not None:
+                        progress.update(len(block))
                     yield block
             if total is not None and received != total:
                 raise ValueError(f"the connection ended after {received} of {total} bytes")
     except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
         raise DownloadError(f"could not download {file.url}: {error}. {_by_hand(file, target)}") from error
+
+
+def _progress_bar(title: str, total: int | None) -> contextlib.AbstractContextManager[Any]:
+    """A bar of bytes on stderr; None where tqdm is not installed."""
+    if missing_packages("tqdm"):
+        return contextlib.nullcontext()
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="B", unit_scale=True, desc=title)
 
 
 def _by_hand(file: SequenceFile, target: Path) -> str:

@@ -115,12 +115,26 @@ def _saved_config(saved: dict[str, Any], folder: Path) -> Config:
         raise CheckpointError(f"--resume {folder}: {error}") from error
 
 
-def run_from_command_line(config: Config) -> int:
-    """Train, draw, export and print a summary; the process's exit status."""
+def main(argv: Sequence[str] | None = None, prog: str = "python train.py") -> int:
+    """The command line of training, typed as `prog`; the process's exit status."""
+    return run_from_command_line(parse_config(argv, prog), prog)
+
+
+def run_from_command_line(config: Config, prog: str = "python train.py", again: str | None = None) -> int:
+    """Train, draw, export and print a summary; the process's exit status.
+
+    A run that is stopped names the command that goes on: `again`, or `prog` with --resume.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("fastjepa").setLevel(logging.INFO)
     started = time.perf_counter()
     trainer = None
+
+    def how_to_go_on() -> str:
+        if trainer is None:
+            return ""
+        return f"; continue with: {again or f'{prog} --resume {shlex.quote(str(trainer.folder))}'}"
+
     with refusals(NonFiniteLossError, DownloadError):
         try:
             trainer = Trainer(config)
@@ -128,15 +142,10 @@ def run_from_command_line(config: Config) -> int:
             trained = trainer.run() is not None
             files = trainer.finish()
         except KeyboardInterrupt:
-            print(f"stopped{'' if trainer is None else _how_to_go_on(trainer)}")
+            print(f"stopped{how_to_go_on()}")
             return STOPPED
         except Interrupted as stopped:
-            assert trainer is not None
-            print(f"stopped by {stopped}{_how_to_go_on(trainer)}")
+            print(f"stopped by {stopped}{how_to_go_on()}")
             return 128 + stopped.signal_number
     print(summary(trainer, time.perf_counter() - started, files, trained=trained))
     return 0
-
-
-def _how_to_go_on(trainer: Trainer) -> str:
-    return f"; continue with: python train.py --resume {shlex.quote(str(trainer.folder))}"

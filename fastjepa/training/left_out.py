@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from fastjepa.optional_packages import missing_packages
+from fastjepa.optional_packages import install_command, missing_packages
 from fastjepa.training.board import BOARD_PACKAGES
 from fastjepa.training.progress import PROGRESS_PACKAGES
 
@@ -26,6 +26,11 @@ def left_out() -> dict[str, list[str]]:
 
 
 def say_what_is_left_out() -> None:
-    """One warning for each thing that is left out, naming the packages."""
+    """One warning for each thing that is left out, naming the packages and what to type for them."""
     for what, packages in left_out().items():
-        logger.warning("left out: %s, because of what is not installed: %s", what, ", ".join(packages))
+        logger.warning(
+            "left out: %s, because of what is not installed: %s; %s",
+            what,
+            ", ".join(packages),
+            install_command(packages),
+        )

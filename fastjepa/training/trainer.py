@@ -23,7 +23,7 @@ from fastjepa.model.jepa import build_jepa, build_probes
 from fastjepa.model.step import StepLosses, TrainStep, build_optimizer
 from fastjepa.moving_mnist import epoch_indices
 from fastjepa.moving_mnist.cache import fingerprint
-from fastjepa.optional_packages import needed_for
+from fastjepa.optional_packages import require_packages
 from fastjepa.profiling import span
 from fastjepa.storage.checkpoint import load_checkpoint, load_snapshot, save_checkpoint, snapshot
 from fastjepa.storage.eb_jepa_run import EbJepaRun
@@ -67,8 +67,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config) -> None:
-        with needed_for("evaluation"):  # asked now, not after the first epochs
-            import torchmetrics  # noqa: F401
+        require_packages("evaluation", "torchmetrics")  # asked now, not after the first epochs
         say_what_is_left_out()
         before = read_start(config)  # before there is a folder
         self.device = resolve_device(config.device)
