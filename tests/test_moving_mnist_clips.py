@@ -168,8 +168,8 @@ def test_embedded_clips_and_their_maps(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_second_load_generates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load_clips(cache_dir=tmp_path, **SMALL)
-    assert len(list(tmp_path.iterdir())) == 4  # clips and maps, train and validation
-    for name in ("generate_clips", "digit_maps"):
+    assert len(list(tmp_path.iterdir())) == 5  # digits; clips and maps, train and validation
+    for name in ("embedded_digits", "generate_clips", "digit_maps"):
         monkeypatch.delattr(clips_module, name)
     for one, other in zip(first, load_clips(cache_dir=tmp_path, **SMALL), strict=True):
         assert_same(one, other)

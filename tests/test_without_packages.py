@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from absence import python, run_as_main, without
+from fastjepa.moving_mnist import load_clips
 from fastjepa.optional_packages import (
     MissingPackageError,
     install_command,
@@ -166,6 +167,21 @@ def test_training_leaves_out_what_it_cannot_make_and_says_so_at_the_start(tmp_pa
     (header, row) = (run / "metrics.csv").read_text().splitlines()
     assert float(dict(zip(header.split(","), row.split(","), strict=True))["map"]) > 0
     assert "step 2: mAP" in done.stdout
+
+
+@pytest.mark.packages("tyro", "torchmetrics", "cv2", "sklearn")
+def test_the_second_run_needs_no_package_that_made_the_data(tmp_path: Path) -> None:
+    flags = [*TINY, "--cache_dir", str(tmp_path / "cache"), "--out"]
+    blocker = without("cv2", "sklearn", "tensorboard", "matplotlib", "PIL", "safetensors")
+    first = run_as_main(blocker, "train.py", *flags, str(tmp_path / "first"))
+    assert (first.returncode, first.stderr.splitlines()[-1]) == (
+        2,
+        "error: making the embedded digits needs the Python package opencv-python-headless, which is not installed; "
+        + install_command(["opencv-python-headless"]),
+    )
+    load_clips(cache_dir=tmp_path / "cache", n_train=6, n_val=5, n_frames=5, canvas=16, digit_size=8, seed=2025)
+    second = run_as_main(blocker, "train.py", *flags, str(tmp_path / "second"))
+    assert second.returncode == 0, second.stderr
 
 
 def test_the_helpers_name_what_pip_installs() -> None:

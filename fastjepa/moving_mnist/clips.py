@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 
 from fastjepa.moving_mnist.cache import cache_key, cached_array, fingerprint
-from fastjepa.moving_mnist.digits import embedded_digits, read_idx_images, split_digits
-from fastjepa.moving_mnist.generator import GENERATOR_VERSION, generate_clips
+from fastjepa.moving_mnist.digits import (
+    DIGIT_SIZE,
+    EMBEDDED_TRAIN,
+    EMBEDDED_VALIDATION,
+    EMBEDDED_VERSION,
+    embedded_digits,
+    read_idx_images,
+    split_digits,
+)
+from fastjepa.moving_mnist.generator import GENERATOR_VERSION, check_sizes, generate_clips
 from fastjepa.moving_mnist.labels import CELLS, DIGIT_MAP_VERSION, digit_maps
 from fastjepa.moving_mnist.official import MNIST_TEST_SEQ, SequenceFile, load_official
 
@@ -141,6 +149,7 @@ def load_clips(
         ValueError: options that contradict each other or the data, or a file that is not what it should be.
         FileNotFoundError: `digits` or `data_path` is not a file.
         OSError: `cache_dir` cannot be written.
+        MissingPackageError: OpenCV or scikit-learn is not installed, and what it would make is not in the cache.
     """
     _check_source(data, digits, data_path)
     for name, value in (("n_train", n_train), ("n_val", n_val)):
@@ -157,8 +166,9 @@ def load_clips(
             _with_digit_maps(validation, fingerprint(validation), cache_dir),
         )
 
+    check_sizes(canvas, digit_size, n_frames=n_frames)  # before anything is written
     if digits is None:
-        train_digits, validation_digits = embedded_digits()
+        train_digits, validation_digits = _embedded_digits(cache_dir)
     else:
         train_digits, validation_digits = split_digits(read_idx_images(digits), seed)
     sizes = {"n_frames": n_frames, "canvas": canvas, "digit_size": digit_size}
@@ -167,6 +177,16 @@ def load_clips(
         _generated(train_digits, n_train, sizes, (seed, 0), cache_dir),
         _generated(validation_digits, n_val, sizes, (seed, 1), cache_dir),
     )
+
+
+def _embedded_digits(cache_dir: Path) -> tuple[np.ndarray, np.ndarray]:
+    """`embedded_digits()` by way of the cache: the second run waits for neither scikit-learn nor OpenCV, and needs
+    neither of them.
+    """
+    shape = (EMBEDDED_TRAIN + EMBEDDED_VALIDATION, DIGIT_SIZE, DIGIT_SIZE)
+    key = cache_key("embedded", EMBEDDED_VERSION)
+    images, _ = cached_array(cache_dir, "digits", key, shape, lambda: np.concatenate(embedded_digits()))
+    return images[:EMBEDDED_TRAIN], images[EMBEDDED_TRAIN:]
 
 
 def _generated(

@@ -17,7 +17,8 @@ from fastjepa.optional_packages import needed_for
 DIGIT_SIZE = 28
 _STROKE_SIZE = 20  # MNIST normalises a digit to 20×20 before it is centred in its 28×28 box
 
-_EMBEDDED_TRAIN = 1500  # of 1,797 images
+EMBEDDED_TRAIN, EMBEDDED_VALIDATION = 1500, 297  # images
+EMBEDDED_VERSION = 1  # part of the cache key: raise it when the same scans would give other pixels
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _IDX3_UINT8_MAGIC = 0x0000_0803  # two zero bytes, type 8 = unsigned byte, 3 dimensions
@@ -46,7 +47,7 @@ def embedded_digits() -> tuple[np.ndarray, np.ndarray]:
     for image, source in zip(images, small, strict=True):
         # Cubic, because linear leaves the strokes grey and blurred at this magnification.
         image[inside, inside] = cv2.resize(source, (_STROKE_SIZE, _STROKE_SIZE), interpolation=cv2.INTER_CUBIC)
-    return images[:_EMBEDDED_TRAIN], images[_EMBEDDED_TRAIN:]
+    return images[:EMBEDDED_TRAIN], images[EMBEDDED_TRAIN:]
 
 
 def read_idx_images(path: str | Path) -> np.ndarray:

@@ -118,14 +118,12 @@ def _check_arguments(
 ) -> None:
     if digits.ndim != 3 or digits.dtype != np.uint8 or digits.size == 0:
         raise ValueError(f"digits: expected uint8 images (n, h, w), n ≥ 1, got {digits.dtype} {digits.shape}")
-    counts = {
-        "n_clips": n_clips,
-        "n_frames": n_frames,
-        "canvas": canvas,
-        "digit_size": digit_size,
-        "digits_per_clip": digits_per_clip,
-    }
-    for name, value in counts.items():
+    check_sizes(canvas, digit_size, n_clips=n_clips, n_frames=n_frames, digits_per_clip=digits_per_clip)
+
+
+def check_sizes(canvas: int, digit_size: int, **counts: int) -> None:
+    """Raise ValueError where a size in pixels or one of `counts` is below 1, or the canvas is smaller than a digit."""
+    for name, value in {**counts, "canvas": canvas, "digit_size": digit_size}.items():
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
     if canvas < digit_size:
