@@ -26,5 +26,6 @@ from fastjepa.fused.swap import accelerate, restore
 from fastjepa.model.jepa import JEPA, build_jepa
 from fastjepa.storage.eb_jepa_checkpoint import load_eb_jepa_checkpoint
 from fastjepa.storage.export import load_pretrained
+from fastjepa.verification import verify
 
-__all__ = ["JEPA", "accelerate", "build_jepa", "load_eb_jepa_checkpoint", "load_pretrained", "restore"]
+__all__ = ["JEPA", "accelerate", "build_jepa", "load_eb_jepa_checkpoint", "load_pretrained", "restore", "verify"]
