@@ -162,11 +162,15 @@ def test_the_same_names_with_another_computation(device: str) -> None:
     assert jepa.acceleration.swapped == ("predictor", "regularizer", "predcost")
 
 
-ENCODERS = [{"s1": 2}, {"s1": 2, "s2": 2, "s3": 2}, {"avg_pool": True}, {"s3": 3, "avg_pool": True}]
-
-
-@pytest.mark.parametrize("options", ENCODERS, ids=str)
-@pytest.mark.parametrize("size", [(16, 16), (19, 17)])
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({"s1": 2}, (13, 11)),
+        ({"s1": 2, "s2": 2, "s3": 2}, (19, 17)),
+        ({"avg_pool": True}, (8, 8)),
+        ({"s3": 3, "avg_pool": True}, (11, 9)),
+    ],
+)
 def test_every_option_of_the_encoder_is_fused(options: dict[str, Any], size: tuple[int, int], device: str) -> None:
     torch.manual_seed(0)
     fast = original_jepa(**options).to(device)
@@ -236,9 +240,9 @@ def test_a_wrapper_that_reads_actions_stays_around_a_fused_network(device: str) 
     fast = copy.deepcopy(eager)
     fastjepa.accelerate(fast, backend="fused", verbose=False)
     assert fast.acceleration.swapped == ("encoder", "predictor.predictor", "regularizer", "predcost")
-    video = tiny_batch(2, 4, (8, 8))[0].to(device)
-    actions = torch.rand(2, 2, 4, 8, 8, device=device)
-    losses = [jepa.unroll(video, actions, nsteps=2)[1][0] for jepa in (eager, fast)]
+    video = tiny_batch(1, 3, (8, 8))[0].to(device)
+    actions = torch.rand(1, 2, 3, 8, 8, device=device)
+    losses = [jepa.unroll(video, actions, nsteps=1)[1][0] for jepa in (eager, fast)]
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=LOSS)
     losses[1].backward()
     assert all(p.grad is not None for p in fast.parameters())
