@@ -76,8 +76,12 @@ class Verification:
         return next(row for row in self.rows if row._judgement == found)
 
     def __str__(self) -> str:
-        wrong = sum(not row.exact for row in self.rows)
-        verdict = "passed" if not wrong else f"NOT PASSED, {wrong} of {len(self.rows)} results"
+        wrong, unsure = sum(not row.exact for row in self.rows), sum(row.bound is None for row in self.rows)
+        verdict = "passed" if not wrong else f"NOT PASSED: {wrong} of {len(self.rows)} results"
+        if wrong:
+            verdict += (
+                " too far off" if wrong > unsure else " cannot be judged by eager; give more clips, or larger ones"
+            )
         parts = self.swapped or ("nothing is swapped: this holds eager against itself",)
         width = max(len(row.result) for row in self.rows)
         lines = [
@@ -89,7 +93,7 @@ class Verification:
         ]
         for row in self.rows:
             allowed = "" if row.bound is None else f"{row.bound:.1e}"
-            note = "" if row.exact else "  cannot be judged by eager" if row.bound is None else "  TOO FAR OFF"
+            note = "" if row.exact else "  cannot be judged" if row.bound is None else "  TOO FAR OFF"
             errors = f"{row.ours:>8.1e}  {row.eager:>8.1e}  {allowed:>8}"
             lines.append(f"  {row.precision:<4}  {row.result:<{width}}  {errors}{note}".rstrip())
         return "\n".join(lines)

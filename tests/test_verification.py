@@ -119,7 +119,7 @@ def test_a_planted_fault_is_found(
     assert results <= wrong if fault is NotANumber else results == wrong
     assert found.worst.result in wrong
     printed = capsys.readouterr().out
-    assert printed.startswith(f"fastjepa.verify: NOT PASSED, {len(wrong)} of 10 results\n")
+    assert printed.startswith(f"fastjepa.verify: NOT PASSED: {len(wrong)} of 10 results too far off\n")
     assert printed.count("TOO FAR OFF") == len(wrong)
 
 
@@ -319,4 +319,5 @@ def test_what_cannot_be_judged_has_not_passed() -> None:
     unsure = replace(found, rows=(replace(found.rows[0], bound=None), *found.rows[1:]))
     assert not unsure.passed
     assert unsure.worst.result == "losses"
-    assert "cannot be judged by eager" in str(unsure)
+    assert str(unsure).startswith("fastjepa.verify: NOT PASSED: 1 of 10 results cannot be judged by eager; give more")
+    assert "cannot be judged\n" in str(unsure)
