@@ -67,33 +67,39 @@ def _trial(module: nn.Module, published: nn.Module, *, predictions: int) -> str 
             module, published = (copy.deepcopy(loss).cpu().double().train() for loss in (module, published))
             source: Any = module
             linear = next((layer for layer in source.proj.modules() if isinstance(layer, nn.Linear)), None)
-            same = _same(module, published, 4 if linear is None else linear.in_features, predictions)
+            found = _first_difference(module, published, 4 if linear is None else linear.in_features, predictions)
             # Behind a projector all standard deviations may lie on one side of the hinge: so once more without.
             source.proj, published.proj = nn.Identity(), nn.Identity()
-            same = same and _same(module, published, 4, predictions)
+            found = found or _first_difference(module, published, 4, predictions)
     except Exception as error:  # whatever code of the user's raises on what the published loss takes
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return f"it has the published attributes but cannot be called like the published loss: {line}"
-    return None if same else "it has the published attributes but computes something else"
+    return f"it has the published attributes but computes something else ({found} differs)" if found else None
 
 
-def _same(module: nn.Module, published: nn.Module, channels: int, predictions: int) -> bool:
-    """Values, gradients of everything, and buffers afterwards; a stopped gradient or another order of calls shows."""
+def _first_difference(module: nn.Module, published: nn.Module, channels: int, predictions: int) -> str:
+    """What of values, gradients of everything, and buffers afterwards is not the same; "" if all is. A stopped gradient
+    or another order of calls shows.
+    """
     generator = torch.Generator().manual_seed(0)
     shape = (1 + predictions, 2, channels, 3, 4, 4)
     spread = torch.linspace(0.3, 2.0, channels).view(-1, 1, 1, 1)
     states = (spread * torch.randn(shape, generator=generator)).double()
     found, expected = (_outcome(loss, states, predictions) for loss in (module, published))
-    if found.keys() != expected.keys() or any(found[name].shape != value.shape for name, value in expected.items()):
-        return False
+    if different := sorted(found.keys() ^ expected.keys()):
+        return different[0]
     # Gradients that are analytically 0 (a bias in front of a BatchNorm) are rounding of the others'.
-    largest = max(float(value.norm()) for name, value in expected.items() if name.startswith("gradient"))
+    largest = max(_norm(value) for name, value in expected.items() if name.startswith("gradient"))
     for name, value in expected.items():
-        scale = max(float(value.norm()), largest if name.startswith("gradient") else 0.0)
-        # The covariance of a single feature may be NaN in one and 0 in the other: they are not the same then.
-        if not float((found[name] - value).norm()) <= TOLERANCE * scale:
-            return False
-    return True
+        scale = max(_norm(value), largest if name.startswith("gradient") else 0.0)
+        same = found[name].shape == value.shape and bool((found[name].isnan() == value.isnan()).all())
+        if not same or _norm(found[name] - value) > TOLERANCE * scale:
+            return name
+    return ""
+
+
+def _norm(x: Tensor) -> float:
+    return float(x.nan_to_num(nan=0.0).norm())  # the covariance loss of a single feature is NaN
 
 
 def _outcome(loss: nn.Module, states: Tensor, predictions: int) -> dict[str, Tensor]:
@@ -103,7 +109,7 @@ def _outcome(loss: nn.Module, states: Tensor, predictions: int) -> dict[str, Ten
     parameters = {name: p for name, p in loss.named_parameters() if p.requires_grad}
     wanted = [*inputs, *parameters.values()]
     gradients = torch.autograd.grad(values[0], wanted, allow_unused=True, materialize_grads=True)
-    outcome = {f"value {i}": value.detach().double() for i, value in enumerate(values)}
-    outcome |= {f"gradient {i}": gradients[i] for i in range(len(inputs))}
-    outcome |= {f"gradient {name}": g for name, g in zip(parameters, gradients[len(inputs) :], strict=True)}
-    return outcome | {name: buffer.double() for name, buffer in loss.named_buffers()}
+    outcome = {name: value.detach().double() for name, value in zip(("loss", "unweighted loss"), values, strict=False)}
+    names = ["state", "prediction"][: len(inputs)] + list(parameters)
+    outcome |= {f"gradient of the {name}": gradient for name, gradient in zip(names, gradients, strict=True)}
+    return outcome | {f"buffer {name}": buffer.double() for name, buffer in loss.named_buffers()}
