@@ -56,6 +56,11 @@ class AbsoluteCost(PredictionCost):
         return F.l1_loss(self.proj(_rows(state)), self.proj(_rows(predi)))
 
 
+class NoisyCost(PredictionCost):
+    def forward(self, state: Tensor, predi: Tensor) -> Tensor:
+        return super().forward(state, predi) + torch.rand(())
+
+
 class DoubledRegularizer(Regularizer):
     def forward(self, x: Tensor, actions: Tensor | None = None) -> tuple[Tensor, Tensor, dict[str, float]]:
         loss, unweighted, parts = super().forward(x, actions)
@@ -267,6 +272,33 @@ def test_probabilities_in_bf16() -> None:
     assert losses.det.item() == pytest.approx(9.0, abs=0.2)
     bias = detection_head.head.head[0][2].bias
     assert bias.grad.item() == pytest.approx(1.0, abs=0.01)
+
+
+def test_looking_at_a_loss_leaves_random_numbers_alone() -> None:
+    jepa, *rest = model(replaced("predcost", NoisyCost))
+    numbers = torch.get_rng_state()
+    assert TrainStep(jepa, *rest, steps=1).loss_problem is not None
+    assert torch.equal(torch.get_rng_state(), numbers)
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_nothing_in_a_step_waits_for_the_device(accelerated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it can be captured: the numbers that the original's losses read on the host are not asked for."""
+    jepa, *rest = model()
+    if accelerated:
+        fastjepa.accelerate(jepa, verbose=False)
+    step = TrainStep(jepa, *rest, steps=2)
+    video, digit_location = batches(1)[0]
+
+    def waits(*_: Any) -> Any:
+        raise AssertionError("a wait")
+
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(Tensor, name, waits)
+    losses = step.losses(video, digit_location)
+    losses.total.backward()
+    with pytest.raises(AssertionError, match="a wait"):
+        losses.total.item()
 
 
 @pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True")
