@@ -25,7 +25,19 @@ if not (_here / "kernels").is_dir() and (_kernels / "launch.py").is_file():
 from fastjepa.fused.swap import accelerate, restore
 from fastjepa.model.jepa import JEPA, build_jepa
 from fastjepa.storage.eb_jepa_checkpoint import load_eb_jepa_checkpoint
+from fastjepa.storage.eb_jepa_export import save_eb_jepa_checkpoint
+from fastjepa.storage.eb_jepa_run import load_eb_jepa_run
 from fastjepa.storage.export import load_pretrained
 from fastjepa.verification import verify
 
-__all__ = ["JEPA", "accelerate", "build_jepa", "load_eb_jepa_checkpoint", "load_pretrained", "restore", "verify"]
+__all__ = [
+    "JEPA",
+    "accelerate",
+    "build_jepa",
+    "load_eb_jepa_checkpoint",
+    "load_eb_jepa_run",
+    "load_pretrained",
+    "restore",
+    "save_eb_jepa_checkpoint",
+    "verify",
+]

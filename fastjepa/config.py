@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-Preset = Literal["auto", "full", "demo"]
+Preset = Literal["auto", "full", "readme", "demo"]
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 
 
@@ -28,6 +28,11 @@ class Config:
     """Width of the predictor."""
     dstc: int = 16
     """Channels of the state."""
+    projector: str | None = None
+    """Sizes of the projector; default: the state's channels, 64 and 64. The original takes four times the state's
+    channels, which is the same for 16."""
+    hdet: int = 32
+    """Width of the detection head. The original takes the predictor's, which is 32 too by default."""
     steps: int = 4
     """Prediction steps in training."""
     cov_coeff: float = 100.0
@@ -42,8 +47,9 @@ class Config:
     """Seeds initial weights, generated data and the order of batches."""
 
     preset: Preset = "auto"
-    """Where the other defaults come from: "full" is the published recipe, "demo" a small one for a CPU; "auto"
-    takes full on a GPU and demo without one."""
+    """Where the other defaults come from. "full" is the published recipe, the original's cfgs/default.yaml; "readme" is
+    that of its video example's first README (one prediction step, std 200, cov 10, 100 epochs at 5e-4); "demo" is a
+    small one for a CPU. "auto" takes full on a GPU or with --from_eb_jepa, else demo."""
     precision: Precision = "auto"
     """Arithmetic of the networks: fp32, tf32 (CUDA only) or bf16 autocast; "auto" takes bf16 on a GPU with tensor cores
     for it, and fp32 elsewhere. Losses are always fp32."""
@@ -78,6 +84,10 @@ class Config:
     """Folder of the run; default: runs/<date>-<preset>."""
     resume: Path | None = None
     """Folder of a run to continue from its checkpoint; its options are the defaults."""
+    from_eb_jepa: Path | None = None
+    """Go on from a checkpoint of eb_jepa (latest.pth.tar), in a new run: weights, Adam's state, epoch and step are the
+    file's, sizes and --lr too unless given. --epochs and --max_steps count what was done before. The file is read once:
+    --resume does without it."""
     max_steps: int | None = None
     """Stop after this many optimiser steps in all."""
     eval_every: int = 1
@@ -90,8 +100,8 @@ class Config:
     """Also write a trace of a few training steps to the run's folder, for chrome://tracing or ui.perfetto.dev."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "dobs", "henc", "hpre", "dstc", "steps", "epochs", "n_train", "n_val", "canvas",
-                     "digit_size", "eval_every", "checkpoint_every", "log_every"):  # fmt: skip
+        for name in ("batch_size", "dobs", "henc", "hpre", "dstc", "hdet", "steps", "epochs", "n_train", "n_val",
+                     "canvas", "digit_size", "eval_every", "checkpoint_every", "log_every"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
         if self.max_steps is not None and self.max_steps < 1:
@@ -108,6 +118,10 @@ class Config:
             raise ValueError(f"--seed must be at least 0, got {self.seed}")
         if self.dobs != 1:
             raise ValueError(f"--dobs must be 1: Moving MNIST has one image channel, got {self.dobs}")
+        if self.projector is not None and not _is_projector(self.projector, self.dstc):
+            raise ValueError(
+                f"--projector must be sizes that begin with --dstc, like {self.dstc}-64-64; got {self.projector!r}"
+            )
         if self.digit_size > self.canvas:
             raise ValueError(f"--digit_size must be at most --canvas = {self.canvas}, got {self.digit_size}")
         if self.digits is not None and self.data == "embedded":
@@ -137,7 +151,13 @@ class Config:
         return Config(**typed)
 
 
-_PATHS = ("digits", "data_path", "cache_dir", "out", "resume")
+_PATHS = ("digits", "data_path", "cache_dir", "out", "resume", "from_eb_jepa")
+
+
+def _is_projector(sizes: Any, dstc: int) -> bool:
+    parts = sizes.split("-") if isinstance(sizes, str) else []
+    return len(parts) >= 2 and all(p.isascii() and p.isdigit() and int(p) > 0 for p in parts) and parts[0] == str(dstc)
+
 
 # Options that may change when a run is resumed: they decide where and how long it runs, not what is computed.
 MAY_CHANGE_ON_RESUME = (
@@ -145,9 +165,12 @@ MAY_CHANGE_ON_RESUME = (
     "checkpoint_every", "log_every", "preset", "cuda_graph", "profile",
 )  # fmt: skip
 
+# "full" is the original's examples/video_jepa/cfgs/default.yaml. "readme" is the command in that example's README until
+# February 2026 (commit f16a924 replaced it by the other's); its batch size of 64 and its widths are full's.
 # The demo is for two CPU cores and a few minutes; docs/demo.md has what was tried and measured.
 PRESETS: dict[str, dict[str, Any]] = {
     "full": {},
+    "readme": {"steps": 1, "cov_coeff": 10.0, "std_coeff": 200.0, "epochs": 100, "lr": 5e-4},
     "demo": {
         "batch_size": 8, "henc": 8, "hpre": 16, "dstc": 16, "steps": 2, "epochs": 3, "lr": 3e-3, "n_train": 640,
         "n_val": 100, "canvas": 32, "digit_size": 14,

@@ -64,9 +64,10 @@ def load_run(checkpoint: Path, device: torch.device) -> tuple[Config, JEPA, Imag
         raise CheckpointError(f"{path} holds no usable configuration: {error}") from error
     jepa = build_jepa(
         dobs=config.dobs, henc=config.henc, hpre=config.hpre, dstc=config.dstc,
+        projector=config.projector,
         std_coeff=config.std_coeff, cov_coeff=config.cov_coeff,
     )  # fmt: skip
-    decoder, head = build_probes(dobs=config.dobs, dstc=config.dstc)
+    decoder, head = build_probes(dobs=config.dobs, dstc=config.dstc, hdet=config.hdet)
     load_modules(state, {"jepa": jepa, "image_decoder": decoder, "detection_head": head})
     jepa.to(device)
     choice = read_choice(state, path)

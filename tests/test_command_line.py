@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,13 @@ def test_defaults_are_the_published_recipe() -> None:
     )
     assert (config.cov_coeff, config.std_coeff, config.epochs, config.lr, config.seed) == (100.0, 10.0, 50, 1e-3, 2025)
     assert (config.n_train, config.n_val, config.n_frames, config.canvas) == (18_000, 2_000, 10, 64)
+
+
+def test_the_preset_of_the_first_readme() -> None:
+    """Its command, but for what it has in common with the recipe: batch size and widths."""
+    by_flags = parse_config([*PUBLISHED, "--preset", "full"])
+    assert dataclasses.replace(parse_config(["--preset", "readme"]), preset="full") == by_flags
+    assert parse_config(["--preset", "readme", "--steps", "4"]).steps == 4
 
 
 def test_presets() -> None:
@@ -71,9 +79,14 @@ def test_config_survives_json() -> None:
         (["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N; got 'tpu'"),
         (["--device", "cpu", "--precision", "tf32"], "--precision tf32 needs a CUDA device"),
         (["--device", "mps", "--backend", "fused"], "--device must be auto, cpu, cuda or cuda:N; got 'mps'"),
-        (["--preset", "huge"], "--preset must be one of auto, full, demo; got 'huge'"),
+        (["--preset", "huge"], "--preset must be one of auto, full, readme, demo; got 'huge'"),
         (["--resume", "/nowhere"], "/nowhere is not a folder"),
         (["--colour", "red"], "--colour"),
+        (["--hdet", "0"], "--hdet must be at least 1, got 0"),
+        (["--projector", "16"], "--projector must be sizes that begin with --dstc, like 16-64-64; got '16'"),
+        (["--projector", "8-64-64"], "--projector must be sizes that begin with --dstc"),
+        (["--projector", "16-0-64"], "--projector must be sizes that begin with --dstc"),
+        (["--from_eb_jepa", "/nowhere"], "could not read /nowhere"),
     ],
 )
 def test_bad_flags(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,6 +46,7 @@ ROOMS: dict[str, set[str]] = {
         "config", "environment", "optional_packages", "model", "storage", "calibration", "graphs", "figures",
         "training", "evaluate",
     },
+    "export": {"config", "optional_packages", "storage", "training"},
     "compare_steps": {"optional_packages", "storage", "figures", "training"},
 }  # fmt: skip
 

@@ -132,7 +132,8 @@ def setting_of_config(config: Config, device: torch.device, precision: RunPrecis
     """
     return Setting(
         **_machine(device),
-        dobs=config.dobs, henc=config.henc, hpre=config.hpre, dstc=config.dstc, projector=f"{config.dstc}-64-64",
+        dobs=config.dobs, henc=config.henc, hpre=config.hpre, dstc=config.dstc,
+        projector=config.projector or f"{config.dstc}-64-64",
         batch=config.batch_size, frames=config.n_frames, height=config.canvas, width=config.canvas,
         steps=config.steps, precision="bf16" if precision == "bf16" else "fp32",
         matmul_tf32=precision == "tf32", cudnn_tf32=precision == "tf32", purpose="train",

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastjepa.storage.tensor_files import shown
+
 # How Adam is computed, not what: these suit the machine that runs now, and are not taken from a checkpoint.
 _EXECUTION_KEYS = {"foreach", "fused", "capturable", "differentiable"}
+
+# Settings that Adam got later (torch 1.11 and 2.8), with what it did before: a file from then lacks them.
+_ADDED_LATER = {"maximize": False, "decoupled_weight_decay": False}
 
 
 def plan_adam_load(optimizer: torch.optim.Adam, saved: Mapping[str, Any]) -> Callable[[], None]:
@@ -38,6 +45,7 @@ def plan_adam_load(optimizer: torch.optim.Adam, saved: Mapping[str, Any]) -> Cal
         count = len(group["params"])
         if not isinstance(saved_group, Mapping) or saved_group.get("params") != list(range(index, index + count)):
             raise ValueError(f"{where} has {count} parameters; the saved one has others")
+        saved_group = {**_ADDED_LATER, **saved_group}
         _plan_settings(where, group, saved_group, copies, settings)
         for param in group["params"]:
             state = saved_state.get(index, {})
@@ -68,7 +76,7 @@ def _plan_settings(
     settings: list[tuple[dict[str, Any], str, Any]],
 ) -> None:
     # A learning rate schedule adds initial_lr; whether it is made before or after loading does not matter.
-    differing = (group.keys() ^ saved.keys()) - {"initial_lr"}
+    differing = (group.keys() ^ saved.keys()) - {"initial_lr"} - _EXECUTION_KEYS
     if differing:
         raise ValueError(f"{where} and the saved one do not have the same settings: {', '.join(sorted(differing))}")
     for key, value in saved.items():
@@ -82,7 +90,19 @@ def _plan_settings(
         elif type(current) is type(value) and (not isinstance(value, tuple) or len(current) == len(value)):
             settings.append((group, key, value))
         else:
-            raise ValueError(f"{where}: {key} is saved as {value!r}, here it is {current!r}")
+            raise ValueError(f"{where}: {key} is saved as {shown(value)}, here it is {current!r}")
+    _check_values(where, saved)
+
+
+def _check_values(where: str, saved: Mapping[str, Any]) -> None:
+    """Refuse numbers that Adam's constructor would refuse, or that would make every parameter NaN."""
+    for key in ("lr", "initial_lr", "eps", "weight_decay"):
+        value = saved.get(key, 0.0)
+        if not (_is_number(value) and 0 <= value <= sys.float_info.max):  # an int can be beyond every float
+            raise ValueError(f"{where}: {key} is saved as {shown(value)}, expected a number ≥ 0")
+    for beta in saved["betas"]:
+        if not (_is_number(beta) and 0 <= beta < 1):
+            raise ValueError(f"{where}: betas are saved with {shown(beta)}, expected numbers from 0 to below 1")
 
 
 def _is_number(value: object) -> bool:
@@ -119,6 +139,9 @@ def _plan_param(
                 f"{where}: {name} is {tuple(value.shape)} {value.dtype}, for a parameter of {tuple(param.shape)} "
                 f"{param.dtype}"
             )
+    count = float(saved["step"])
+    if saved["step"].dtype not in (torch.float32, torch.float64) or not 0 <= count < math.inf or count % 1:
+        raise ValueError(f"{where}: step is {count} in {saved['step'].dtype}, expected a whole number ≥ 0 in float32")
     created = None
     if current is None:
         # As Adam makes them: moments laid out like the parameter, the step count beside it only if a kernel reads it.
@@ -127,3 +150,64 @@ def _plan_param(
         created["step"] = torch.zeros((), dtype=saved["step"].dtype, device=step_device)
     copies += [(current[name], saved[name]) for name in names]
     return created
+
+
+def reorder_adam_state(
+    saved: Mapping[str, Any], names: Sequence[Sequence[str]], wanted: Sequence[Sequence[str]]
+) -> dict[str, Any]:
+    """A state_dict of Adam with the parameters of each group in another order.
+
+    Args:
+        saved: a state_dict; its tensors are shared.
+        names: what its parameters are called, group by group, in its order.
+        wanted: the names of each group in the new order.
+
+    Raises:
+        ValueError: the groups have other numbers of parameters, or other names.
+    """
+    groups = saved["param_groups"]
+    if not len(groups) == len(names) == len(wanted):
+        raise ValueError(f"the optimizer has {len(groups)} parameter groups, expected {len(wanted)}")
+    new_groups: list[dict[str, Any]] = []
+    new_state: dict[int, Any] = {}
+    start = 0
+    for number, (group, before, after) in enumerate(zip(groups, names, wanted, strict=True)):
+        if len(group["params"]) != len(before) or sorted(before) != sorted(after):
+            raise ValueError(f"optimizer group {number} does not have the {len(after)} parameters expected of it")
+        old = dict(zip(before, group["params"], strict=True))
+        indices = range(start, start + len(after))
+        new_groups.append({**group, "params": list(indices)})
+        new_state.update(
+            {i: saved["state"][old[n]] for i, n in zip(indices, after, strict=True) if old[n] in saved["state"]}
+        )
+        start += len(after)
+    return {"state": new_state, "param_groups": new_groups}
+
+
+def plain_execution(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A state_dict of Adam with everything in CPU memory, contiguous, and computed in the usual way (no `fused`, no
+    `capturable`; learning rates are numbers): so that it loads anywhere. Moments keep their dtype.
+    """
+    usual = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
+    groups = [
+        {
+            key: usual.get(key, _plain_number(value) if isinstance(value, Tensor) else value)
+            for key, value in group.items()
+        }
+        for group in saved["param_groups"]
+    ]
+    state = {
+        index: {name: plain_tensor(value) for name, value in moments.items()}
+        for index, moments in saved["state"].items()
+    }
+    return {"state": state, "param_groups": groups}
+
+
+def _plain_number(value: Tensor) -> float:
+    # A learning rate of 1e-3 that a CUDA graph reads as float32 is 1e-3 again, not 0.0010000000474974513.
+    return float(str(value.cpu().numpy()[()]))
+
+
+def plain_tensor(value: Tensor) -> Tensor:
+    """A contiguous copy on the CPU, of its own memory."""
+    return value.detach().to("cpu", copy=True).contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ _ALIASES = {"action_encoder.": "encoder.", "predcost.proj.": "regularizer.proj."
 
 
 def load_eb_jepa_checkpoint(path: str | os.PathLike[str], *, std_coeff: float = 10.0, cov_coeff: float = 100.0) -> JEPA:
-    """The JEPA in a checkpoint of eb_jepa: a dict with `model_state_dict`; its other entries are ignored.
+    """The JEPA in a checkpoint of eb_jepa: a dict with `model_state_dict`; its other entries are ignored (to go on
+    training with them: `fastjepa.load_eb_jepa_run`).
 
     All sizes follow from the shapes; keys may have `_orig_mod.` anywhere, as torch.compile leaves them. The loss
     coefficients are not in the file. The result is on the CPU, in train mode, in the file's floating dtype.
@@ -27,26 +29,50 @@ def load_eb_jepa_checkpoint(path: str | os.PathLike[str], *, std_coeff: float = 
     Raises:
         CheckpointError: missing, damaged, holding pickled objects, or not a Video JEPA of the published form.
     """
+    content = read_eb_jepa_file(path)
+    try:
+        return jepa_of_state(content["model_state_dict"], std_coeff=std_coeff, cov_coeff=cov_coeff)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from error
+
+
+def read_eb_jepa_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a checkpoint of eb_jepa holds: a dict with a dict `model_state_dict`, and whatever else, unchecked.
+
+    Raises:
+        CheckpointError: missing, damaged, holding pickled objects, or without a model.
+    """
     content = read_tensor_file(path)
-    state = content.get("model_state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+    if not isinstance(content, dict) or not is_state_dict(content.get("model_state_dict")):
         raise CheckpointError(f"{path} is not a checkpoint of eb_jepa: it has no model_state_dict")
+    return content
+
+
+def jepa_of_state(state: Mapping[str, Any], *, std_coeff: float, cov_coeff: float) -> JEPA:
+    """The JEPA with these tensors. Raises CheckpointError if they are not those of a published Video JEPA."""
     state = {strip_compile_prefix(key): value for key, value in state.items()}
     second = {key: value for key, value in state.items() if key.startswith(tuple(_ALIASES))}
     tensors = {key: value for key, value in state.items() if key not in second}
     for alias, original in _ALIASES.items():
-        tensors.update({alias + key: value for key, value in _below(tensors, original).items()})
-    try:
-        jepa = _build(tensors, std_coeff, cov_coeff)
-        _check_aliases(jepa.state_dict(), second)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} cannot be used: {error}") from error
+        tensors.update({alias + key: value for key, value in below(tensors, original).items()})
+    jepa = _build(tensors, std_coeff, cov_coeff)
+    _check_aliases(jepa.state_dict(), second)
     return jepa
 
 
+def is_state_dict(value: object) -> bool:
+    """Whether it is a dict with names as keys; what they name is not looked at."""
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+
+
+def below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The entries whose keys start with `prefix`, without it."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
 def _build(state: dict[str, Any], std_coeff: float, cov_coeff: float) -> JEPA:
-    encoder, predictor = encoder_sizes(_below(state, "encoder.")), predictor_sizes(_below(state, "predictor."))
-    projector = projector_sizes(_below(state, "regularizer.proj."))
+    encoder, predictor = encoder_sizes(below(state, "encoder.")), predictor_sizes(below(state, "predictor."))
+    projector = projector_sizes(below(state, "regularizer.proj."))
     dstc, context = encoder["dstc"], predictor["context_length"]
     if context != 2 or predictor["dstc"] != dstc:
         raise CheckpointError(
@@ -70,7 +96,3 @@ def _check_aliases(built: dict[str, Tensor], second: dict[str, Any]) -> None:
         if not torch.allclose(built[key], value, rtol=0, atol=0, equal_nan=True):
             first = next(name + key.removeprefix(alias) for alias, name in _ALIASES.items() if key.startswith(alias))
             raise CheckpointError(f"{key} and {first} differ; in the published model they are one")
-
-
-def _below(state: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

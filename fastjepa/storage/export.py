@@ -20,7 +20,15 @@ from fastjepa.model.networks import DetHead, ImageDecoder, ResNet5, ResUNet, Sta
 from fastjepa.optional_packages import needed_for
 from fastjepa.storage.checkpoint import plain_state
 from fastjepa.storage.safe_files import CheckpointError, write_atomic, write_text_atomic
-from fastjepa.storage.sizes import build_filled, decoder_sizes, detection_head_sizes, encoder_sizes, predictor_sizes
+from fastjepa.storage.sizes import (
+    build_filled,
+    check_compatible,
+    checked_device,
+    decoder_sizes,
+    detection_head_sizes,
+    encoder_sizes,
+    predictor_sizes,
+)
 
 FORMAT = "fastjepa pretrained"
 VERSION = 1
@@ -132,7 +140,7 @@ def export_pretrained(
         contents[f"{name}.safetensors"] = data = safetensors.torch.save(tensors)
         architecture[name] = sizes
         files[f"{name}.safetensors"] = hashlib.sha256(data).hexdigest()
-    _check_compatible(architecture)
+    check_compatible(architecture)
     description = {
         "format": FORMAT,
         "version": VERSION,
@@ -163,10 +171,7 @@ def load_pretrained(folder: str | os.PathLike[str], device: str | torch.device =
         MissingPackageError: safetensors is not installed.
     """
     folder = Path(folder)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {str(device)!r} cannot be used here: {error}") from error
+    device = checked_device(device)
     description = _read_description(folder / "config.json")
     modules: dict[str, Any] = {}
     sizes: dict[str, dict[str, int]] = {}
@@ -186,7 +191,7 @@ def load_pretrained(folder: str | os.PathLike[str], device: str | torch.device =
         raise CheckpointError(
             f"{folder / 'config.json'} gives the sizes {description['architecture']}, the weights have {sizes}"
         )
-    _check_compatible(sizes)
+    check_compatible(sizes)
     return PretrainedJEPA(**modules).to(device)
 
 
@@ -236,21 +241,6 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"could not read {path}: {error.strerror or error}") from error
-
-
-def _check_compatible(sizes: Mapping[str, Mapping[str, int]]) -> None:
-    dstc, dobs = sizes["encoder"]["dstc"], sizes["encoder"]["dobs"]
-    reads = {
-        "predictor": sizes["predictor"]["dstc"],
-        **{name: sizes[name]["in_d"] for name in ("decoder", "detection_head") if name in sizes},
-    }
-    for name, channels in reads.items():
-        if channels != dstc:
-            raise CheckpointError(f"the encoder makes states of {dstc} channels, the {name} reads {channels}")
-    if "decoder" in sizes and sizes["decoder"]["out_d"] != dobs:
-        raise CheckpointError(
-            f"the encoder reads images of {dobs} channels, the decoder paints {sizes['decoder']['out_d']}"
-        )
 
 
 def _check_channels(name: str, x: Tensor, channels: int) -> None:

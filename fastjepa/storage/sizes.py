@@ -57,6 +57,30 @@ def detection_head_sizes(head: Tensors) -> dict[str, int]:
     return {"in_d": in_d, "h_d": h_d, "out_d": _shape(head, "head.0.2.weight", 5)[0]}
 
 
+def check_compatible(sizes: Mapping[str, Mapping[str, int]]) -> None:
+    """Raise CheckpointError if parts, each with its sizes as above, do not fit the encoder. Heads may be missing."""
+    dstc, dobs = sizes["encoder"]["dstc"], sizes["encoder"]["dobs"]
+    reads = {
+        "predictor": sizes["predictor"]["dstc"],
+        **{name: sizes[name]["in_d"] for name in ("decoder", "detection_head") if name in sizes},
+    }
+    for name, channels in reads.items():
+        if channels != dstc:
+            raise CheckpointError(f"the encoder makes states of {dstc} channels, the {name} reads {channels}")
+    if "decoder" in sizes and sizes["decoder"]["out_d"] != dobs:
+        raise CheckpointError(
+            f"the encoder reads images of {dobs} channels, the decoder paints {sizes['decoder']['out_d']}"
+        )
+
+
+def checked_device(device: str | torch.device) -> torch.device:
+    """The device. Raises ValueError if nothing can be put there."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used here: {error}") from error
+
+
 def build_filled(what: str, build: Callable[[], Module], tensors: Tensors) -> Module:
     """The module that `build` makes, with exactly these tensors as its state, in their floating dtype, on the CPU.
 

@@ -35,6 +35,15 @@ def read_tensor_file(path: str | os.PathLike[str], map_location: Any = "cpu") ->
         raise CheckpointError(f"{path} could not be loaded ({type(error).__name__}: {first_line})") from error
 
 
+def shown(value: object) -> str:
+    """A value from a file, for a message: short, on one line, and without control characters."""
+    parts = value if type(value) is tuple else (value,)
+    if any(type(part) not in (type(None), bool, int, float, str) for part in parts):
+        return f"a {type(value).__name__}"
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"
+
+
 def _verified_archive(file: BinaryIO) -> io.BytesIO:
     """The zip archive of torch.save, with every entry verified, as a clean copy in memory.
 

@@ -26,6 +26,7 @@ from fastjepa.optional_packages import MissingPackageError, needed_for
 from fastjepa.storage.checkpoint import check_same_config
 from fastjepa.storage.run_folder import read_run_config
 from fastjepa.storage.safe_files import CheckpointError
+from fastjepa.training.eb_jepa_start import defaults_from_eb_jepa
 from fastjepa.training.stop_signals import Interrupted
 from fastjepa.training.trainer import NonFiniteLossError, Trainer
 
@@ -63,7 +64,8 @@ def parse_options(
 def parse_config(argv: Sequence[str] | None = None, prog: str = "train.py") -> Config:
     """The configuration that the flags in `argv` (default: sys.argv) ask for.
 
-    The defaults of all other flags depend on --preset and --device, or on --resume, so those are looked at first.
+    The defaults of all other flags depend on --preset, --device and --from_eb_jepa, or on --resume, so those are looked
+    at first.
     Prints a clear line and exits with status 2 if the flags cannot be served.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -71,11 +73,16 @@ def parse_config(argv: Sequence[str] | None = None, prog: str = "train.py") -> C
     first.add_argument("--preset", default="auto")
     first.add_argument("--device", default="auto")
     first.add_argument("--resume", type=Path)
+    first.add_argument("--from_eb_jepa", type=Path)
     chosen, _ = first.parse_known_args(argv)
     try:
         saved = None if chosen.resume is None else read_run_config(chosen.resume)
         if saved is None:
-            default = preset_config(resolve_preset(chosen.preset, resolve_device(chosen.device)))
+            device = resolve_device(chosen.device)
+            if chosen.from_eb_jepa is None:
+                default = preset_config(resolve_preset(chosen.preset, device))
+            else:
+                default = defaults_from_eb_jepa(chosen.from_eb_jepa, chosen.preset, device)
         else:
             default = dataclasses.replace(Config.from_json(saved), resume=chosen.resume, out=chosen.resume)
         config = parse_options(Config, argv, prog=prog, description=DESCRIPTION, default=default)
@@ -87,7 +94,8 @@ def parse_config(argv: Sequence[str] | None = None, prog: str = "train.py") -> C
             kept = default.precision if saved is not None else "auto"
             config = dataclasses.replace(config, precision=resolve_precision(kept, device))
         if saved is not None:
-            check_same_config(saved, config.to_json(), MAY_CHANGE_ON_RESUME)
+            # Options that the run did not know yet have their defaults.
+            check_same_config(Config.from_json(saved).to_json(), config.to_json(), MAY_CHANGE_ON_RESUME)
             if config.out != config.resume:
                 raise ValueError("--out cannot be given with --resume: a run goes on in its own folder")
         if device.type != "cuda" and config.precision == "tf32":

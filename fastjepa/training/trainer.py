@@ -30,6 +30,7 @@ from fastjepa.storage.export import export_pretrained
 from fastjepa.storage.run_folder import CHECKPOINT_NAME, prepare_folder
 from fastjepa.storage.safe_files import CheckpointError, write_atomic, write_text_atomic
 from fastjepa.training.board import BOARD_NAME, Board, open_board
+from fastjepa.training.eb_jepa_start import continue_from, read_start
 from fastjepa.training.evaluation import Evaluation, evaluate
 from fastjepa.training.left_out import PICTURES, WEIGHTS, left_out, say_what_is_left_out
 from fastjepa.training.picture_arrays import rollout_arrays
@@ -61,6 +62,7 @@ class Trainer:
         with needed_for("evaluation"):  # asked now, not after the first epochs
             import torchmetrics  # noqa: F401
         say_what_is_left_out()
+        before = read_start(config)  # before there is a folder
         self.device = resolve_device(config.device)
         self.folder = prepare_folder(config)
         precision = resolve_precision(config.precision, self.device)
@@ -80,10 +82,11 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.jepa = build_jepa(
             dobs=config.dobs, henc=config.henc, hpre=config.hpre, dstc=config.dstc,
+            projector=config.projector,
             std_coeff=config.std_coeff, cov_coeff=config.cov_coeff,
         ).to(self.device)  # fmt: skip
         accelerate(self.jepa, choice=choice, verbose=False)
-        decoder, head = build_probes(dobs=config.dobs, dstc=config.dstc)
+        decoder, head = build_probes(dobs=config.dobs, dstc=config.dstc, hdet=config.hdet)
         self.image_decoder, self.detection_head = decoder.to(self.device), head.to(self.device)
         self.modules = {
             "jepa": self.jepa, "image_decoder": self.image_decoder, "detection_head": self.detection_head
@@ -113,6 +116,8 @@ class Trainer:
         if saved is not None:
             self._resume(saved)
         else:
+            if before is not None:
+                self.epoch, self.global_step = continue_from(before, config, self.modules, self.optimizer)
             write_text_atomic(self.folder / "config.json", json.dumps(self.config.to_json(), indent=2) + "\n")
             environment = {**run_environment(self.device), "resolved": self.resolution.to_json()}
             write_text_atomic(self.folder / "environment.json", json.dumps(environment, indent=2) + "\n")

@@ -1,0 +1,72 @@
+"""Hand a run back to the original: `python -m fastjepa.export --checkpoint RUN --eb_jepa latest.pth.tar`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastjepa.config import Config
+from fastjepa.optional_packages import MissingPackageError
+from fastjepa.storage.checkpoint import load_checkpoint
+from fastjepa.storage.eb_jepa_export import write_run_for_eb_jepa
+from fastjepa.storage.run_folder import CHECKPOINT_NAME
+from fastjepa.storage.safe_files import CheckpointError
+from fastjepa.training.command_line import fail, parse_options
+
+
+@dataclass(frozen=True)
+class Options:
+    """The checkpoint of a run as one that eb_jepa's load_checkpoint reads: model, Adam's state, epoch, step, heads."""
+
+    checkpoint: Path
+    """The folder of a run, or its checkpoint file."""
+    eb_jepa: Path
+    """The file to write, latest.pth.tar for its training script; must not exist yet."""
+
+
+def export_run(options: Options) -> list[str]:
+    """Write the file; what there is to know about it, line by line.
+
+    Raises:
+        CheckpointError: the run cannot be read, or the file not be written.
+        ValueError: the file exists already.
+    """
+    path = options.checkpoint / CHECKPOINT_NAME if options.checkpoint.is_dir() else options.checkpoint
+    state = load_checkpoint(path)
+    if options.eb_jepa.exists():
+        raise ValueError(f"--eb_jepa {options.eb_jepa} exists already: choose another name, or move it away")
+    try:
+        config, progress = Config.from_json(state["config"]), state["progress"]
+        epoch, batch, step = (progress[name] for name in ("epoch", "batch", "global_step"))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{path} is not the checkpoint of a run: {error!r}") from error
+    try:
+        write_run_for_eb_jepa(options.eb_jepa, state, epoch=epoch, step=step)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} could not be exported: {error}") from error
+    lines = [f"wrote {options.eb_jepa}, after step {step}: eb_jepa goes on with its epoch {epoch} (it counts from 0)"]
+    if batch:
+        lines.append(f"{batch} steps of that epoch are done already: eb_jepa does not know, and does all of it")
+    widths = (config.projector or f"{config.dstc}-64-64", config.hdet)
+    usual = (f"{config.dstc}-{4 * config.dstc}-{4 * config.dstc}", config.hpre)
+    if widths != usual:
+        lines.append(
+            f"eb_jepa's script would build Projector('{usual[0]}') and a detection head of width {usual[1]}: change it "
+            f"to '{widths[0]}' and {widths[1]}, as the run has them"
+        )
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    options = parse_options(Options, argv, prog="python -m fastjepa.export")
+    try:
+        lines = export_run(options)
+    except (ValueError, OSError, CheckpointError, MissingPackageError) as error:
+        fail(error)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
