@@ -30,6 +30,7 @@ CLASSES = {
     "eb_jepa.jepa": {"JEPA": original.OriginalJEPA, "JEPAProbe": original.Probe},
     "eb_jepa.losses": {"VCLoss": original.Regularizer, "SquareLossSeq": original.PredictionCost},
 }  # fmt: skip
+SAVED = {"model": "jepa", "optimizer": "optimizer"}
 CFG = SimpleNamespace(
     model=SimpleNamespace(dobs=1, henc=2, hpre=2, dstc=16, steps=2),
     loss=SimpleNamespace(std_coeff=10.0, cov_coeff=100.0),
@@ -79,13 +80,16 @@ def test_the_page_is_a_script_that_runs(
     torch.manual_seed(0)
     for code in blocks():
         if "latest.pth.tar" in code:
-            torch.save({"model_state_dict": names["jepa"].state_dict(), "epoch": 1, "step": 3}, "latest.pth.tar")
+            states = {f"{name}_state_dict": names[key].state_dict() for name, key in SAVED.items()}
+            torch.save({"epoch": 1, "step": 3, **states}, "latest.pth.tar")  # as its save_checkpoint writes it
         run(code, names)
     printed = capsys.readouterr().out
     assert "Regularizer → ClosedFormVCLoss" in printed
     assert "fastjepa.verify: passed" in printed
     assert isinstance(names["report"], Verification)
     assert isinstance(names["jepa"], JEPA)
+    assert (names["run"].epoch, names["run"].step) == (2, 3)
+    assert torch.load("back.pth.tar", weights_only=True)["step"] == 3
     assert names["step"].loss_problem is None
     assert names["graphed"].recordings_made == 2
     assert all(torch.isfinite(loss) for loss in names["losses"])
