@@ -35,6 +35,7 @@ __all__ = [
     "load_pretrained",
     "restore",
     "save_eb_jepa_checkpoint",
+    "verify",
 ]
 
 # Type checkers see the imports; a running program looks the same names up when they are first asked for.
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from fastjepa.storage.eb_jepa_export import save_eb_jepa_checkpoint
     from fastjepa.storage.eb_jepa_run import load_eb_jepa_run
     from fastjepa.storage.export import load_pretrained
+    from fastjepa.verification import verify
 else:
     _DEFINED_IN = {
         "JEPA": "fastjepa.model.jepa",
@@ -55,6 +57,7 @@ else:
         "load_pretrained": "fastjepa.storage.export",
         "restore": "fastjepa.fused.swap",
         "save_eb_jepa_checkpoint": "fastjepa.storage.eb_jepa_export",
+        "verify": "fastjepa.verification",
     }
 
     def __getattr__(name: str) -> Any:  # PEP 562; a type checker that saw it would believe in any name

@@ -253,6 +253,11 @@ class ScaledCost(PredictionCost):
         return 1.1 * super().forward(state, predi)
 
 
+class StoppedCost(PredictionCost):
+    def forward(self, state: torch.Tensor, predi: torch.Tensor) -> torch.Tensor:
+        return super().forward(state.detach(), predi)
+
+
 class NeedsActions(Regularizer):
     def forward(self, x: torch.Tensor, actions: torch.Tensor | None = None) -> Any:
         assert actions is not None, "actions are needed"
@@ -270,7 +275,8 @@ def test_a_loss_with_the_published_attributes_is_tried(device: str) -> None:
         return swap.reason
 
     proj = MLP("4-6-5")
-    assert "computes something else ([" in refused("predcost", ScaledCost(proj))
+    assert "computes something else (loss differs)" in refused("predcost", ScaledCost(proj))
+    assert "computes something else (gradient of the state differs)" in refused("predcost", StoppedCost(proj))
     assert "cannot be called like the published loss: actions are needed" in refused(
         "regularizer", NeedsActions(1.0, 1.0, proj)
     )

@@ -34,6 +34,7 @@ ROOMS: dict[str, set[str]] = {
     "calibration": {"measuring", "config", "environment", "storage"},
     "fused": {"kernels", "model", "calibration"},
     "graphs": {"kernels", "profiling", "model", "moving_mnist", "fused"},
+    "verification": {"measuring", "calibration", "fused"},
     "trials": {"kernels", "measuring", "model", "moving_mnist", "calibration", "fused", "graphs"},
     "figures": {"optional_packages", "model", "storage", "refusal"},
     "training": {

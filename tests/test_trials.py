@@ -27,11 +27,12 @@ from fastjepa.calibration.setting import (
     setting_of_jepa,
 )
 from fastjepa.config import Config
-from fastjepa.measuring import timing
+from fastjepa.measuring import norms, timing
+from fastjepa.measuring.norms import judge_norms, norm_bound, norm_errors
 from fastjepa.measuring.out_of_memory import is_out_of_memory
 from fastjepa.measuring.policy import Error
 from fastjepa.trials import contest as contest_module
-from fastjepa.trials.contest import Contest, judge_norms, norm_bound, norm_errors
+from fastjepa.trials.contest import Contest
 from fastjepa.trials.work import Step, Tensors, Work, arithmetic, make_work
 from tiny import tiny_jepa
 
@@ -53,7 +54,7 @@ def outcome(choice: Choice, device: str, make: Any = make_work, **changes: Any) 
 
 def test_everything_at_once_is_trained_and_timed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU the graph is the same code, plainly; there only the kernels are slow."""
-    monkeypatch.setattr(contest_module, "norm_bound", lambda *_: WHOLE_MODEL)
+    monkeypatch.setattr(norms, "norm_bound", lambda *_: WHOLE_MODEL)
     trial = outcome(everything("train"), device)
     assert trial.status == "exact", trial.reason
     assert trial.error <= trial.bound == WHOLE_MODEL
@@ -63,7 +64,7 @@ def test_everything_at_once_is_trained_and_timed(device: str, monkeypatch: pytes
 
 
 def test_everything_at_once_rolls_out(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contest_module, "norm_bound", lambda *_: WHOLE_MODEL)
+    monkeypatch.setattr(norms, "norm_bound", lambda *_: WHOLE_MODEL)
     trial = outcome(everything("inference"), device, purpose="inference", frames=2, steps=2)
     assert trial.status == "exact", trial.reason
 
@@ -112,7 +113,7 @@ class Planted:
 
 
 def test_memory_layout_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contest_module, "norm_bound", lambda *_: 1e-2)
+    monkeypatch.setattr(norms, "norm_bound", lambda *_: 1e-2)
     assert outcome(Choice(channels_last=True), "cpu", **SMALL).status == "exact"
 
 
@@ -158,10 +159,8 @@ def test_in_bf16_what_breaks_at_the_full_size_only_is_found(factor: float, monke
 def test_in_bf16_candidates_that_round_elsewhere_stay_below_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Channels-last convolutions of a CPU are others: those of fp32 are checked with the contract for whole models."""
     monkeypatch.setattr(contest_module, "CHECKED_BATCH", 1)
-    bound = contest_module.norm_bound
-    monkeypatch.setattr(
-        contest_module, "norm_bound", lambda e, d, p: WHOLE_MODEL * 100 if p == "fp32" else bound(e, d, p)
-    )
+    bound = norms.norm_bound
+    monkeypatch.setattr(norms, "norm_bound", lambda e, d, p: WHOLE_MODEL * 100 if p == "fp32" else bound(e, d, p))
     trial = outcome(Choice(channels_last=True), "cpu", precision="bf16", **SMALL)
     assert trial.status == "exact", trial.reason
 

@@ -211,6 +211,14 @@ def ambient_tf32() -> tuple[bool, bool]:
     return backends.cuda.matmul.fp32_precision == "tf32", backends.cudnn.conv.fp32_precision == "tf32"
 
 
+def set_tf32(matmul: bool, cudnn: bool) -> None:
+    """By the older switches, which set the newer ones too, so that reading either works."""
+    backends: Any = torch.backends
+    backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32 = matmul, cudnn
+    if ambient_tf32()[1] and not cudnn:  # off means "as in general" there, and in general TF32 is on
+        backends.cudnn.conv.fp32_precision = backends.cudnn.rnn.fp32_precision = "ieee"
+
+
 def _checked_shape(example: Sequence[int]) -> tuple[int, int, int, int, int]:
     shape = tuple(example) if isinstance(example, Sequence) and not isinstance(example, str) else ()
     if len(shape) != 5 or any(type(size) is not int or size < 1 for size in shape):

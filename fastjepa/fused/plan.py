@@ -5,7 +5,6 @@ Modules are recognised by structure and attribute names, never by class, and the
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from fastjepa.fused.autocast import InBf16
 from fastjepa.fused.decision import Decision
 from fastjepa.fused.losses import ClosedFormSquareLoss, ClosedFormVCLoss
-from fastjepa.fused.recognition import difference, encoder_problem, hooks_problem, predictor_problem, unet_problem
+from fastjepa.fused.recognition import difference, encoder_problem, predictor_problem, unet_problem
+from fastjepa.model.loss_recognition import predcost_problem, regularizer_problem
 from fastjepa.model.modes import eval_mode
 from fastjepa.model.projected_losses import HiddenLayer, hidden_layer
 
@@ -27,9 +27,6 @@ LossKind = type[ClosedFormVCLoss] | type[ClosedFormSquareLoss]
 # relative to the largest output. Each is some ten roundings of the dtype (fp32: of tf32, in which a GPU may convolve),
 # what ~40 layers may add up to, and far below what another activation or another order of layers would make.
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-2}
-
-# A loss is tried in float64 and in plain torch; the room is for one that computes in fp32 whatever it is given.
-LOSS_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -126,7 +123,8 @@ def _loss(module: nn.Module, name: str, kind: LossKind, decision: Decision) -> P
     layers = hidden_layer(proj, any_mode=True)
     if not isinstance(layers, HiddenLayer):
         return Part(name, module, None, layers)
-    if (reason := _loss_problem(module, kind, layers)) is not None:
+    problem_of = regularizer_problem if kind is ClosedFormVCLoss else predcost_problem
+    if (reason := problem_of(module)) is not None:
         return Part(name, module, None, reason)
     if path == "closed_form":
         on_cpu = layers.linear1.weight.device.type == "cpu"
@@ -135,40 +133,6 @@ def _loss(module: nn.Module, name: str, kind: LossKind, decision: Decision) -> P
     if (reason := _too_large(layers)) is not None:
         return Part(name, module, None, reason)
     return Part(name, module, partial(kind, module, fused=True))
-
-
-def _loss_problem(module: nn.Module, kind: LossKind, layers: HiddenLayer) -> str | None:
-    """Why a loss is not what `kind` computes though it has its attributes, or None: tried on copies."""
-    if (reason := hooks_problem(module)) is not None:
-        return reason
-    margin = getattr(getattr(module, "std_loss_fn", None), "std_margin", 1.0)
-    if margin != 1.0:
-        return f"its std_margin is {margin}, and the published one is 1"
-    generator = torch.Generator().manual_seed(0)
-    example = torch.randn(2, 2, layers.linear1.in_features, 3, 4, 4, generator=generator, dtype=torch.float64)
-    state, prediction = example.to(layers.linear1.weight.device)
-    inputs = (state, None) if kind is ClosedFormVCLoss else (state, prediction)
-    eager = copy.deepcopy(module).double().train()
-    closed = kind(copy.deepcopy(eager), fused=False)
-    with torch.no_grad():
-        try:
-            expected = _losses(eager(*inputs))
-        except Exception as error:  # whatever code of the user's raises on what the published loss takes
-            return f"it has the published attributes but cannot be called like the published loss: {error}"
-        found = _losses(closed(*inputs))
-    # A covariance loss of a single output is NaN in both.
-    if found.shape != expected.shape or not torch.allclose(found, expected, LOSS_TOLERANCE, 0, equal_nan=True):
-        return (
-            "it has the published attributes but computes something else "
-            f"({expected.tolist()} where the published loss is {found.tolist()})"
-        )
-    return None
-
-
-def _losses(result: Any) -> Tensor:
-    """What a call returned, without the dict of a regularizer, which repeats it."""
-    parts = result if isinstance(result, tuple) else (result,)
-    return torch.tensor([float(part) for part in parts if not isinstance(part, dict)], dtype=torch.float64)
 
 
 def _too_large(layers: HiddenLayer) -> str | None:

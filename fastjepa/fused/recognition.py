@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastjepa.model.loss_recognition import hooks_problem
 from fastjepa.model.modes import eval_mode
 
 BLOCKS_OF_ENCODER = ("layer1", "layer2", "layer3")
@@ -90,14 +91,6 @@ def _children_problem(module: nn.Module, required: set[str], optional: Optional)
     if unknown:
         return f"{type(module).__name__} has further layers: {', '.join(unknown)}"
     return hooks_problem(module)
-
-
-def hooks_problem(module: nn.Module) -> str | None:
-    """Which module in `module` has hooks, which what replaces it would not call; None if there are none."""
-    for child in module.modules():
-        if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks:
-            return f"{type(child).__name__} has hooks, which a fused pass would not call"
-    return None
 
 
 def is_identity(module: nn.Module) -> bool:

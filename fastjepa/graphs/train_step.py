@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastjepa.graphs.cache import MAX_RECORDINGS, RecordingCache, Watch
 from fastjepa.graphs.capture import Recording
 from fastjepa.kernels.checks import check_tensor
+from fastjepa.model.loss_recognition import std_margin
 from fastjepa.model.step import StepLosses, TrainStep
 from fastjepa.moving_mnist import ClipSet
 from fastjepa.profiling import span
@@ -31,7 +32,9 @@ class GraphedTrainStep:
     of anything else that was recorded in the same pool, writes again: clone what must last.
 
     Args:
-        step: the step. Its optimizer must be `torch.optim.Adam`; it is made capturable, in place.
+        step: the step, of a JEPA and probes of fastjepa or eb_jepa; losses that it must call as they are
+            (`TrainStep.loss_problem`) must not wait for the device. Its optimizer must be `torch.optim.Adam`; it is
+            made capturable, in place.
         clips: where batches come from, on the device of the parameters.
         accumulators: float64 tensors (9,) to which every step adds its losses, in the order of `StepLosses`.
         dtype: of the video.
@@ -103,7 +106,7 @@ class GraphedTrainStep:
         step, regularizer = self.step, self.step.jepa.regularizer
         signature = (
             tuple(indices.shape), step.steps, step.literal, step.autocast_dtype, step.projection,
-            getattr(regularizer, "std_coeff", None), getattr(regularizer, "cov_coeff", None),
+            getattr(regularizer, "std_coeff", None), getattr(regularizer, "cov_coeff", None), std_margin(regularizer),
         )  # fmt: skip
         losses = self._cache.get(signature, indices.device, lambda: _RecordedStep(self, indices)).run(indices)
         values = losses.clone() if copy else losses

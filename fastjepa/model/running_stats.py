@@ -125,6 +125,8 @@ def advance_buffers(layer: _BatchNorm, calls: Sequence[BatchStatistics]) -> None
     distinct = {id(call): call for call in calls}
     for i, buffer in enumerate(_buffers(layer)):
         added = sum(distinct[key][i] * weight for key, weight in summed.items())
-        buffer.copy_(buffer * keep + added / divisor)
+        # Past autograd, as BatchNorm itself does: an eager call before this one keeps the buffers, and its backward,
+        # which does not read them in train mode, would refuse.
+        buffer.data.copy_(buffer * keep + added / divisor)
     if layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(n)

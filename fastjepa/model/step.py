@@ -6,14 +6,15 @@ Shapes: video (B, C, T, H, W) in [0, 1]; digit_location (B, T, 8, 8) of 0 and 1;
 from __future__ import annotations
 
 import contextlib
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastjepa.model.jepa import JEPA, detection_loss, parallel_step
-from fastjepa.model.networks import DetHead, ImageDecoder
+from fastjepa.model.loss_recognition import predcost_problem, regularizer_problem, std_margin
+from fastjepa.model.networks import DetHead
 from fastjepa.model.projected_losses import ProjectionPath, projected_losses
 from fastjepa.model.running_stats import repeated_updates
 from fastjepa.profiling import span
@@ -22,7 +23,10 @@ ENCODER_CALLS = 3  # the original's: one for the JEPA, one for each probe
 
 
 class StepLosses(NamedTuple):
-    """The losses of one step, all scalars on the training device. total = jepa + recon + det, jepa = vc + pred."""
+    """The losses of one step, all scalars on the training device. total = jepa + recon + det, jepa = vc + pred.
+
+    vc is the regularizer's loss, whatever it is; std and cov are NaN if it does not tell them.
+    """
 
     total: Tensor
     jepa: Tensor
@@ -47,25 +51,34 @@ class TrainStep:
     repeats everything as the original does. Both compute the same losses, gradients and buffers. Nothing here waits
     for the device: the losses come back as tensors.
 
+    The JEPA, heads and probes may be those of `eb_jepa`. Losses of the JEPA are recognised by what they compute
+    (`fastjepa.model.loss_recognition`); other ones are called as they are, as often as the original calls them, and
+    `loss_problem` says why. Then only the encoding is done once, and what such a loss does (`.item()`, say) may wait.
+
     Args:
-        jepa: a `JEPA`, in train mode.
-        image_decoder: the reconstruction probe, which sees the state detached.
-        detection_head: the detection probe, likewise.
+        jepa: a JEPA of fastjepa or eb_jepa whose predictor reads states only, in train mode.
+        image_decoder: the reconstruction probe: its head, which sees the state detached, or a `JEPAProbe` around the
+            head whose `hcost` is `nn.MSELoss()`.
+        detection_head: the detection probe, likewise; as a `JEPAProbe`, its `hcost` is `nn.BCELoss()`. It gives
+            probabilities (B, T, 8, 8). One that is not fastjepa's runs outside autocast, in its parameters' precision.
         optimizer: steps after each backward; None leaves the gradients in place (zeroed before each step).
         steps: prediction steps of the unroll, ≥ 1.
-        literal: repeat the work as the original does.
-        autocast_dtype: torch.bfloat16 runs the networks in bf16 autocast; losses are always computed in fp32 or better.
+        literal: repeat the work as the original does, through the JEPA's own `unroll`.
+        autocast_dtype: torch.bfloat16 runs the networks in bf16 autocast; losses are computed in fp32 or better, but
+            for those of eb_jepa in a literal step, which do as autocast says.
         projection: how the projected losses are computed; see `fastjepa.model.projected_losses.projected_losses`.
 
     Raises:
-        ValueError: `steps` < 1, or `literal` with a projection other than "auto" and "eager".
+        ValueError: `steps` < 1; a part of the JEPA is missing, or its predictor is recurrent; a probe of another JEPA,
+            or with another loss; `literal` with a projection other than "auto" and "eager"; a closed form or kernels
+            asked for where a loss is not the published one.
     """
 
     def __init__(
         self,
-        jepa: JEPA,
-        image_decoder: ImageDecoder,
-        detection_head: DetHead,
+        jepa: nn.Module,
+        image_decoder: nn.Module,
+        detection_head: nn.Module,
         optimizer: torch.optim.Optimizer | None = None,
         *,
         steps: int,
@@ -77,14 +90,30 @@ class TrainStep:
             raise ValueError(f"steps must be at least 1, got {steps}")
         if literal and projection not in ("auto", "eager"):
             raise ValueError(f"the literal step projects eagerly; projection={projection!r} cannot be served")
-        self.jepa = jepa
-        self.image_decoder = image_decoder
-        self.detection_head = detection_head
+        for name in ("encoder", "predictor", "regularizer", "predcost"):
+            if not isinstance(getattr(jepa, name, None), nn.Module):
+                raise ValueError(f"jepa has no module {name!r}; a step takes a JEPA of fastjepa or eb_jepa")
+        if getattr(jepa.predictor, "is_rnn", False):
+            raise ValueError(
+                f"jepa.predictor is recurrent ({type(jepa.predictor).__name__}), and a step unrolls in parallel; train "
+                "such a model with a loop of your own around jepa.unroll"
+            )
+        self.jepa = cast(JEPA, jepa)  # or one that has its interface
+        self.image_decoder = probe_head("image_decoder", image_decoder, jepa, nn.MSELoss)
+        self.detection_head = probe_head("detection_head", detection_head, jepa, nn.BCELoss)
         self.optimizer = optimizer
         self.steps = steps
         self.literal = literal
         self.autocast_dtype = autocast_dtype
         self.projection = projection
+        self._look_at_losses()
+
+    @property
+    def loss_problem(self) -> str | None:
+        """Why the losses of the JEPA are called as they are; None where they are the published ones."""
+        if self._losses_seen_changed():
+            self._look_at_losses()
+        return self._loss_problem
 
     def __call__(self, video: Tensor, digit_location: Tensor) -> StepLosses:
         """Zero the gradients, compute losses and gradients, step the optimizer; returns the losses, detached."""
@@ -106,7 +135,8 @@ class TrainStep:
         """The losses of one step, with graph. Moves BatchNorm's running buffers as one step of the original does.
 
         Raises:
-            ValueError: shapes that do not fit, fewer than 3 frames.
+            ValueError: shapes that do not fit, fewer than 3 frames; a loss was replaced by one that `projection` does
+                not serve.
             TypeError: a video that is not floating point.
         """
         check_batch(video, digit_location)
@@ -116,18 +146,53 @@ class TrainStep:
             with span("encode"), repeated_updates(self.jepa.encoder, ENCODER_CALLS):
                 state = self.jepa.encoder(video)
             predictions = self._predict(state)
-        regularizer: Any = self.jepa.regularizer
-        predcost: Any = self.jepa.predcost
         with span("losses"):
-            std, cov, preds = projected_losses(
-                regularizer.proj, predcost.proj, state, predictions, path=self._projection_path()
-            )
-            vc = regularizer.std_coeff * std + regularizer.cov_coeff * cov
-            pred = preds.sum() / self.steps
+            if self.loss_problem is None:
+                vc, vc_unweighted, std, cov, pred = self._projected(state, predictions)
+            else:
+                vc, vc_unweighted, std, cov, pred = self._as_they_are(state, predictions)
             jepa = vc + pred
             recon = self._reconstruct(state.detach(), video)
             det = self._detect(state.detach(), digit_location)
-        return StepLosses(jepa + recon + det, jepa, vc, std + cov, std, cov, pred, recon, det)
+        return StepLosses(jepa + recon + det, jepa, vc, vc_unweighted, std, cov, pred, recon, det)
+
+    def _projected(self, state: Tensor, predictions: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """vc, unweighted, std, cov and pred of the published losses, each state projected once."""
+        regularizer: Any = self.jepa.regularizer
+        predcost: Any = self.jepa.predcost
+        std, cov, preds = projected_losses(
+            regularizer.proj, predcost.proj, state, predictions, path=self._projection_path()
+        )
+        vc = regularizer.std_coeff * std + regularizer.cov_coeff * cov
+        return vc, std + cov, std, cov, preds.sum() / self.steps
+
+    def _as_they_are(self, state: Tensor, predictions: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The same of any losses, called as the original calls them, but in fp32 or better."""
+        dtype = torch.promote_types(state.dtype, torch.float32)
+        with torch.autocast(state.device.type, enabled=False):
+            state = state.to(dtype)
+            vc, vc_unweighted, parts = self.jepa.regularizer(state, None)
+            pred = torch.zeros((), dtype=dtype, device=state.device)
+            for prediction in predictions:
+                pred = pred + self.jepa.predcost(state, prediction.to(dtype)) / self.steps
+        return vc, vc_unweighted, _part(parts, "std_loss", vc), _part(parts, "cov_loss", vc), pred
+
+    def _losses_seen_changed(self) -> bool:
+        regularizer, predcost, margin = self._losses_seen
+        jepa = self.jepa
+        return jepa.regularizer is not regularizer or jepa.predcost is not predcost or std_margin(regularizer) != margin
+
+    def _look_at_losses(self) -> None:
+        """Try what the JEPA's losses compute; once for each, because it takes milliseconds."""
+        jepa = self.jepa
+        self._losses_seen = (jepa.regularizer, jepa.predcost, std_margin(jepa.regularizer))
+        self._loss_problem: str | None = None
+        for name, problem_of in (("regularizer", regularizer_problem), ("predcost", predcost_problem)):
+            if (problem := problem_of(getattr(jepa, name))) is not None:
+                self._loss_problem = f"{name}: {problem}"
+                break
+        if self._loss_problem is not None and self.projection in ("closed_form", "fused"):
+            raise ValueError(f"projection={self.projection!r} cannot be served: {self._loss_problem}; use 'auto'")
 
     def _projection_path(self) -> ProjectionPath:
         """What was asked for; "auto" is what the regularizer says, if it was swapped in and says something."""
@@ -151,10 +216,11 @@ class TrainStep:
             det_state = self.jepa.encode(video)
         assert unrolled is not None
         jepa, vc, vc_unweighted, parts, pred = unrolled
+        std, cov = _part(parts, "std_loss", vc), _part(parts, "cov_loss", vc)
         recon = self._reconstruct(recon_state, video)
         det = self._detect(det_state, digit_location)
         total = jepa + recon + det
-        return StepLosses(total, jepa, vc, vc_unweighted, parts["std_loss"], parts["cov_loss"], pred, recon, det)
+        return StepLosses(total, jepa, vc, vc_unweighted, std, cov, pred, recon, det)
 
     def _reconstruct(self, state: Tensor, video: Tensor) -> Tensor:
         with self._autocast(video.device):
@@ -162,9 +228,17 @@ class TrainStep:
         return F.mse_loss(image.to(video.dtype), video)
 
     def _detect(self, state: Tensor, digit_location: Tensor) -> Tensor:
-        with self._autocast(state.device):
-            probabilities = self.detection_head(state)
-        return detection_loss(probabilities, digit_location)
+        head = self.detection_head
+        if type(head) is DetHead:
+            with self._autocast(state.device):
+                return detection_loss(head(state), digit_location)
+        # Ours takes its sigmoid in fp32 whatever autocast says. The original's takes it of bf16 numbers: what is more
+        # than 0.998 becomes 1, where the loss of an empty cell is 100 and its gradient 0. (The head is small, and sees
+        # maps of 8×8: its precision costs nothing.)
+        parameter = next(head.parameters(), None)
+        dtype = torch.promote_types(state.dtype, torch.float32) if parameter is None else parameter.dtype
+        with torch.autocast(state.device.type, enabled=False):
+            return detection_loss(head(state.to(dtype)), digit_location)
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
         if self.autocast_dtype is None:
@@ -172,13 +246,42 @@ class TrainStep:
         return torch.autocast(device.type, dtype=self.autocast_dtype)
 
 
+def probe_head(name: str, probe: nn.Module, jepa: nn.Module, loss: type[nn.Module]) -> nn.Module:
+    """The head of a probe (`jepa`, `head`, `hcost`), whose loss must be `loss()`; a head itself is returned as it is.
+
+    Raises:
+        ValueError: it is a probe of another JEPA, or has another loss.
+    """
+    source: Any = probe
+    if not all(isinstance(getattr(probe, part, None), nn.Module) for part in ("jepa", "head")):
+        return probe
+    if source.jepa is not jepa:
+        raise ValueError(f"{name} is a probe of another JEPA than the one given; give it one around that, or its head")
+    hcost = getattr(probe, "hcost", None)
+    plain = type(hcost) is loss and hcost.reduction == "mean" and getattr(hcost, "weight", None) is None
+    if not plain:
+        raise ValueError(
+            f"the loss of {name} is {hcost!r}, and a step computes {loss.__name__}(); give its head alone "
+            f"({name}.head) if that is what you mean"
+        )
+    return source.head
+
+
+def _part(parts: Any, name: str, like: Tensor) -> Tensor:
+    """What a regularizer tells of a part of its loss, as a tensor; the original's tells Python numbers."""
+    value = parts.get(name, float("nan")) if isinstance(parts, dict) else float("nan")
+    return value.to(like) if isinstance(value, Tensor) else torch.full_like(like.detach(), float(value))
+
+
 def build_optimizer(
     jepa: nn.Module, image_decoder: nn.Module, detection_head: nn.Module, lr: float, **options: Any
 ) -> torch.optim.Adam:
     """One Adam, as in the original: the JEPA at `lr`, the image decoder at `lr`/10, the detection head at `lr`.
 
-    `options` go to `torch.optim.Adam` (`capturable`, `fused`).
+    Probes may stand for their heads. `options` go to `torch.optim.Adam` (`capturable`, `fused`).
     """
+    image_decoder = probe_head("image_decoder", image_decoder, jepa, nn.MSELoss)
+    detection_head = probe_head("detection_head", detection_head, jepa, nn.BCELoss)
     return torch.optim.Adam(
         [
             {"params": list(jepa.parameters()), "lr": lr},

@@ -10,16 +10,17 @@ from functools import partial
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from fastjepa.calibration.choice import EAGER, Choice
-from fastjepa.calibration.setting import RunPrecision, Setting
+from fastjepa.calibration.setting import Setting
 from fastjepa.calibration.trial import Trial
 from fastjepa.kernels.checks import unavailable_reason
+from fastjepa.measuring import norms
+from fastjepa.measuring.norms import DRAWS, GRADIENT, JUMP
 from fastjepa.measuring.out_of_memory import is_out_of_memory
-from fastjepa.measuring.policy import Error, Judgement, bound_beside, relative_errors, worst
+from fastjepa.measuring.policy import Error, Judgement
 from fastjepa.measuring.timing import HostTimer, quantile
-from fastjepa.trials.work import GRADIENT, Maker, Tensors, Work, arithmetic
+from fastjepa.trials.work import Maker, Tensors, Work, arithmetic
 
 T = TypeVar("T")
 LEAST_ROUNDS, MOST_ROUNDS, ROUND_SECONDS = 3, 30, 1.0
@@ -32,16 +33,6 @@ SLOW_SECONDS = 6.0  # of rounds: on a machine so slow, fewer must do
 HOPELESS = 5.0  # times as slow as eager in the first round: the others would tell nothing new
 CHECKED_BATCH = 16  # more clips would take longer and hardly change an error
 TRUTH_SECONDS = 5.0  # many GPUs multiply float64 at a 64th of fp32's speed: as many clips as take no longer than this
-# Losses and buffers follow their roundings smoothly. A gradient jumps where a rounding takes the input of one ReLU
-# across zero: in fp32, eager's own is then 1e-3 of its norm from float64, and 1e-6 in another draw of weights and data.
-# So one draw is no measure of it: a gradient out of bounds gets as many draws as this, is exact if all of it is within
-# bounds in one, and wrong at once if it is off by more than a few ReLUs can explain.
-#
-# In bf16 many ReLUs switch in every draw: eager's own gradient of the predictor is 0.2 to 0.5 of its norm from float64,
-# that of the encoder a tenth, and twice that would let half a gradient pass. So where a run does not compute in plain
-# fp32, the same candidate must be exact in fp32 first, where a wrong formula shows.
-DRAWS = 3
-JUMP = 1e-2
 # At the full size, where there may be no memory for float64, a candidate is held against eager at the same precision:
 # this many times the sum of both bounds, because what breaks only at large sizes (an index beyond 2³¹, a tile left out)
 # is mostly off by orders of magnitude more; the policy itself is kept at the checked size. And never as much as the
@@ -125,11 +116,11 @@ class Contest:
             truth = self._find_truth(draw)
             results = self._first_results(setting, choice, draw=draw)
             try:
-                errors = norm_errors(results, truth)
+                errors = norms.norm_errors(results, truth)
             except ValueError as error:
                 return str(error)
-            verdict = judge_norms(errors, eager, setting.rule)
-            if verdict.exact or not _may_have_jumped(errors, eager, setting.rule):
+            verdict = norms.judge_norms(errors, eager, setting.rule)
+            if verdict.exact or not norms.may_have_jumped(errors, eager, setting.rule):
                 break
         return verdict
 
@@ -165,9 +156,7 @@ class Contest:
             if found is not None:
                 self._truths[draw], results = found
                 for largest, eager in zip(self._eager_errors, results, strict=True):
-                    for name, error in norm_errors(eager, self._truths[draw]).items():
-                        known = largest.get(name, error)
-                        largest[name] = max(known, error, key=lambda e: e.relative)
+                    largest |= norms.largest_errors(largest, norms.norm_errors(eager, self._truths[draw]))
             elif self.batch == 1 or draw > 0:
                 raise torch.OutOfMemoryError("there is no memory for one clip in float64")
             else:
@@ -183,9 +172,9 @@ class Contest:
         if reference is None:  # no memory for eager: what can be seen without it
             bad = [name for name, value in results.items() if not bool(torch.isfinite(value).all())]
             return f"{bad[0]} is not finite at {self.setting.batch} clips" if bad else None
-        for name, found in norm_errors(results, self._reference_first).items():
+        for name, found in norms.norm_errors(results, self._reference_first).items():
             eager = self._eager_errors[-1][name]
-            bound = norm_bound(eager, found.dtype, self.setting.rule)
+            bound = norms.norm_bound(eager, found.dtype, self.setting.rule)
             if bound is None:
                 return f"{name} of eager is so far off that nothing can be judged by it"
             allowed = min(_FULL_SIZE_SLACK * (eager.relative + bound), _FULL_SIZE_LIMIT)
@@ -262,34 +251,3 @@ class Contest:
 def _repeat(work: Work, steps: int) -> None:
     for _ in range(steps):
         work.run()
-
-
-def _may_have_jumped(errors: Mapping[str, Error], eager: Mapping[str, Error], precision: RunPrecision) -> bool:
-    """Whether all that is out of bounds are gradients, by no more than ReLUs explain."""
-    for name, error in errors.items():
-        bound = norm_bound(eager[name], error.dtype, precision)
-        if bound is None:
-            return False
-        if error.relative > bound and not (name.startswith(GRADIENT) and error.relative <= max(JUMP, 2 * bound)):
-            return False
-    return True
-
-
-def norm_errors(results: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, Error]:
-    """`policy.relative_errors` by norms: a whole step is judged by these."""
-    return relative_errors(results, truth, {}, truth, "norm")
-
-
-def norm_bound(eager: Error, dtype: torch.dtype, precision: RunPrecision) -> float | None:
-    """The largest relative error by norm that the policy lets pass beside eager's, of a result stored as `dtype`; None
-    where eager is so far off, or not finite, that nothing can be judged by it.
-    """
-    return bound_beside(eager, dtype, precision, torch.bfloat16 if precision == "bf16" else None)
-
-
-def judge_norms(errors: Mapping[str, Error], eager: Mapping[str, Error], precision: RunPrecision) -> Judgement:
-    """The tensor closest to, or furthest beyond, its bound."""
-    return worst(
-        Judgement(name, error.relative, norm_bound(eager[name], error.dtype, precision))
-        for name, error in errors.items()
-    )

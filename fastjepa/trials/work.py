@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from fastjepa.calibration.choice import Choice
-from fastjepa.calibration.setting import Setting, ambient_tf32
+from fastjepa.calibration.setting import Setting, ambient_tf32, set_tf32
 from fastjepa.fused.swap import accelerate
 from fastjepa.graphs import GraphedRollout, GraphedTrainStep
+from fastjepa.measuring.norms import GRADIENT
 from fastjepa.model.jepa import JEPA, build_jepa, build_probes
 from fastjepa.model.networks import DetHead, ImageDecoder
 from fastjepa.model.projected_losses import ProjectionPath
@@ -23,7 +24,6 @@ from fastjepa.model.step import StepLosses, TrainStep, build_optimizer
 from fastjepa.moving_mnist import ClipSet
 
 Tensors = dict[str, Tensor]
-GRADIENT = "gradient of "  # how names of results begin that jump where a ReLU switches
 SEED, LEARNING_RATE = 2025, 1e-3
 STD_COEFF, COV_COEFF = 10.0, 100.0  # of the recipe; they cost nothing
 
@@ -65,12 +65,8 @@ def arithmetic(setting: Setting) -> Iterator[None]:
 
 
 def _set_arithmetic(matmul_tf32: bool, cudnn_tf32: bool, deterministic: bool, benchmark: bool) -> None:
-    """By the older switches, which set the newer ones too, so that reading either works."""
-    backends: Any = torch.backends
-    backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32 = matmul_tf32, cudnn_tf32
-    if ambient_tf32()[1] and not cudnn_tf32:  # off means "as in general" there, and in general TF32 is on
-        backends.cudnn.conv.fp32_precision = backends.cudnn.rnn.fp32_precision = "ieee"
-    backends.cudnn.deterministic, backends.cudnn.benchmark = deterministic, benchmark
+    set_tf32(matmul_tf32, cudnn_tf32)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, benchmark
 
 
 class Step:
