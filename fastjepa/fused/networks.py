@@ -59,12 +59,17 @@ def join(memory: Recomputation, x: Tensor, skip: Tensor) -> Tensor:
 class FusedResidualBlock(nn.Module):
     """`ResidualBlock` with BatchNorm, the addition and ReLU in one pass."""
 
+    conv1: nn.Module
+    bn1: nn.BatchNorm2d
+    conv2: nn.Module
+    bn2: nn.BatchNorm2d
+    shortcut: Any
+
     def __init__(self, block: nn.Module, recompute: bool = True) -> None:
         super().__init__()
-        source: Any = block
-        self.conv1, self.bn1 = source.conv1, source.bn1
-        self.conv2, self.bn2 = source.conv2, source.bn2
-        self.shortcut = source.shortcut
+        for name, child in block.named_children():  # in the order of the block's parameters
+            if name in ("conv1", "bn1", "conv2", "bn2", "shortcut"):
+                setattr(self, name, child)
         self.recompute = recompute
         self.training = block.training
 
@@ -92,14 +97,19 @@ class FusedNetwork(nn.Module):
     """Frames in, frames out, under an autocast of its own if it was given one."""
 
     is_fused = True  # for whoever asks what a network is without importing this module, which needs Triton
+    conv1: nn.Module
+    bn1: nn.BatchNorm2d
     blocks: tuple[str, ...] = ()
+    convs: tuple[str, ...] = ()
 
     def __init__(self, network: nn.Module, autocast_dtype: torch.dtype | None, recompute: bool) -> None:
         super().__init__()
-        source: Any = network
-        self.conv1, self.bn1 = source.conv1, source.bn1
-        for name in self.blocks:
-            setattr(self, name, FusedResidualBlock.from_eager(getattr(network, name), recompute))
+        # In the order of the network, which is that of its parameters: an optimizer's state counts them.
+        for name, child in network.named_children():
+            if name in self.blocks:
+                setattr(self, name, FusedResidualBlock.from_eager(child, recompute))
+            elif name in ("conv1", "bn1", *self.convs):
+                setattr(self, name, child)
         self.autocast_dtype = autocast_dtype
         self.recompute = recompute
         self.training = network.training
@@ -162,6 +172,7 @@ class FusedResUNet(FusedNetwork):
     """`ResUNet`, fused. Skips are concatenated channels-last, once."""
 
     blocks = BLOCKS_OF_UNET
+    convs = CONVS_OF_UNET
     enc1: FusedResidualBlock
     enc2: FusedResidualBlock
     enc3: FusedResidualBlock
@@ -176,8 +187,6 @@ class FusedResUNet(FusedNetwork):
 
     def __init__(self, network: nn.Module, autocast_dtype: torch.dtype | None, recompute: bool) -> None:
         super().__init__(network, autocast_dtype, recompute)
-        for name in CONVS_OF_UNET:
-            setattr(self, name, getattr(network, name))
         self.is_rnn: bool = getattr(network, "is_rnn", False)
 
     @classmethod
