@@ -12,6 +12,7 @@ import torch
 
 from fastjepa.calibration.choice import EAGER, Choice
 from fastjepa.config import Config, resolve_device
+from fastjepa.files.safe_files import CheckpointError, write_text_atomic
 from fastjepa.fused.swap import accelerate
 from fastjepa.kernels.checks import unavailable_reason
 from fastjepa.model.jepa import JEPA, build_jepa, build_probes
@@ -21,7 +22,6 @@ from fastjepa.optional_packages import require_packages
 from fastjepa.refusal import refusals
 from fastjepa.storage.checkpoint import load_checkpoint, load_modules
 from fastjepa.storage.run_folder import CHECKPOINT_NAME
-from fastjepa.storage.safe_files import CheckpointError, write_text_atomic
 from fastjepa.training.command_line import parse_options
 from fastjepa.training.evaluation import evaluate
 from fastjepa.training.resolution import read_choice

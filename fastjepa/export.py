@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastjepa.config import Config
+from fastjepa.files.safe_files import CheckpointError
 from fastjepa.refusal import refusals
 from fastjepa.storage.checkpoint import load_checkpoint
 from fastjepa.storage.eb_jepa_export import write_run_for_eb_jepa
 from fastjepa.storage.run_folder import CHECKPOINT_NAME
-from fastjepa.storage.safe_files import CheckpointError
 from fastjepa.training.command_line import parse_options
 
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from fastjepa.files.safe_files import CheckpointError
 from fastjepa.optional_packages import MissingPackageError
-from fastjepa.storage.safe_files import CheckpointError
 
 STOPPED = 130  # 128 + SIGINT, as shells report it
 _ALWAYS: tuple[type[Exception], ...] = (ValueError, OSError, CheckpointError, MissingPackageError)

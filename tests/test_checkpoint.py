@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastjepa.files.safe_files import CheckpointError
+from fastjepa.files.state_dicts import plain_state
 from fastjepa.model.jepa import build_jepa, build_probes
 from fastjepa.storage.checkpoint import (
     check_same_config,
     load_checkpoint,
     load_snapshot,
-    plain_state,
     save_checkpoint,
     snapshot,
 )
-from fastjepa.storage.safe_files import CheckpointError
 
 CONFIG = {"lr": 1e-3, "steps": 2, "preset": "demo", "out": None}
 PROGRESS = {"epoch": 3, "step": 17, "best": 0.25}

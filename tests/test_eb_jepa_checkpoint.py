@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastjepa.files.safe_files import CheckpointError
 from fastjepa.model.jepa import JEPA, build_jepa
 from fastjepa.storage.eb_jepa_checkpoint import load_eb_jepa_checkpoint
-from fastjepa.storage.safe_files import CheckpointError
 
 GOLDEN = Path(__file__).parent / "data" / "golden_video_jepa.npz"
 SIZES = {"dobs": 2, "henc": 3, "hpre": 4, "dstc": 5}

@@ -14,11 +14,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from fastjepa.files.safe_files import CheckpointError
 from fastjepa.model.jepa import JEPA, build_jepa, build_probes
 from fastjepa.model.networks import DetHead, ImageDecoder, Projector
 from fastjepa.storage import export
 from fastjepa.storage.export import PretrainedJEPA, export_pretrained, load_pretrained
-from fastjepa.storage.safe_files import CheckpointError
 
 GOLDEN = Path(__file__).parent / "data" / "golden_video_jepa.npz"
 CONFIG = {"lr": 1e-3, "steps": 4, "out": None}

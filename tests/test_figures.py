@@ -23,7 +23,7 @@ from fastjepa.figures.curves import draw_ap_curves, draw_training_curves
 from fastjepa.figures.data import RolloutArrays, read_metrics, read_rollout
 from fastjepa.figures.rollouts import draw_rollout_gif, draw_rollout_strip
 from fastjepa.figures.runs import draw_run, draw_step_comparison
-from fastjepa.storage.safe_files import CheckpointError
+from fastjepa.files.safe_files import CheckpointError
 
 AP = (0.8, 0.7, 0.5)
 

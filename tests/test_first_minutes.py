@@ -19,8 +19,8 @@ from fastjepa import calibrate, compare_steps, evaluate, rollout
 from fastjepa.config import PRESETS, Config
 from fastjepa.environment import ROOT
 from fastjepa.figures import __main__ as figures
+from fastjepa.files import safe_files
 from fastjepa.moving_mnist.official import MNIST_TEST_SEQ, DownloadError
-from fastjepa.storage import safe_files
 from fastjepa.storage.checkpoint import load_checkpoint, save_checkpoint
 from fastjepa.storage.folder_lock import FolderLock
 from fastjepa.storage.run_folder import CHECKPOINT_NAME

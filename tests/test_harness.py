@@ -20,9 +20,9 @@ from bench.harness.session import Settings
 from bench.harness.variants import Tensors, Variant, channels_last, eager, eager_bf16, needs_cuda
 from bench.recipe import Recipe, losses_work
 from fastjepa.environment import Environment
+from fastjepa.files.safe_files import CheckpointError
 from fastjepa.measuring.out_of_memory import is_out_of_memory
 from fastjepa.measuring.timing import HostTimer, quantile
-from fastjepa.storage.safe_files import CheckpointError
 
 CPU = torch.device("cpu")
 ENVIRONMENT = Environment(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import original
+from fastjepa.files.safe_files import CheckpointError
 from fastjepa.model.jepa import JEPA, JEPAProbe, build_jepa, detection_loss
 from fastjepa.model.losses import SquareLossSeq, VCLoss
 from fastjepa.model.networks import DetHead, ImageDecoder, Projector, ResNet5, ResUNet, StateOnlyPredictor
@@ -127,6 +129,48 @@ def test_our_modules_carry_the_originals_attributes_and_weights() -> None:
     theirs.encoder.avgpool = nn.AdaptiveAvgPool2d((1, 1))
     assert encoder(video[:, :, 0]).shape == (2, 4)
     torch.testing.assert_close(encoder(video[:, :, 0]), theirs.encoder(video[:, :, 0]))
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    ours, theirs = tiny_jepa(seed=1), original_jepa()
+    path = tmp_path / "jepa.pt"
+    theirs.save(path)
+    before = {name: value.data_ptr() for name, value in ours.state_dict().items()}
+    ours.load(path)
+    assert {name: value.data_ptr() for name, value in ours.state_dict().items()} == before
+    assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
+    ours.save(path)
+    original_jepa().load_state_dict(torch.load(path, weights_only=True))
+    ours.encoder = torch.compile(ours.encoder)  # type: ignore[assignment]
+    ours.save(path)
+    ours.load(path)
+    tiny_jepa().load(path)
+
+
+def test_load_refuses_and_changes_nothing(tmp_path: Path) -> None:
+    jepa, path = tiny_jepa(), tmp_path / "jepa.pt"
+    before = copy.deepcopy(jepa.state_dict())
+    state = tiny_jepa(seed=1).state_dict()
+    for content, message in (
+        ({**state, "encoder.conv1.weight": torch.zeros(1)}, r"encoder.conv1.weight is \(1,\) torch.float32, expected"),
+        ({**state, "more": torch.zeros(1)}, "more is not expected"),
+        ({name: value for name, value in state.items() if "bn1" not in name}, "encoder.bn1.weight is missing"),
+        ({**state, "encoder.conv1.weight": state["encoder.conv1.weight"].double()}, "float64, expected"),
+        ([1, 2], "is not a dict of tensors"),
+        ({1: torch.zeros(1)}, "encoder.conv1.weight is missing"),
+        (jepa, "holds more than tensors"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(CheckpointError, match=message):
+            jepa.load(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="damaged"):
+        jepa.load(path)
+    with pytest.raises(CheckpointError, match="No such file"):
+        jepa.load(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="could not write"):
+        jepa.save(tmp_path / "nowhere" / "jepa.pt")
+    assert all(torch.equal(value, before[name]) for name, value in jepa.state_dict().items())
 
 
 @pytest.mark.packages("torchmetrics", "sklearn")

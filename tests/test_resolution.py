@@ -20,10 +20,10 @@ from fastjepa.calibration.store import read_rows, rows_folder, write_rows
 from fastjepa.calibration.trial import Trial
 from fastjepa.calibration.verdict import Verdict, resolve
 from fastjepa.config import Config, resolve_precision
+from fastjepa.files.safe_files import CheckpointError
 from fastjepa.optional_packages import missing_packages
 from fastjepa.storage.checkpoint import load_checkpoint, save_checkpoint
 from fastjepa.storage.run_folder import CHECKPOINT_NAME
-from fastjepa.storage.safe_files import CheckpointError
 from fastjepa.training import resolution
 from fastjepa.training.command_line import describe, parse_config
 from fastjepa.training.resolution import Resolution, read_choice, resolution_of, resolve_run

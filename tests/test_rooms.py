@@ -21,36 +21,37 @@ from fastjepa.kernels import OPS
 
 # Every room with those it may import, besides itself. A room may import only what stands above it in this list.
 ROOMS: dict[str, set[str]] = {
+    "files": set(),
     "kernels": set(),
     "measuring": set(),
     "config": set(),
     "environment": set(),
     "profiling": set(),
     "optional_packages": set(),
-    "model": {"kernels", "profiling", "optional_packages"},
-    "storage": {"config", "optional_packages", "model"},
-    "refusal": {"measuring", "optional_packages", "storage"},
-    "moving_mnist": {"optional_packages", "storage"},
-    "calibration": {"measuring", "config", "environment", "storage"},
+    "model": {"files", "kernels", "profiling", "optional_packages"},
+    "storage": {"files", "config", "optional_packages", "model"},
+    "refusal": {"files", "measuring", "optional_packages"},
+    "moving_mnist": {"files", "optional_packages"},
+    "calibration": {"files", "measuring", "config", "environment", "storage"},
     "fused": {"kernels", "model", "calibration"},
     "graphs": {"kernels", "profiling", "model", "moving_mnist", "fused"},
     "verification": {"measuring", "calibration", "fused"},
     "trials": {"kernels", "measuring", "model", "moving_mnist", "calibration", "fused", "graphs"},
-    "figures": {"optional_packages", "model", "storage", "refusal"},
+    "figures": {"files", "optional_packages", "model", "refusal"},
     "training": {
-        "kernels", "config", "environment", "profiling", "optional_packages", "model", "storage", "refusal",
+        "files", "kernels", "config", "environment", "profiling", "optional_packages", "model", "storage", "refusal",
         "moving_mnist", "calibration", "fused", "graphs", "figures",
     },
     "calibrate": {"config", "refusal", "calibration"},
     "evaluate": {
-        "kernels", "config", "optional_packages", "model", "storage", "refusal", "moving_mnist", "calibration", "fused",
-        "training",
+        "files", "kernels", "config", "optional_packages", "model", "storage", "refusal", "moving_mnist", "calibration",
+        "fused", "training",
     },
     "rollout": {
         "config", "environment", "model", "refusal", "moving_mnist", "calibration", "graphs", "figures", "training",
         "evaluate",
     },
-    "export": {"config", "storage", "refusal", "training"},
+    "export": {"files", "config", "storage", "refusal", "training"},
     "compare_steps": {"optional_packages", "refusal", "storage", "figures", "training"},
     "__main__": {"optional_packages"},  # and the commands by name, when they are called
 }  # fmt: skip

@@ -16,8 +16,8 @@ from typing import BinaryIO
 import pytest
 import torch
 
-from fastjepa.storage.safe_files import CheckpointError, atomic_file, atomic_path, write_atomic, write_text_atomic
-from fastjepa.storage.tensor_files import read_tensor_file
+from fastjepa.files.safe_files import CheckpointError, atomic_file, atomic_path, write_atomic, write_text_atomic
+from fastjepa.files.tensor_files import read_tensor_file
 
 OLD, NEW = b"old content", b"new content"
 
@@ -184,7 +184,7 @@ def test_where_a_folder_cannot_be_flushed_only_write_atomic_minds(
 def test_a_killed_writer_leaves_the_old_file_and_its_leftover_goes_with_time(old_file: Path) -> None:
     program = (
         "import os, signal, sys\n"
-        "from fastjepa.storage.safe_files import write_atomic\n"
+        "from fastjepa.files.safe_files import write_atomic\n"
         "def die(file):\n"
         "    file.write(b'half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
         "write_atomic(sys.argv[1], die)\n"

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import fastjepa
+from fastjepa.files.safe_files import CheckpointError
 from fastjepa.storage.checkpoint import load_checkpoint, save_checkpoint
 from fastjepa.storage.run_folder import CHECKPOINT_NAME
-from fastjepa.storage.safe_files import CheckpointError
 from fastjepa.training.command_line import parse_config
 from fastjepa.training.trainer import NonFiniteLossError, Trainer
 

@@ -17,8 +17,8 @@ import torch
 
 from bench.harness.variants import Tensors
 from fastjepa.environment import ROOT
+from fastjepa.files.safe_files import CheckpointError, write_atomic
 from fastjepa.measuring.policy import Error
-from fastjepa.storage.safe_files import CheckpointError, write_atomic
 
 _MOST_BYTES = 512 * 1024 * 1024
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fastjepa.storage.safe_files import write_text_atomic
+from fastjepa.files.safe_files import write_text_atomic
 
 # exact: within the policy. inexact: the error breaks it, so no speed-up is stated. unjudged: nothing to judge it by.
 STATUSES = ("exact", "inexact", "unjudged", "unavailable", "out of memory", "failed")

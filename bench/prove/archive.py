@@ -6,7 +6,7 @@ import io
 import tarfile
 from pathlib import Path
 
-from fastjepa.storage.safe_files import write_atomic
+from fastjepa.files.safe_files import write_atomic
 
 MOST_BYTES = 16_000_000
 _LEFT_OUT = {".pt", ".tar", ".safetensors", ".npz", ".npy", ".ncu-rep", ".nsys-rep", ".gz"}

@@ -14,8 +14,8 @@ from bench.harness.roofline import ceilings_of
 from bench.harness.rows import Row
 from bench.recipe import GRAPH
 from fastjepa.figures.style import INK, MUTED, SERIES_COLOURS, plot_style, series_style
+from fastjepa.files.safe_files import write_atomic
 from fastjepa.optional_packages import needed_for
-from fastjepa.storage.safe_files import write_atomic
 
 with needed_for("drawing"):
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -16,7 +16,7 @@ from torch import nn
 
 from fastjepa.config import Config
 from fastjepa.environment import device_name, driver_version
-from fastjepa.storage.safe_files import CheckpointError
+from fastjepa.files.safe_files import CheckpointError
 from fastjepa.storage.sizes import encoder_sizes, predictor_sizes, projector_sizes
 
 Purpose = Literal["train", "inference"]

@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 
 from fastjepa.calibration.setting import Setting
 from fastjepa.calibration.trial import Trial, printable
+from fastjepa.files.safe_files import write_text_atomic
 from fastjepa.storage.cache_folder import default_cache_dir
-from fastjepa.storage.safe_files import write_text_atomic
 
 if sys.platform == "win32":
     import msvcrt

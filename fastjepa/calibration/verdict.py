@@ -24,7 +24,7 @@ from fastjepa.calibration.store import (
     write_rows,
 )
 from fastjepa.calibration.trial import scores, settled, typical_reference
-from fastjepa.storage.safe_files import CheckpointError
+from fastjepa.files.safe_files import CheckpointError
 
 VARIABLE = "FASTJEPA_CALIBRATE"
 _MARGIN = 1.02  # how much faster than eager is more than noise

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from fastjepa.files.safe_files import write_atomic
 from fastjepa.optional_packages import needed_for
-from fastjepa.storage.safe_files import write_atomic
 
 with needed_for("drawing"):
     import matplotlib.style

@@ -5,12 +5,17 @@ Shapes: a video is (B, C, T, H, W), its states (B, D, T, H, W).
 
 from __future__ import annotations
 
+import os
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastjepa.files.safe_files import write_atomic
+from fastjepa.files.state_dicts import check_tensors, plain_state, strip_compile_prefix
+from fastjepa.files.tensor_files import read_tensor_file
 from fastjepa.model.autoregressive import autoregressive_rollout
 from fastjepa.model.losses import SquareLossSeq, VCLoss
 from fastjepa.model.modes import eval_mode
@@ -48,6 +53,29 @@ class JEPA(nn.Module):
         self.predcost = predcost
         self.ploss = 0
         self.rloss = 0
+
+    def save(self, file: str | os.PathLike[str]) -> None:
+        """Write the state_dict to `file` with `torch.save`, whole or not at all; everything is on the CPU there.
+
+        Raises:
+            CheckpointError: the system refused; what was there before is intact.
+        """
+        state = {name: tensor.detach().cpu() for name, tensor in plain_state(self).items()}
+        write_atomic(file, partial(torch.save, state))
+
+    def load(self, file: str | os.PathLike[str]) -> None:
+        """Fill weights and buffers, where they are, from what `save` wrote, here or in the original.
+
+        Raises:
+            CheckpointError: missing, damaged, with pickled objects (no code from the file runs), or not the state of
+                this model; it names what does not fit, and nothing was changed.
+        """
+        state = read_tensor_file(file)
+        if isinstance(state, dict) and all(isinstance(name, str) for name in state):
+            state = {strip_compile_prefix(name): value for name, value in state.items()}
+        check_tensors(str(file), plain_state(self), state)
+        names = {strip_compile_prefix(name): name for name in self.state_dict()}
+        self.load_state_dict({names[name]: value for name, value in state.items()})
 
     @torch.no_grad()
     def encode(self, observations: Tensor) -> Tensor:

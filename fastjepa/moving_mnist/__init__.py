@@ -1,6 +1,6 @@
 """Moving MNIST: digit sources, the bouncing generator, the official file, digit maps and device-resident clips.
 
-It may import `fastjepa.storage` for writing files, and optional_packages: OpenCV, scikit-learn and tqdm are imported by
+It may import `fastjepa.files` for writing files, and optional_packages: OpenCV, scikit-learn and tqdm are imported by
 what uses them.
 """
 

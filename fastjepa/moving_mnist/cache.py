@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastjepa.storage.safe_files import atomic_file
+from fastjepa.files.safe_files import atomic_file
 
 logger = logging.getLogger(__name__)
 

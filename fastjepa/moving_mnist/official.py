@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from fastjepa.files.safe_files import atomic_file
 from fastjepa.moving_mnist.cache import open_npy, writing_to
 from fastjepa.optional_packages import missing_packages
-from fastjepa.storage.safe_files import atomic_file
 
 logger = logging.getLogger(__name__)
 

@@ -1,5 +1,5 @@
-"""Everything that is written to disk and read back: atomic files, checkpoints, run folders, exported weights.
+"""Everything that is written to disk and read back: checkpoints, run folders, exported weights.
 
 Files from outside are untrusted: nothing read here runs code, and what does not fit is refused before anything changes.
-It may import `fastjepa.config`, `fastjepa.model` and `fastjepa.optional_packages`.
+It may import `fastjepa.files`, `fastjepa.config`, `fastjepa.model` and `fastjepa.optional_packages`.
 """

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastjepa.storage.tensor_files import shown
+from fastjepa.files.tensor_files import shown
 
 # How Adam is computed, not what: these suit the machine that runs now, and are not taken from a checkpoint.
 _EXECUTION_KEYS = {"foreach", "fused", "capturable", "differentiable"}

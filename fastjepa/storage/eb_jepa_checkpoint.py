@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastjepa.files.safe_files import CheckpointError
+from fastjepa.files.state_dicts import check_tensors, strip_compile_prefix
+from fastjepa.files.tensor_files import read_tensor_file
 from fastjepa.model.jepa import JEPA, build_jepa
-from fastjepa.storage.checkpoint import check_tensors, strip_compile_prefix
-from fastjepa.storage.safe_files import CheckpointError
 from fastjepa.storage.sizes import build_filled, encoder_sizes, predictor_sizes, projector_sizes
-from fastjepa.storage.tensor_files import read_tensor_file
 
 # The original registers two modules twice: the encoder also encodes actions, and both losses share the projector.
 _ALIASES = {"action_encoder.": "encoder.", "predcost.proj.": "regularizer.proj."}

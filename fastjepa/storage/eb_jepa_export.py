@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastjepa.files.safe_files import CheckpointError, write_atomic
+from fastjepa.files.state_dicts import plain_state, strip_compile_prefix
 from fastjepa.storage.adam_state import plain_execution, plain_tensor, reorder_adam_state
-from fastjepa.storage.checkpoint import plain_state, strip_compile_prefix
 from fastjepa.storage.eb_jepa_checkpoint import is_state_dict, jepa_of_state
 from fastjepa.storage.eb_jepa_run import check_finite, parameter_names, run_of_content
-from fastjepa.storage.safe_files import CheckpointError, write_atomic
 
 
 def save_eb_jepa_checkpoint(

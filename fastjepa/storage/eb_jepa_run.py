@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastjepa.files.safe_files import CheckpointError
+from fastjepa.files.state_dicts import plain_state, strip_compile_prefix
+from fastjepa.files.tensor_files import shown
 from fastjepa.model.jepa import JEPA, build_probes
 from fastjepa.model.networks import DetHead, ImageDecoder
 from fastjepa.model.step import build_optimizer
 from fastjepa.storage.adam_state import plan_adam_load, reorder_adam_state
-from fastjepa.storage.checkpoint import load_modules, plain_state, strip_compile_prefix
+from fastjepa.storage.checkpoint import load_modules
 from fastjepa.storage.eb_jepa_checkpoint import below, is_state_dict, jepa_of_state, read_eb_jepa_file
-from fastjepa.storage.safe_files import CheckpointError
 from fastjepa.storage.sizes import (
     build_filled,
     check_compatible,
@@ -27,7 +29,6 @@ from fastjepa.storage.sizes import (
     predictor_sizes,
     projector_sizes,
 )
-from fastjepa.storage.tensor_files import shown
 
 _LARGEST_COUNT = 2**53  # beyond it a float no longer counts
 

@@ -14,12 +14,12 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from fastjepa.files.safe_files import CheckpointError, write_atomic, write_text_atomic
+from fastjepa.files.state_dicts import plain_state
 from fastjepa.model.autoregressive import autoregressive_rollout
 from fastjepa.model.jepa import JEPA
 from fastjepa.model.networks import DetHead, ImageDecoder, ResNet5, ResUNet, StateOnlyPredictor
 from fastjepa.optional_packages import needed_for
-from fastjepa.storage.checkpoint import plain_state
-from fastjepa.storage.safe_files import CheckpointError, write_atomic, write_text_atomic
 from fastjepa.storage.sizes import (
     build_filled,
     check_compatible,

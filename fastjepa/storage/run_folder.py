@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fastjepa.config import Config
+from fastjepa.files.safe_files import CheckpointError
 from fastjepa.storage.checkpoint import load_checkpoint
 from fastjepa.storage.folder_lock import FolderLock
-from fastjepa.storage.safe_files import CheckpointError
 
 CHECKPOINT_NAME = "checkpoint.pt"
 

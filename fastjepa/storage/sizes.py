@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastjepa.storage.checkpoint import check_tensors
-from fastjepa.storage.safe_files import CheckpointError
+from fastjepa.files.safe_files import CheckpointError
+from fastjepa.files.state_dicts import check_tensors
 
 Module = TypeVar("Module", bound=nn.Module)
 Tensors = Mapping[str, Any]  # from outside: the values are tensors only once checked

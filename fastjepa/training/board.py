@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fastjepa.files.safe_files import CheckpointError
 from fastjepa.optional_packages import missing_packages
-from fastjepa.storage.safe_files import CheckpointError
 
 BOARD_NAME = "tensorboard"  # its folder in a run's
 BOARD_PACKAGES = ("tensorboard", "PIL")  # Pillow for images

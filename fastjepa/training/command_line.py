@@ -19,6 +19,7 @@ from fastjepa.config import (
     resolve_precision,
     resolve_preset,
 )
+from fastjepa.files.safe_files import CheckpointError
 from fastjepa.graphs.capture import use_cuda_graph
 from fastjepa.kernels.checks import unavailable_reason
 from fastjepa.moving_mnist.official import MNIST_TEST_SEQ, DownloadError
@@ -26,7 +27,6 @@ from fastjepa.optional_packages import MissingPackageError, needed_for
 from fastjepa.refusal import STOPPED, CommandParser, fail, refusals
 from fastjepa.storage.checkpoint import check_same_config
 from fastjepa.storage.run_folder import read_run_config
-from fastjepa.storage.safe_files import CheckpointError
 from fastjepa.training.eb_jepa_start import defaults_from_eb_jepa
 from fastjepa.training.flags import check_flags
 from fastjepa.training.stop_signals import Interrupted

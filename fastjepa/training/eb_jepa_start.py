@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from fastjepa.config import Config, preset_config, resolve_preset
+from fastjepa.files.tensor_files import shown
 from fastjepa.storage.eb_jepa_run import EbJepaRun, load_eb_jepa_run
-from fastjepa.storage.tensor_files import shown
 from fastjepa.training.progress import say
 
 

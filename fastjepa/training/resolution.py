@@ -14,9 +14,9 @@ from fastjepa.calibration.choice import EAGER, Choice
 from fastjepa.calibration.setting import setting_of_config
 from fastjepa.calibration.verdict import VARIABLE, resolve
 from fastjepa.config import Config
+from fastjepa.files.safe_files import CheckpointError
 from fastjepa.graphs import use_cuda_graph
 from fastjepa.kernels.checks import unavailable_reason
-from fastjepa.storage.safe_files import CheckpointError
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from fastjepa.files.safe_files import atomic_path
 from fastjepa.profiling import trace_ends, trace_starts
-from fastjepa.storage.safe_files import atomic_path
 
 TRACE_NAME = "trace.json"
 

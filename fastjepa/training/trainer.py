@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastjepa.config import Config, resolve_device, resolve_precision
 from fastjepa.environment import run_environment
+from fastjepa.files.safe_files import CheckpointError, write_atomic, write_text_atomic
 from fastjepa.fused.swap import accelerate
 from fastjepa.graphs import GraphedTrainStep
 from fastjepa.model.jepa import build_jepa, build_probes
@@ -29,7 +30,6 @@ from fastjepa.storage.checkpoint import load_checkpoint, load_snapshot, save_che
 from fastjepa.storage.eb_jepa_run import EbJepaRun
 from fastjepa.storage.export import export_pretrained
 from fastjepa.storage.run_folder import CHECKPOINT_NAME, RunFolder
-from fastjepa.storage.safe_files import CheckpointError, write_atomic, write_text_atomic
 from fastjepa.training.board import BOARD_NAME, Board, open_board
 from fastjepa.training.eb_jepa_start import continue_from, read_start
 from fastjepa.training.evaluation import Evaluation, evaluate

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from fastjepa.storage.safe_files import CheckpointError
+from fastjepa.files.safe_files import CheckpointError
 
 
 def read_tensor_file(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
