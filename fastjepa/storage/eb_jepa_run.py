@@ -94,7 +94,7 @@ class EbJepaRun:
         mine = self.modules
         try:
             names = [parameter_names(mine[name]) for name in mine]
-            theirs = [parameter_names(modules[name]) for name in mine]  # accelerated networks have another order
+            theirs = [parameter_names(modules[name]) for name in mine]  # in whatever order they are
             load_optimizer = plan_adam_load(optimizer, reorder_adam_state(self.optimizer.state_dict(), names, theirs))
         except ValueError as error:
             raise CheckpointError(f"the optimizer does not fit: {error}") from error

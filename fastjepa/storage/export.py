@@ -127,6 +127,8 @@ def export_pretrained(
     """
     with needed_for("exporting weights"):
         import safetensors.torch
+    if (problem := _unrecorded(jepa.encoder)) is not None:
+        raise CheckpointError(f"the encoder cannot be exported: {problem}, which the weights do not tell")
     folder = Path(folder)
     parts = {"encoder": jepa.encoder, "predictor": jepa.predictor, "decoder": decoder, "detection_head": detection_head}
     architecture, files, contents = {}, {}, {}
@@ -160,6 +162,14 @@ def export_pretrained(
     for name, data in contents.items():
         write_atomic(folder / name, partial(_write_bytes, data))
     write_text_atomic(folder / "config.json", text)
+
+
+def _unrecorded(encoder: nn.Module) -> str | None:
+    """What of an encoder does not follow from its weights, or None."""
+    if getattr(encoder, "avg_pool", False):
+        return "it has avg_pool"
+    strides = {layer.stride for layer in encoder.modules() if isinstance(layer, nn.Conv2d)} - {(1, 1)}
+    return f"it has strides of {min(strides)}" if strides else None
 
 
 def load_pretrained(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> PretrainedJEPA:
