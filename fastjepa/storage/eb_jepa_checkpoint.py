@@ -24,7 +24,8 @@ def load_eb_jepa_checkpoint(path: str | os.PathLike[str], *, std_coeff: float = 
     training with them: `fastjepa.load_eb_jepa_run`).
 
     All sizes follow from the shapes; keys may have `_orig_mod.` anywhere, as torch.compile leaves them. The loss
-    coefficients are not in the file, nor are strides of the encoder: it is taken to keep the resolution. The result is on the CPU, in train mode, in the file's floating dtype.
+    coefficients are not in the file, nor are strides of the encoder, which is taken to keep the resolution. The result
+    is on the CPU, in train mode, in the file's floating dtype.
 
     Raises:
         CheckpointError: missing, damaged, holding pickled objects, or not a Video JEPA of the published form.
