@@ -253,7 +253,8 @@ def test_ctrl_c_before_training(
     assert train(*TINY, "--cache_dir", "cache", "--out", "new/run") == 130
     assert capsys.readouterr().out == "stopped\n"
     assert not (here / "new").exists()
-    assert list((here / "cache").rglob("*") if (here / "cache").exists() else ()) == []
+    left = (here / "cache").rglob("*") if (here / "cache").exists() else ()
+    assert [path.name for path in left if not path.name.startswith("digits-")] == []
 
 
 @pytest.mark.parametrize("command", ["evaluate", "rollout"])
