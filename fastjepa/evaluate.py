@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import sys
+
+    from fastjepa.entry import run_command
+
+    sys.exit(run_command("fastjepa.evaluate", None, "python -m fastjepa.evaluate"))
+
 import json
 import logging
 from collections.abc import Sequence
@@ -114,7 +121,3 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m fastjepa.eval
         print(f"AP_{s}     {ap:.4f}  {pooled:.4f}")
     print(f"mAP      {result.map:.4f}  {result.pooled_map:.4f}")
     print(f"reconstruction loss {result.recon_loss:.5f}, detection loss {result.det_loss:.5f}")
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import sys
+
+    from fastjepa.entry import run_command
+
+    sys.exit(run_command("fastjepa.export", None, "python -m fastjepa.export"))
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +71,3 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m fastjepa.expo
     with refusals():
         lines = export_run(options)
     print("\n".join(lines))
-
-
-if __name__ == "__main__":
-    main()

@@ -253,7 +253,8 @@ def test_ctrl_c_before_training(
     assert train(*TINY, "--cache_dir", "cache", "--out", "new/run") == 130
     assert capsys.readouterr().out == "stopped\n"
     assert not (here / "new").exists()
-    assert list((here / "cache").rglob("*") if (here / "cache").exists() else ()) == []
+    whole = "digits-*.npy"  # made before it was stopped
+    assert {*(here / "cache").rglob("*")} == {*(here / "cache").glob(whole)}
 
 
 @pytest.mark.parametrize("command", ["evaluate", "rollout"])
@@ -375,11 +376,53 @@ def test_an_environment_without_torch_says_so() -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_ctrl_c_while_torch_is_loading(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train.py", "-m fastjepa train", "-m fastjepa.evaluate", "-m fastjepa.rollout", "-m fastjepa.export",
+        "-m fastjepa.compare_steps", "-m fastjepa.calibrate", "-m fastjepa.figures x",
+    ],
+)  # fmt: skip
+def test_ctrl_c_while_packages_are_loading(command: str, tmp_path: Path) -> None:
     loading = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(30)\n"
-    (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text(loading)
-    command = [sys.executable, str(TRAIN_PY)]
-    variables = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=variables)
+    for package in ("torch", "matplotlib"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text(loading)
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, ROOT)))}
+    done = subprocess.run(
+        [sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
+        env=variables,
+    )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGINT, "", "stopped\n")
+
+
+# ---- nobody reads what is printed, as in `| head` ----
+
+
+def with_its_reader_gone(*command: str) -> tuple[int, str]:
+    """(exit status, stderr) of a Python process whose output nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False,
+            timeout=60,
+        )  # fmt: skip
+    finally:
+        os.close(writer)
+    return done.returncode, done.stderr
+
+
+def test_output_that_nobody_reads_is_no_error() -> None:
+    assert with_its_reader_gone("-m", "fastjepa", "--help") == (128 + signal.SIGPIPE, "")
+    in_a_run = (
+        "import sys; from fastjepa.entry import exit_status; from fastjepa.refusal import refusals\n"
+        "def run():\n with refusals(): print('preset demo', flush=True)\n return 0\n"
+        "sys.exit(exit_status(run))"
+    )
+    assert with_its_reader_gone("-c", in_a_run) == (128 + signal.SIGPIPE, "")
+
+
+@pytest.mark.parametrize("command", ["train.py", "-m fastjepa.evaluate"])
+def test_help_that_nobody_reads(command: str) -> None:
+    assert with_its_reader_gone(*command.split(), "--help") == (128 + signal.SIGPIPE, "")
