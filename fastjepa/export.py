@@ -16,9 +16,8 @@ from pathlib import Path
 from fastjepa.config import Config
 from fastjepa.files.safe_files import CheckpointError
 from fastjepa.refusal import refusals
-from fastjepa.storage.checkpoint import load_checkpoint
 from fastjepa.storage.eb_jepa_export import write_run_for_eb_jepa
-from fastjepa.storage.run_folder import CHECKPOINT_NAME
+from fastjepa.storage.run_folder import load_run_checkpoint
 from fastjepa.training.command_line import parse_options
 
 
@@ -39,8 +38,7 @@ def export_run(options: Options) -> list[str]:
         CheckpointError: the run cannot be read, or the file not be written.
         ValueError: the file exists already.
     """
-    path = options.checkpoint / CHECKPOINT_NAME if options.checkpoint.is_dir() else options.checkpoint
-    state = load_checkpoint(path)
+    state, path = load_run_checkpoint(options.checkpoint)
     if options.eb_jepa.exists():
         raise ValueError(f"--eb_jepa {options.eb_jepa} exists already: choose another name, or move it away")
     try:

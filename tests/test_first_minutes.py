@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastjepa import calibrate, compare_steps, evaluate, rollout
+from bench import train as bench_train
+from fastjepa import calibrate, compare_steps, evaluate, export, rollout
 from fastjepa.config import PRESETS, Config
 from fastjepa.environment import ROOT
 from fastjepa.figures import __main__ as figures
@@ -41,10 +42,12 @@ def train(*flags: str) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], object]] = {
+    "bench train": bench_train.main,
     "train": lambda argv: train(*argv),
     "train tiny": lambda argv: train(*TINY, *argv),
     "evaluate": evaluate.main,
     "rollout": rollout.main,
+    "export": export.main,
     "figures": figures.main,
     "compare_steps": compare_steps.main,
     "calibrate": calibrate.main,
@@ -126,6 +129,8 @@ def here(things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("evaluate", "--checkpoint empty", "--checkpoint takes the folder of a run or its checkpoint.pt; empty has no"),
         ("evaluate", "--checkpoint file", "--checkpoint file: file is damaged, truncated, or not a file that t"),
         ("evaluate", "--checkpoint other.pt", "other.pt is a file of torch.save, but not a fastjepa checkpoint"),
+        ("export", "--checkpoint nowhere --eb_jepa x", "--checkpoint takes the folder of a run or its checkpoint.pt; "),
+        ("export", "--checkpoint other.pt --eb_jepa x", "--checkpoint other.pt: other.pt is a file of torch.save, but"),
         ("rollout", "--checkpoint nowhere", "--checkpoint takes the folder of a run or its checkpoint.pt; there is"),
         ("figures", "nowhere", "nowhere is not a run folder: there is no such folder"),
         ("figures", "empty", "empty is not the folder of an evaluated run: it lacks config.json, metrics.csv"),
@@ -167,6 +172,8 @@ def here(things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("compare_steps", "--steps 2 2", "--steps must be different numbers, got 2 2"),
         ("compare_steps", "--steps many", "argument --steps: invalid int value: 'many'"),
         ("compare_steps", "--lrr 3", "there is no flag --lrr; perhaps --lr is meant"),
+        ("bench train", "", "the following arguments are required: --out; see python -m bench train --help"),
+        ("bench train", "--out a --seconds nan", "--seconds must be more than 0, got nan"),
         ("calibrate", "--batch_size x", "argument --batch_size: invalid int value: 'x'"),
         ("calibrate", "--device cpu", "there is nothing to calibrate on a CPU"),
         # where nothing can be written
@@ -185,6 +192,20 @@ def test_a_mistake_is_one_line(
     before = {*here.iterdir(), *things.rglob("*")}
     assert message in refused(command, argv, capsys)
     assert {*here.iterdir(), *things.rglob("*")} == before, "something half-made was left"
+
+
+@pytest.mark.parametrize(
+    ("own", "more", "message"),
+    [
+        ("--out file", "", "could not write file/run/.gitignore: Not a directory"),
+        ("--out new", "--digits nowhere", "--digits: there is no file nowhere; "),
+        ("--out new", "--data official --data_path nowhere --canvas 64", "--data_path: there is no file nowhere; "),
+    ],
+)
+def test_a_mistake_in_a_timed_run(
+    own: str, more: str, message: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused("bench train", f"{own} -- {' '.join(TINY)} {more}", capsys)
 
 
 def test_the_flags_that_are_looked_at_are_those_that_there_are() -> None:
@@ -423,6 +444,5 @@ def test_output_that_nobody_reads_is_no_error() -> None:
     assert with_its_reader_gone("-c", in_a_run) == (128 + signal.SIGPIPE, "")
 
 
-@pytest.mark.parametrize("command", ["train.py", "-m fastjepa.evaluate"])
-def test_help_that_nobody_reads(command: str) -> None:
-    assert with_its_reader_gone(*command.split(), "--help") == (128 + signal.SIGPIPE, "")
+def test_help_that_nobody_reads() -> None:
+    assert with_its_reader_gone("train.py", "--help") == (128 + signal.SIGPIPE, "")
