@@ -52,7 +52,7 @@ def export_run(options: Options) -> list[str]:
         raise CheckpointError(f"{path} could not be exported: {error}") from error
     lines = [f"wrote {options.eb_jepa}, after step {step}: eb_jepa goes on with its epoch {epoch} (it counts from 0)"]
     if batch:
-        lines.append(f"{batch} steps of that epoch are done already: eb_jepa does not know, and does all of it")
+        lines.append(f"of that epoch, steps done already: {batch}; eb_jepa does not know, and does all of it")
     widths = (config.projector or f"{config.dstc}-64-64", config.hdet)
     usual = (f"{config.dstc}-{4 * config.dstc}-{4 * config.dstc}", config.hpre)
     if widths != usual:
