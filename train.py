@@ -11,17 +11,11 @@ if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit(2)
 
 if __name__ == "__main__":
-    import os
-    import signal
+    from fastjepa.entry import exit_status, stops_at_once
 
-    # torch takes a second or more to load, and Ctrl-C in the midst of it would be a traceback from inside.
-    def _stop(*_):  # type: ignore[no-untyped-def]
-        os.write(2, b"stopped\n")
-        os._exit(130)
-
-    before = signal.signal(signal.SIGINT, _stop)
     try:
-        from fastjepa.training.command_line import parse_config, run_from_command_line
+        with stops_at_once():
+            from fastjepa.training.command_line import parse_config, run_from_command_line
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "numpy"):
             raise
@@ -30,5 +24,4 @@ if __name__ == "__main__":
             "environment that has it, `pip install -e '.[train]'` adds it to this one\n" % (error.name, sys.executable)
         )
         sys.exit(2)
-    signal.signal(signal.SIGINT, before)
-    sys.exit(run_from_command_line(parse_config()))
+    sys.exit(exit_status(lambda: run_from_command_line(parse_config())))

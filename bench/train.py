@@ -20,12 +20,14 @@ from typing import Any
 from bench.harness.rows import Row, format_table, read_rows, write_rows, write_text
 from fastjepa.config import Config, resolve_device
 from fastjepa.environment import Environment, collect
+from fastjepa.moving_mnist.official import DownloadError
+from fastjepa.refusal import CommandParser, refusals
 from fastjepa.storage.run_folder import CHECKPOINT_NAME
 from fastjepa.training.command_line import parse_config
 from fastjepa.training.evaluation import Evaluation, evaluate
 from fastjepa.training.handed_on import refuse_flags, split_at_dashes
 from fastjepa.training.stop_signals import Interrupted
-from fastjepa.training.trainer import Trainer
+from fastjepa.training.trainer import NonFiniteLossError, Trainer
 
 SUITE = "train"
 
@@ -105,7 +107,7 @@ def train(
 
 def main(argv: Sequence[str]) -> int:
     """The command line; returns 0 if training went as it should, done or not."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=_PROG,
         usage=f"{_PROG} [-h] [--seconds S] --out DIR [--quick] [-- FLAGS OF THE TRAINER]",
         description=(__doc__ or "").split("\n\n")[0],
@@ -121,13 +123,15 @@ def main(argv: Sequence[str]) -> int:
     args, unknown = parser.parse_known_args(own)
     if unknown:
         parser.error(f"{unknown[0]} is not a flag of this command; the trainer's follow --: -- {shlex.join(unknown)}")
-    if args.seconds <= 0:
+    if not args.seconds > 0:
         parser.error(f"--seconds must be more than 0, got {args.seconds}")
-    try:
+    with refusals(NonFiniteLossError, DownloadError):
         refuse_flags(flags, _OWN)
-    except ValueError as error:
-        parser.error(str(error))
-    config = _config(args.out / "run", [*(_QUICK if args.quick else ()), *flags])
+        config = _config(args.out / "run", [*(_QUICK if args.quick else ()), *flags])
+        return _train_and_show(args, config, argv)
+
+
+def _train_and_show(args: argparse.Namespace, config: Config, argv: Sequence[str]) -> int:
     environment = collect(["python", "-m", "bench", "train", *argv], resolve_device(config.device))
     rows = read_rows(args.out / "train.jsonl") if config.resume and (args.out / "train.jsonl").exists() else []
     before = len(rows)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import importlib.metadata
 import platform
 import sys
 from collections.abc import Sequence
 
 import fastjepa
-from fastjepa.optional_packages import MissingPackageError, needed_for
+from fastjepa.entry import exit_status, run_command
 
 # name: (module with `main(argv, prog)`, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -29,7 +28,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "fastjepa") -> int:
 
     `prog` is what the user typed to come here; usage and hints begin with it.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    return exit_status(lambda: _run(words, prog))
+
+
+def _run(argv: list[str], prog: str) -> int:
     if argv and argv[0] in ("-h", "--help"):
         listing = "\n".join(f"  {name:<14} {what}" for name, (_, what) in COMMANDS.items())
         print(f"usage: {prog} COMMAND [--help] ...\n       {prog} --version\n\ncommands:\n{listing}")
@@ -41,16 +44,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "fastjepa") -> int:
     if name not in COMMANDS:
         print(f"error: {_unknown(argv, prog)}", file=sys.stderr)
         return 2
-    try:
-        with needed_for(f"{prog} {name}"):
-            module = importlib.import_module(COMMANDS[name][0])
-        return int(module.main(argv[1:], prog=f"{prog} {name}") or 0)
-    except MissingPackageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # while modules are imported, or in a command that has nothing to save
-        print("stopped", file=sys.stderr)
-        return 130
+    return run_command(COMMANDS[name][0], argv[1:], f"{prog} {name}")
 
 
 def version() -> str:

@@ -5,6 +5,13 @@ Training and `fastjepa.accelerate` do the same by themselves when they first run
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import sys
+
+    from fastjepa.entry import run_command
+
+    sys.exit(run_command("fastjepa.calibrate", None, "python -m fastjepa.calibrate"))
+
 import argparse
 import sys
 from collections.abc import Sequence
@@ -94,7 +101,3 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     for name in _SIZES:
         parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name), help="default: %(default)s")
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

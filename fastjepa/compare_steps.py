@@ -5,7 +5,13 @@
 
 from __future__ import annotations
 
-import logging
+if __name__ == "__main__":  # before the imports, which take seconds
+    import sys
+
+    from fastjepa.entry import run_command
+
+    sys.exit(run_command("fastjepa.compare_steps", None, "python -m fastjepa.compare_steps"))
+
 import shlex
 import sys
 from collections.abc import Sequence
@@ -69,8 +75,3 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m fastjepa.comp
     with refusals():
         print(f"\nwrote {draw_step_comparison(folders, own.out / 'steps.png')}")
     return 0
-
-
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    sys.exit(main())

@@ -116,6 +116,8 @@ class Config:
                 raise ValueError(f"--{name} must be a number ≥ 0, got {value}")
         if self.seed < 0:
             raise ValueError(f"--seed must be at least 0, got {self.seed}")
+        if self.seed >= 2**63:  # of PyTorch's generators
+            raise ValueError(f"--seed must be less than 2^63 = {2**63}, got {self.seed}")
         if self.dobs != 1:
             raise ValueError(f"--dobs must be 1: Moving MNIST has one image channel, got {self.dobs}")
         if self.projector is not None and not _is_projector(self.projector, self.dstc):

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import sys
+
+    from fastjepa.entry import run_command
+
+    sys.exit(run_command("fastjepa.evaluate", None, "python -m fastjepa.evaluate"))
+
 import json
 import logging
 from collections.abc import Sequence
@@ -20,8 +27,8 @@ from fastjepa.model.networks import DetHead, ImageDecoder
 from fastjepa.moving_mnist.official import DownloadError
 from fastjepa.optional_packages import require_packages
 from fastjepa.refusal import refusals
-from fastjepa.storage.checkpoint import load_checkpoint, load_modules
-from fastjepa.storage.run_folder import CHECKPOINT_NAME
+from fastjepa.storage.checkpoint import load_modules
+from fastjepa.storage.run_folder import load_run_checkpoint
 from fastjepa.training.command_line import parse_options
 from fastjepa.training.evaluation import evaluate
 from fastjepa.training.resolution import read_choice
@@ -58,14 +65,7 @@ def load_run(checkpoint: Path, device: torch.device) -> tuple[Config, JEPA, Imag
     Raises:
         CheckpointError: missing, damaged, or not the checkpoint of a run.
     """
-    path = checkpoint / CHECKPOINT_NAME if checkpoint.is_dir() else checkpoint
-    if not path.exists():
-        held = f"{checkpoint} has no {CHECKPOINT_NAME} in it" if checkpoint.is_dir() else f"there is no {checkpoint}"
-        raise CheckpointError(f"--checkpoint takes the folder of a run or its {CHECKPOINT_NAME}; {held}")
-    try:
-        state = load_checkpoint(path)
-    except CheckpointError as error:
-        raise CheckpointError(f"--checkpoint {checkpoint}: {error}") from error
+    state, path = load_run_checkpoint(checkpoint)
     try:
         config = Config.from_json(state["config"])
     except (KeyError, TypeError, ValueError) as error:
@@ -114,7 +114,3 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m fastjepa.eval
         print(f"AP_{s}     {ap:.4f}  {pooled:.4f}")
     print(f"mAP      {result.map:.4f}  {result.pooled_map:.4f}")
     print(f"reconstruction loss {result.recon_loss:.5f}, detection loss {result.det_loss:.5f}")
-
-
-if __name__ == "__main__":
-    main()

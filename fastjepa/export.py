@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import sys
+
+    from fastjepa.entry import run_command
+
+    sys.exit(run_command("fastjepa.export", None, "python -m fastjepa.export"))
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +16,8 @@ from pathlib import Path
 from fastjepa.config import Config
 from fastjepa.files.safe_files import CheckpointError
 from fastjepa.refusal import refusals
-from fastjepa.storage.checkpoint import load_checkpoint
 from fastjepa.storage.eb_jepa_export import write_run_for_eb_jepa
-from fastjepa.storage.run_folder import CHECKPOINT_NAME
+from fastjepa.storage.run_folder import load_run_checkpoint
 from fastjepa.training.command_line import parse_options
 
 
@@ -32,8 +38,7 @@ def export_run(options: Options) -> list[str]:
         CheckpointError: the run cannot be read, or the file not be written.
         ValueError: the file exists already.
     """
-    path = options.checkpoint / CHECKPOINT_NAME if options.checkpoint.is_dir() else options.checkpoint
-    state = load_checkpoint(path)
+    state, path = load_run_checkpoint(options.checkpoint)
     if options.eb_jepa.exists():
         raise ValueError(f"--eb_jepa {options.eb_jepa} exists already: choose another name, or move it away")
     try:
@@ -47,7 +52,7 @@ def export_run(options: Options) -> list[str]:
         raise CheckpointError(f"{path} could not be exported: {error}") from error
     lines = [f"wrote {options.eb_jepa}, after step {step}: eb_jepa goes on with its epoch {epoch} (it counts from 0)"]
     if batch:
-        lines.append(f"{batch} steps of that epoch are done already: eb_jepa does not know, and does all of it")
+        lines.append(f"of that epoch, steps done already: {batch}; eb_jepa does not know, and does all of it")
     widths = (config.projector or f"{config.dstc}-64-64", config.hdet)
     usual = (f"{config.dstc}-{4 * config.dstc}-{4 * config.dstc}", config.hpre)
     if widths != usual:
@@ -64,7 +69,3 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m fastjepa.expo
     with refusals():
         lines = export_run(options)
     print("\n".join(lines))
-
-
-if __name__ == "__main__":
-    main()

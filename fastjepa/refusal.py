@@ -47,6 +47,8 @@ def refusals(*kinds: type[Exception]) -> Iterator[None]:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(STOPPED) from None
+    except BrokenPipeError:  # of whoever read what is printed: no mistake, and nothing to say to nobody
+        raise
     except _ALWAYS + kinds as error:
         fail(error)
     except (RuntimeError, MemoryError) as error:

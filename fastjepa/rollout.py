@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import sys
+
+    from fastjepa.entry import run_command
+
+    sys.exit(run_command("fastjepa.rollout", None, "python -m fastjepa.rollout"))
+
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -179,7 +186,3 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m fastjepa.roll
         f"{result.frames:,} frames in {result.seconds:.3f} s, {result.frames_per_second:,.0f} frames/s"
     )
     print(f"wrote {result.path}")
-
-
-if __name__ == "__main__":
-    main()

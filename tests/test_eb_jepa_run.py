@@ -525,6 +525,20 @@ def test_a_run_with_heads_and_another_rate(path: Path, cache: Path, tmp_path: Pa
     assert trainer.config.hdet == 2
 
 
+@pytest.mark.packages("tyro")
+def test_a_rate_that_a_schedule_brought_to_nothing(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fastjepa.training.command_line import parse_config
+
+    original = Original(dtype=torch.float32).train(0, 1)
+    for group in original.optimizer.param_groups:
+        group["lr"] = 0.0
+    flags = [*TINY, "--from_eb_jepa", str(original.save(path))]
+    with pytest.raises(SystemExit):
+        parse_config(flags)
+    assert "cannot be trained here: --lr must be a positive number, got 0.0" in capsys.readouterr().err
+    assert parse_config([*flags, "--lr", "0.01"]).lr == 0.01
+
+
 @pytest.mark.packages("tyro", "torchmetrics", "cv2", "sklearn")
 def test_requests_that_contradict_the_file(
     saved: Path, path: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -544,7 +558,8 @@ def test_requests_that_contradict_the_file(
         new_run(saved, tmp_path / "run", cache)
     with pytest.raises(SystemExit):
         new_run(tmp_path / "nothere", tmp_path / "run", cache)
-    assert "nothere: No such file" in capsys.readouterr().err
+    nowhere = tmp_path / "nothere"
+    assert f"--from_eb_jepa {nowhere}: could not read {nowhere}: No such file" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     with pytest.raises(SystemExit):
         export_main(["--checkpoint", str(path), "--eb_jepa", str(tmp_path / "back")])

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastjepa import calibrate, compare_steps, evaluate, rollout
+from bench import train as bench_train
+from fastjepa import calibrate, compare_steps, evaluate, export, rollout
 from fastjepa.config import PRESETS, Config
 from fastjepa.environment import ROOT
 from fastjepa.figures import __main__ as figures
@@ -41,10 +42,12 @@ def train(*flags: str) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], object]] = {
+    "bench train": bench_train.main,
     "train": lambda argv: train(*argv),
     "train tiny": lambda argv: train(*TINY, *argv),
     "evaluate": evaluate.main,
     "rollout": rollout.main,
+    "export": export.main,
     "figures": figures.main,
     "compare_steps": compare_steps.main,
     "calibrate": calibrate.main,
@@ -126,6 +129,8 @@ def here(things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("evaluate", "--checkpoint empty", "--checkpoint takes the folder of a run or its checkpoint.pt; empty has no"),
         ("evaluate", "--checkpoint file", "--checkpoint file: file is damaged, truncated, or not a file that t"),
         ("evaluate", "--checkpoint other.pt", "other.pt is a file of torch.save, but not a fastjepa checkpoint"),
+        ("export", "--checkpoint nowhere --eb_jepa x", "--checkpoint takes the folder of a run or its checkpoint.pt; "),
+        ("export", "--checkpoint other.pt --eb_jepa x", "--checkpoint other.pt: other.pt is a file of torch.save, but"),
         ("rollout", "--checkpoint nowhere", "--checkpoint takes the folder of a run or its checkpoint.pt; there is"),
         ("figures", "nowhere", "nowhere is not a run folder: there is no such folder"),
         ("figures", "empty", "empty is not the folder of an evaluated run: it lacks config.json, metrics.csv"),
@@ -153,6 +158,8 @@ def here(things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("train", "--n_frames 2", "--n_frames must be at least 3 (two frames predict the third), got 2"),
         ("train", "--lr", "--lr needs a value: a number"),
         ("train", "--lr --seed 3", "--lr needs a value: a number"),
+        ("train", f"--seed {2**63}", f"--seed must be less than 2^63 = {2**63}, got {2**63}"),
+        ("train", "--out=", "--out must be a path; got ''"),
         ("train", "--preset", "argument --preset: expected one argument; see train.py --help"),
         ("train", "--profile=yes", "--profile takes no value, got 'yes'; it is given or not"),
         ("train", "--precision fp8", "--precision must be one of auto, fp32, tf32, bf16; got 'fp8'"),
@@ -167,6 +174,8 @@ def here(things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("compare_steps", "--steps 2 2", "--steps must be different numbers, got 2 2"),
         ("compare_steps", "--steps many", "argument --steps: invalid int value: 'many'"),
         ("compare_steps", "--lrr 3", "there is no flag --lrr; perhaps --lr is meant"),
+        ("bench train", "", "the following arguments are required: --out; see python -m bench train --help"),
+        ("bench train", "--out a --seconds nan", "--seconds must be more than 0, got nan"),
         ("calibrate", "--batch_size x", "argument --batch_size: invalid int value: 'x'"),
         ("calibrate", "--device cpu", "there is nothing to calibrate on a CPU"),
         # where nothing can be written
@@ -185,6 +194,19 @@ def test_a_mistake_is_one_line(
     before = {*here.iterdir(), *things.rglob("*")}
     assert message in refused(command, argv, capsys)
     assert {*here.iterdir(), *things.rglob("*")} == before, "something half-made was left"
+
+
+@pytest.mark.parametrize(
+    ("own", "more", "message"),
+    [
+        ("--out file", "", "file/run: Not a directory"),
+        ("--out new", "--digits nowhere", "--digits: there is no file nowhere; "),
+    ],
+)
+def test_a_mistake_in_a_timed_run(
+    own: str, more: str, message: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused("bench train", f"{own} -- {' '.join(TINY)} {more}", capsys)
 
 
 def test_the_flags_that_are_looked_at_are_those_that_there_are() -> None:
@@ -253,8 +275,8 @@ def test_ctrl_c_before_training(
     assert train(*TINY, "--cache_dir", "cache", "--out", "new/run") == 130
     assert capsys.readouterr().out == "stopped\n"
     assert not (here / "new").exists()
-    left = (here / "cache").rglob("*") if (here / "cache").exists() else ()
-    assert [path.name for path in left if not path.name.startswith("digits-")] == []
+    whole = "digits-*.npy"  # made before it was stopped
+    assert {*(here / "cache").rglob("*")} == {*(here / "cache").glob(whole)}
 
 
 @pytest.mark.parametrize("command", ["evaluate", "rollout"])
@@ -376,11 +398,52 @@ def test_an_environment_without_torch_says_so() -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_ctrl_c_while_torch_is_loading(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train.py", "-m fastjepa train", "-m fastjepa.evaluate", "-m fastjepa.rollout", "-m fastjepa.export",
+        "-m fastjepa.compare_steps", "-m fastjepa.calibrate", "-m fastjepa.figures x",
+    ],
+)  # fmt: skip
+def test_ctrl_c_while_packages_are_loading(command: str, tmp_path: Path) -> None:
     loading = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(30)\n"
-    (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text(loading)
-    command = [sys.executable, str(TRAIN_PY)]
-    variables = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=variables)
+    for package in ("torch", "matplotlib"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text(loading)
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, ROOT)))}
+    done = subprocess.run(
+        [sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
+        env=variables,
+    )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGINT, "", "stopped\n")
+
+
+# ---- nobody reads what is printed, as in `| head` ----
+
+
+def with_its_reader_gone(*command: str) -> tuple[int, str]:
+    """(exit status, stderr) of a Python process whose output nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False,
+            timeout=60,
+        )  # fmt: skip
+    finally:
+        os.close(writer)
+    return done.returncode, done.stderr
+
+
+def test_output_that_nobody_reads_is_no_error() -> None:
+    assert with_its_reader_gone("-m", "fastjepa", "--help") == (128 + signal.SIGPIPE, "")
+    in_a_run = (
+        "import sys; from fastjepa.entry import exit_status; from fastjepa.refusal import refusals\n"
+        "def run():\n with refusals(): print('preset demo', flush=True)\n return 0\n"
+        "sys.exit(exit_status(run))"
+    )
+    assert with_its_reader_gone("-c", in_a_run) == (128 + signal.SIGPIPE, "")
+
+
+def test_help_that_nobody_reads() -> None:
+    assert with_its_reader_gone("train.py", "--help") == (128 + signal.SIGPIPE, "")

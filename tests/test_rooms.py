@@ -31,29 +31,31 @@ ROOMS: dict[str, set[str]] = {
     "model": {"files", "kernels", "profiling", "optional_packages"},
     "storage": {"files", "config", "optional_packages", "model"},
     "refusal": {"files", "measuring", "optional_packages"},
+    "entry": {"optional_packages", "refusal"},
     "moving_mnist": {"files", "optional_packages"},
     "calibration": {"files", "measuring", "config", "environment", "storage"},
     "fused": {"kernels", "model", "calibration"},
     "graphs": {"kernels", "profiling", "model", "moving_mnist", "fused"},
     "verification": {"measuring", "calibration", "fused"},
     "trials": {"kernels", "measuring", "model", "moving_mnist", "calibration", "fused", "graphs"},
-    "figures": {"files", "optional_packages", "model", "refusal"},
+    "figures": {"files", "optional_packages", "model", "refusal", "entry"},
     "training": {
         "files", "kernels", "config", "environment", "profiling", "optional_packages", "model", "storage", "refusal",
         "moving_mnist", "calibration", "fused", "graphs", "figures",
     },
-    "calibrate": {"config", "refusal", "calibration"},
+    "calibrate": {"config", "refusal", "entry", "calibration"},
     "evaluate": {
+        "entry",
         "files", "kernels", "config", "optional_packages", "model", "storage", "refusal", "moving_mnist", "calibration",
         "fused", "training",
     },
     "rollout": {
-        "config", "environment", "model", "refusal", "moving_mnist", "calibration", "graphs", "figures", "training",
-        "evaluate",
+        "config", "environment", "model", "refusal", "entry", "moving_mnist", "calibration", "graphs", "figures",
+        "training", "evaluate",
     },
-    "export": {"files", "config", "storage", "refusal", "training"},
-    "compare_steps": {"optional_packages", "refusal", "storage", "figures", "training"},
-    "__main__": {"optional_packages"},  # and the commands by name, when they are called
+    "export": {"files", "config", "storage", "refusal", "entry", "training"},
+    "compare_steps": {"optional_packages", "refusal", "entry", "storage", "figures", "training"},
+    "__main__": {"entry"},  # and the commands by name, when they are called
 }  # fmt: skip
 
 
@@ -131,11 +133,11 @@ def test_what_a_room_may_import_is_used() -> None:
         assert used == allowed, room
 
 
-def test_bench_does_not_import_tests_and_train_py_imports_training_only() -> None:
+def test_bench_does_not_import_tests_and_train_py_imports_training_and_how_to_begin() -> None:
     for module in MODULES:
         if module.startswith("bench"):
             assert not any(imported.startswith("tests") for imported in imports(module)), module
-    assert {room_of(imported) for imported in imports("train")} == {"training"}
+    assert {room_of(imported) for imported in imports("train")} == {"entry", "training"}
 
 
 # What the rooms of bench may import, besides themselves and fastjepa.

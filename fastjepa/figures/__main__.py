@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastjepa.entry import exit_status, stops_at_once
 from fastjepa.refusal import CommandParser, refusals
 
 
@@ -22,7 +23,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m fastjepa.figu
     )  # fmt: skip
     given = parser.parse_args(argv)
     with refusals():
-        from fastjepa.figures.runs import draw_run, draw_step_comparison
+        with stops_at_once():
+            from fastjepa.figures.runs import draw_run, draw_step_comparison
 
         if not given.runs:
             raise ValueError("name at least one run folder; see --help")
@@ -35,4 +37,4 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m fastjepa.figu
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -91,7 +91,10 @@ def _last_ap(metrics: Mapping[str, np.ndarray], prefix: str, folder: Path) -> np
     table = np.stack(columns, axis=1) if columns else np.empty((0, 0))
     evaluated = table[np.isfinite(table).any(axis=1)]
     if len(evaluated) == 0:
-        raise ValueError(f"{folder / 'metrics.csv'}: holds no average precision ({prefix}0, ...) yet")
+        raise ValueError(
+            f"{folder / 'metrics.csv'}: holds no average precision ({prefix}0, ...): it was not evaluated "
+            "yet, or there is no digit in its validation clips"
+        )
     return evaluated[-1]
 
 

@@ -73,6 +73,22 @@ class RunFolder:
         raise FileExistsError(errno.EEXIST, f"a thousand folders are called {stem}", str(parent))
 
 
+def load_run_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], Path]:
+    """What is in the checkpoint that --checkpoint names, which may be the folder of its run; (that, its path).
+
+    Raises:
+        CheckpointError: missing, damaged, or not a checkpoint; the message names the flag.
+    """
+    path = checkpoint / CHECKPOINT_NAME if checkpoint.is_dir() else checkpoint
+    if not path.exists():
+        held = f"{checkpoint} has no {CHECKPOINT_NAME} in it" if checkpoint.is_dir() else f"there is no {checkpoint}"
+        raise CheckpointError(f"--checkpoint takes the folder of a run or its {CHECKPOINT_NAME}; {held}")
+    try:
+        return load_checkpoint(path), path
+    except CheckpointError as error:
+        raise CheckpointError(f"--checkpoint {checkpoint}: {error}") from error
+
+
 def read_run_config(folder: Path) -> dict[str, Any]:
     """The saved configuration of the run in `folder`. Raises CheckpointError if there is nothing to resume."""
     if not folder.is_dir():

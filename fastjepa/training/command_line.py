@@ -73,6 +73,7 @@ def parse_config(argv: Sequence[str] | None = None, prog: str = "train.py") -> C
     first.add_argument("--data")
     first.add_argument("--resume", type=Path)
     first.add_argument("--from_eb_jepa", type=Path)
+    first.add_argument("--lr", nargs="?", const="")
     with refusals():
         chosen, _ = first.parse_known_args(argv)
         saved = None if chosen.resume is None else read_run_config(chosen.resume)
@@ -81,7 +82,9 @@ def parse_config(argv: Sequence[str] | None = None, prog: str = "train.py") -> C
             if chosen.from_eb_jepa is None:
                 default = preset_config(resolve_preset(chosen.preset, device))
             else:
-                default = defaults_from_eb_jepa(chosen.from_eb_jepa, chosen.preset, device)
+                default = defaults_from_eb_jepa(
+                    chosen.from_eb_jepa, chosen.preset, device, own_lr=chosen.lr is not None
+                )
             if chosen.data == "official":  # whose frames have one size
                 default = dataclasses.replace(default, canvas=MNIST_TEST_SEQ.size)
         else:

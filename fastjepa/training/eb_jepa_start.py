@@ -5,29 +5,34 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastjepa.config import Config, preset_config, resolve_preset
+from fastjepa.files.safe_files import CheckpointError
 from fastjepa.files.tensor_files import shown
 from fastjepa.storage.eb_jepa_run import EbJepaRun, load_eb_jepa_run
 from fastjepa.training.progress import say
 
 
-def defaults_from_eb_jepa(path: Path, preset: str, device: torch.device) -> Config:
+def defaults_from_eb_jepa(path: Path, preset: str, device: torch.device, *, own_lr: bool = False) -> Config:
     """The defaults of a run that goes on from this file: those of the preset ("auto" takes the published recipe, which
-    the file is of), with its sizes and its learning rate.
+    the file is of), with its sizes and its learning rate. With `own_lr`, which is for a run that is given another, the
+    file's is not looked at: where a schedule ended it may be 0.
 
     Raises:
         CheckpointError: the file cannot be used.
         ValueError: an unknown preset, or a model that is not for Moving MNIST.
     """
-    run = load_eb_jepa_run(path)
+    run = _load(path)
     defaults = preset_config("full" if preset == "auto" else resolve_preset(preset, device))
-    values = {**run.sizes, "lr": float(run.optimizer.param_groups[0]["lr"]), "from_eb_jepa": path}
+    values: dict[str, Any] = {**run.sizes, "from_eb_jepa": path}
+    if not own_lr:
+        values["lr"] = float(run.optimizer.param_groups[0]["lr"])
     try:
-        return dataclasses.replace(defaults, **values)  # type: ignore[arg-type]
+        return dataclasses.replace(defaults, **values)
     except ValueError as error:
         raise ValueError(f"--from_eb_jepa {path} cannot be trained here: {error}") from error
 
@@ -42,7 +47,7 @@ def read_start(config: Config) -> EbJepaRun | None:
     path = config.from_eb_jepa
     if path is None or config.resume is not None:
         return None
-    run = load_eb_jepa_run(path, std_coeff=config.std_coeff, cov_coeff=config.cov_coeff)
+    run = _load(path, std_coeff=config.std_coeff, cov_coeff=config.cov_coeff)
     asked = {name: getattr(config, name) for name in run.sizes}
     asked["projector"] = config.projector or f"{config.dstc}-64-64"
     differing = [
@@ -88,3 +93,10 @@ def continue_from(
     if run.unused:
         say(f"not used of it: {', '.join(map(shown, run.unused))}")
     return run.epoch, run.step
+
+
+def _load(path: Path, **coefficients: Any) -> EbJepaRun:
+    try:
+        return load_eb_jepa_run(path, **coefficients)
+    except CheckpointError as error:
+        raise CheckpointError(f"--from_eb_jepa {path}: {error}") from error

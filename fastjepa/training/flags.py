@@ -88,6 +88,8 @@ def _read(flag: str, kind: Any, value: str) -> Any:
             return None
         if get_origin(one) is Literal and value in map(str, get_args(one)):
             return value
+        if one is Path and not value:  # `--out "$unset"`; as a path it would be the working directory
+            continue
         if one in _WORDS:
             try:
                 return one(value)

@@ -51,6 +51,6 @@ def _position(trainer: Trainer) -> str:
     position = f"{trainer.epoch} of {config.epochs} epochs"
     if trainer.batch:
         position += f" and {trainer.batch} step{'s' if trainer.batch > 1 else ''} of the next"
-    position += f", {trainer.global_step} steps in all"
+    position += f", {trainer.global_step} step{'s' if trainer.global_step > 1 else ''} in all"
     further = "more --epochs" if trainer.epoch >= config.epochs else f"more than --max_steps {config.max_steps}"
     return f"{position}; --resume {trainer.folder} with {further} goes on"
