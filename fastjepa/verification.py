@@ -137,9 +137,9 @@ def verify(
     Raises:
         TypeError: a video or actions that are no tensor, or a video that is not floating point.
         ValueError: a video of another rank, on another device, empty or not finite; one that the plain model cannot be
-            unrolled on, with its reason; `steps` < 1; an unknown precision; a float64 model, which is the truth itself;
-            dropout in train mode, whose random numbers differ between precisions; a backend beside an accelerated
-            model. Whatever `accelerate` raises.
+            unrolled on, or a model that cannot be copied, with the reason; `steps` < 1; an unknown precision; a float64
+            model, which is the truth itself; dropout in train mode, whose random numbers differ between precisions; a
+            backend beside an accelerated model. Whatever `accelerate` raises.
         RuntimeError: there is no memory for float64. Whatever the accelerated model raises is raised.
     """
     if precision not in get_args(SwapPrecision):
@@ -160,7 +160,7 @@ def verify(
     unroll = {"nsteps": steps, "unroll_mode": unroll_mode, "ctxt_window_time": ctxt_window_time}
 
     with _random_numbers_of_its_own(weight.device), torch.enable_grad():
-        plain, ours = copy.deepcopy(jepa), copy.deepcopy(jepa)
+        plain, ours = _copy(jepa), _copy(jepa)
         if accelerated:
             restore(plain)
         # First of all: what is wrong with the video is found here, and told as such.
@@ -353,6 +353,14 @@ def _compute_in_bf16(network: nn.Module) -> None:
 def _random_numbers_of_its_own(device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
+
+
+def _copy(jepa: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(jepa)
+    except Exception as error:  # whatever a user's module holds: results of an earlier call, open files, ...
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"this JEPA cannot be copied, and verify works on copies: {line}") from error
 
 
 def _check_model(jepa: nn.Module) -> Tensor:
