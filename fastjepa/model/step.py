@@ -107,7 +107,7 @@ class TrainStep:
         self.literal = literal
         self.autocast_dtype = autocast_dtype
         self.projection = projection
-        self._encoder_seen: nn.Module | None = None
+        self._encoder_seen: nn.Module | None = None  # the last one that was looked at
         self._encoder_repeats = False  # whether a call of it calls a BatchNorm more than once
         self._look_at_losses()
 
@@ -162,12 +162,12 @@ class TrainStep:
     def _encode(self, video: Tensor) -> Tensor:
         """The states; the encoder's buffers move as by the original's calls."""
         encoder = self.jepa.encoder
-        if encoder is not self._encoder_seen:
-            # The published network is known to call each BatchNorm once; another one is looked at, at its first step.
-            known = type(encoder) is ResNet5 or getattr(encoder, "is_fused", False)
-            self._encoder_repeats = not known and batch_norm_calls(encoder, video) > 1
+        # The published network is known to call each BatchNorm once; another one is looked at, at its first step.
+        known = type(encoder) is ResNet5 or getattr(encoder, "is_fused", False)
+        if not known and encoder is not self._encoder_seen:
+            self._encoder_repeats = batch_norm_calls(encoder, video) > 1
             self._encoder_seen = encoder
-        if not self._encoder_repeats:
+        if known or not self._encoder_repeats:
             with repeated_updates(encoder, ENCODER_CALLS):
                 return encoder(video)
         state: Tensor = encoder(video)
