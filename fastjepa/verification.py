@@ -19,84 +19,16 @@ from fastjepa.calibration.setting import ambient_tf32, set_tf32
 from fastjepa.fused.autocast import InBf16
 from fastjepa.fused.decision import Backend, SwapPrecision
 from fastjepa.fused.swap import accelerate, restore
-from fastjepa.measuring import policy
 from fastjepa.measuring.norms import DRAWS, GRADIENT, largest_errors, may_have_jumped, norm_bound, norm_errors
 from fastjepa.measuring.out_of_memory import is_out_of_memory
-from fastjepa.measuring.policy import Error, Judgement
+from fastjepa.measuring.policy import Error
+from fastjepa.verification_result import Row, Verification
 
 Tensors = dict[str, Tensor]
 
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _NETWORKS = ("encoder", "predictor")
 _COUNTS = "call counts of "
-
-
-@dataclass(frozen=True)
-class Row:
-    """One result in one arithmetic: the errors of ours and of eager, ‖x − truth‖ / ‖truth‖, and what is allowed."""
-
-    result: str
-    """What it is: losses, gradients, buffers or call counts (of BatchNorm), the latter three by part of the model."""
-    precision: str
-    """fp32, tf32, bf16 or fp16."""
-    ours: float
-    eager: float
-    bound: float | None
-    """None where eager is itself so far off that nothing can be judged by it."""
-
-    @property
-    def exact(self) -> bool:
-        """Whether the policy lets it pass."""
-        return self._judgement.exact
-
-    @property
-    def _judgement(self) -> Judgement:
-        return Judgement(self.result, self.ours, self.bound)
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What `verify` found, as data and, printed, as a table."""
-
-    rows: tuple[Row, ...]
-    what: str
-    """The video, the unroll and the device."""
-    swapped: tuple[str, ...]
-    """The parts that are not the plain ones, as "encoder: ResNet5 → FusedResNet5"."""
-
-    @property
-    def passed(self) -> bool:
-        """Whether the policy lets every row pass."""
-        return all(row.exact for row in self.rows)
-
-    @property
-    def worst(self) -> Row:
-        """The row closest to, or furthest beyond, its bound."""
-        found = policy.worst(row._judgement for row in self.rows)
-        return next(row for row in self.rows if row._judgement == found)
-
-    def __str__(self) -> str:
-        wrong, unsure = sum(not row.exact for row in self.rows), sum(row.bound is None for row in self.rows)
-        verdict = "passed" if not wrong else f"NOT PASSED: {wrong} of {len(self.rows)} results"
-        if wrong:
-            verdict += (
-                " too far off" if wrong > unsure else " cannot be judged by eager; give more clips, or larger ones"
-            )
-        parts = self.swapped or ("nothing is swapped: this holds eager against itself",)
-        width = max(len(row.result) for row in self.rows)
-        lines = [
-            f"fastjepa.verify: {verdict}",
-            f"  {self.what}",
-            *(f"  {part}" for part in parts),
-            "  errors, of the norm of what the plain model computes in float64:",
-            f"  {'':<4}  {'':<{width}}  {'ours':>8}  {'eager':>8}  {'allowed':>8}",
-        ]
-        for row in self.rows:
-            allowed = "" if row.bound is None else f"{row.bound:.1e}"
-            note = "" if row.exact else "  cannot be judged" if row.bound is None else "  TOO FAR OFF"
-            errors = f"{row.ours:>8.1e}  {row.eager:>8.1e}  {allowed:>8}"
-            lines.append(f"  {row.precision:<4}  {row.result:<{width}}  {errors}{note}".rstrip())
-        return "\n".join(lines)
 
 
 def verify(
@@ -137,9 +69,9 @@ def verify(
     Raises:
         TypeError: a video or actions that are no tensor, or a video that is not floating point.
         ValueError: a video of another rank, on another device, empty or not finite; one that the plain model cannot be
-            unrolled on, with its reason; `steps` < 1; an unknown precision; a float64 model, which is the truth itself;
-            dropout in train mode, whose random numbers differ between precisions; a backend beside an accelerated
-            model. Whatever `accelerate` raises.
+            unrolled on, or a model that cannot be copied, with the reason; `steps` < 1; an unknown precision; a float64
+            model, which is the truth itself; dropout in train mode, whose random numbers differ between precisions; a
+            backend beside an accelerated model. Whatever `accelerate` raises.
         RuntimeError: there is no memory for float64. Whatever the accelerated model raises is raised.
     """
     if precision not in get_args(SwapPrecision):
@@ -160,7 +92,7 @@ def verify(
     unroll = {"nsteps": steps, "unroll_mode": unroll_mode, "ctxt_window_time": ctxt_window_time}
 
     with _random_numbers_of_its_own(weight.device), torch.enable_grad():
-        plain, ours = copy.deepcopy(jepa), copy.deepcopy(jepa)
+        plain, ours = _copy(jepa), _copy(jepa)
         if accelerated:
             restore(plain)
         # First of all: what is wrong with the video is found here, and told as such.
@@ -353,6 +285,14 @@ def _compute_in_bf16(network: nn.Module) -> None:
 def _random_numbers_of_its_own(device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
+
+
+def _copy(jepa: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(jepa)
+    except Exception as error:  # whatever a user's module holds: results of an earlier call, open files, ...
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"this JEPA cannot be copied, and verify works on copies: {line}") from error
 
 
 def _check_model(jepa: nn.Module) -> Tensor:

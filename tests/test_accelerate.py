@@ -22,9 +22,12 @@ from fastjepa.fused.losses import ClosedFormVCLoss
 from fastjepa.model.step import TrainStep
 from original import (
     MLP,
+    Encoder,
     OriginalJEPA,
+    PairPredictor,
     PredictionCost,
     Regularizer,
+    UNet,
     action_jepa,
     action_unet_jepa,
     original_jepa,
@@ -160,6 +163,120 @@ def test_the_same_names_with_another_computation(device: str) -> None:
         fastjepa.accelerate(jepa, backend="fused")
     fastjepa.accelerate(jepa, backend="fused", strict=False, verbose=False)
     assert jepa.acceleration.swapped == ("predictor", "regularizer", "predcost")
+
+
+class Leaky(Encoder):
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.leaky_relu(self.bn1(self.conv1(x)), 0.01)
+        return self.layer3(self.layer2(self.layer1(x)))
+
+
+class Clamped(Encoder):
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super()._forward(x).clamp(max=20)  # which nothing reaches in a model that was never trained
+
+
+class Noisy(Encoder):
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(super()._forward(x), 0.1, self.training)
+
+
+class Stopped(PairPredictor):
+    def forward(self, x: torch.Tensor, a: torch.Tensor | None) -> torch.Tensor:
+        return super().forward(x.detach(), a)
+
+
+class Gained(Encoder):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gain * super()._forward(x)
+
+
+class Placed(PairPredictor):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.place = nn.Parameter(torch.zeros(4, 1, 1, 1))
+
+    def forward(self, x: torch.Tensor, a: torch.Tensor | None) -> torch.Tensor:
+        return super().forward(x + self.place, a)
+
+
+class Nearest(UNet):
+    def _up(self, up: nn.Module, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        return torch.cat([nn.functional.interpolate(up(x), size=skip.shape[-2:]), skip], 1)
+
+
+class ZeroHead(UNet):
+    """Behind a head of zeros nothing shows."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super()._forward(x.abs().neg())
+
+
+class GhostNorm(nn.BatchNorm2d):
+    """Of half a batch at a time."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        halves = x.chunk(2) if self.training else (x,)
+        return torch.cat([super(GhostNorm, self).forward(half) for half in halves])
+
+
+class Ghost(Encoder):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.bn1 = GhostNorm(2)
+
+
+def hooked(network: nn.Module, context_length: int) -> nn.Module:
+    predictor = PairPredictor(network, context_length)
+    predictor.register_forward_hook(lambda module, inputs, out: 2 * out if module.training else out)
+    return predictor
+
+
+@pytest.mark.parametrize(
+    ("part", "make", "reason"),
+    [
+        ("encoder", Leaky, "computes something else"),
+        ("encoder", Clamped, "computes something else"),
+        ("encoder", Noisy, "computes something else"),
+        ("encoder", Gained, "has tensors of its own: gain"),
+        ("encoder", Ghost, "bn1 is a GhostNorm, not a BatchNorm2d"),
+        ("predictor.predictor", Nearest, "computes something else"),
+        ("predictor.predictor", ZeroHead, "computes something else"),
+        ("predictor", Stopped, ""),
+        ("predictor", Placed, ""),
+        ("predictor", hooked, ""),
+    ],
+)
+def test_what_one_look_in_eval_mode_does_not_show(part: str, make: Any, reason: str, device: str) -> None:
+    """The network is left as it is; so is a wrapper, around a network that is fused."""
+    torch.manual_seed(0)
+    jepa = original_jepa()
+    if part == "encoder":
+        jepa.encoder = jepa.action_encoder = make(1, 2, 4)
+    elif part == "predictor":
+        jepa.predictor = make(jepa.predictor.predictor, 2)
+    else:
+        jepa.predictor.predictor = make(8, 2, 4)
+    module = jepa.to(device).get_submodule(part)
+    state = copy.deepcopy(jepa.state_dict())
+    drawn = torch.get_rng_state()
+    fastjepa.accelerate(jepa, backend="fused", strict=False, verbose=False)
+    assert jepa.get_submodule(part) is module
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert all(torch.equal(state[name], value) for name, value in jepa.state_dict().items())
+    if reason:
+        assert any(reason in swap.reason for swap in jepa.acceleration.swaps)
+    else:
+        assert "predictor.predictor" in jepa.acceleration.swapped
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,8 @@ ROOMS: dict[str, set[str]] = {
     "calibration": {"files", "measuring", "config", "environment", "storage"},
     "fused": {"kernels", "model", "calibration"},
     "graphs": {"kernels", "profiling", "model", "moving_mnist", "fused"},
-    "verification": {"measuring", "calibration", "fused"},
+    "verification_result": {"measuring"},
+    "verification": {"verification_result", "measuring", "calibration", "fused"},
     "trials": {"kernels", "measuring", "model", "moving_mnist", "calibration", "fused", "graphs"},
     "figures": {"files", "optional_packages", "model", "refusal", "entry"},
     "training": {

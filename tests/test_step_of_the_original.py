@@ -18,6 +18,7 @@ from fastjepa.model.losses import VCLoss
 from fastjepa.model.step import TrainStep, build_optimizer, probe_head
 from graph_cases import some_clips
 from original import (
+    MLP,
     ActionRegularizer,
     Detector,
     OriginalJEPA,
@@ -259,6 +260,53 @@ def test_an_accelerated_jepa_trains_as_before(case: str, swapped: tuple[str, ...
     step = TrainStep(*ours, steps=2)
     assert re.match(problem or "$", step.loss_problem or "")
     assert_equal(everything(ours, [step(*batch)._asdict() for batch in batches()]), expected)
+
+
+class FrameByFrame(nn.Module):
+    """Calls its BatchNorm once for each frame, so that its buffers remember the frames' order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, STATES, 3, padding=1), nn.BatchNorm2d(STATES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.norm(self.conv(frame)) for frame in x.unbind(2)], 2).relu()
+
+
+def frame_by_frame(jepa: OriginalJEPA) -> None:
+    jepa.encoder = jepa.action_encoder = FrameByFrame().double()
+
+
+def two_projectors(jepa: OriginalJEPA) -> None:
+    jepa.predcost = PredictionCost(MLP(f"{STATES}-6-5").double())
+
+
+def frozen_projector(jepa: OriginalJEPA) -> None:
+    jepa.predcost.proj.eval()  # type: ignore[union-attr]
+
+
+def cost_without_projector(jepa: OriginalJEPA) -> None:
+    jepa.predcost = PredictionCost()
+
+
+@pytest.mark.parametrize("change", [frame_by_frame, two_projectors, frozen_projector, cost_without_projector])
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_unusual_models_train_as_in_their_loop(change: Callable[[OriginalJEPA], None], accelerated: bool) -> None:
+    theirs, ours = model(change), model(change)
+    for group in theirs[-1].param_groups + ours[-1].param_groups:
+        group["eps"] = 1e-3  # with less, Adam makes steps of gradients that are analytically 0
+    expected = everything(theirs, their_loop(theirs, steps=2))
+    if accelerated:
+        fastjepa.accelerate(ours[0], verbose=False)
+        assert "regularizer" in ours[0].acceleration.swapped
+    step = TrainStep(*ours, steps=2)
+    assert_equal(everything(ours, [step(*batch)._asdict() for batch in batches()]), expected)
+
+
+def test_an_explicit_path_that_does_not_cover_the_projectors() -> None:
+    jepa, *rest = model(frozen_projector)
+    with pytest.raises(ValueError, match="'closed_form' cannot be served: the projector is in eval mode"):
+        TrainStep(jepa, *rest, steps=1, projection="closed_form")(*batches()[0])
 
 
 def test_probabilities_in_bf16() -> None:

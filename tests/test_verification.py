@@ -283,6 +283,15 @@ def test_wrong_arguments(jepa: Any, options: dict[str, Any], error: type[Excepti
         fastjepa.verify(jepa, some_video(), **options)
 
 
+def test_a_model_that_cannot_be_copied() -> None:
+    jepa = original()
+    jepa.last_loss = jepa.unroll(some_video(), None)[1][0]  # with its graph
+    with pytest.raises(
+        ValueError, match="this JEPA cannot be copied, and verify works on copies: Only Tensors created"
+    ):
+        fastjepa.verify(jepa, some_video(), verbose=False)
+
+
 def test_a_model_whose_losses_are_not_finite() -> None:
     jepa = original()
     with torch.no_grad():

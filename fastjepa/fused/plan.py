@@ -1,6 +1,7 @@
 """The plan of a swap: what becomes of each part of a JEPA, decided before anything is touched.
 
-Modules are recognised by structure and attribute names, never by class, and then checked numerically.
+Modules are recognised by structure and attribute names, never by class, and then tried: the module against the
+published one in float64, and its fused form against the module.
 """
 
 from __future__ import annotations
@@ -11,21 +12,20 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastjepa.fused.autocast import InBf16
 from fastjepa.fused.decision import Decision
 from fastjepa.fused.losses import ClosedFormSquareLoss, ClosedFormVCLoss
+from fastjepa.fused.network_trial import example, network_trial_problem
 from fastjepa.fused.recognition import difference, encoder_problem, predictor_problem, unet_problem
 from fastjepa.model.loss_recognition import predcost_problem, regularizer_problem
-from fastjepa.model.modes import eval_mode
 from fastjepa.model.projected_losses import HiddenLayer, hidden_layer
 
 LossKind = type[ClosedFormVCLoss] | type[ClosedFormSquareLoss]
 
-# A module with the structure of a published one must also compute the same: its fused form may differ by this much,
-# relative to the largest output. Each is some ten roundings of the dtype (fp32: of tf32, in which a GPU may convolve),
-# what ~40 layers may add up to, and far below what another activation or another order of layers would make.
+# The fused form may differ from the module by this much, relative to the largest output. Each is some ten roundings of
+# the dtype (fp32: of tf32, in which a GPU may convolve), what ~40 layers may add up to.
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-2}
 
 
@@ -72,32 +72,16 @@ def _network(
     weight = module.get_parameter("predictor.conv1.weight" if name == "predictor" else "conv1.weight")
     if weight.dtype not in TOLERANCE:
         return Part(name, module, None, f"its weights are {weight.dtype}; kernels take fp32, bf16 and fp16")
+    if (reason := network_trial_problem(module, name)) is not None:
+        return Part(name, module, None, reason)
     from fastjepa.fused import networks  # only here: it needs Triton
 
     from_eager: Callable[..., nn.Module] = getattr(networks, kind).from_eager
-    example = _example(module, name, weight)
-    with eval_mode(module):
-        try:
-            module(*example)
-        except Exception as error:  # whatever code of the user's raises on an input that a published network takes
-            return Part(name, module, None, f"it has the published names but cannot be called like one: {error}")
-    found = difference(from_eager(module), module, *example)  # in the caller's precision
+    # In the caller's precision.
+    found = difference(from_eager(module), module, *example(module, name, batch=1, size=(8, 8)))
     if not found <= TOLERANCE[weight.dtype]:
-        return Part(name, module, None, f"it has the published names but computes something else ({found:.1e} off)")
+        return Part(name, module, None, f"its fused form computes something else ({found:.1e} off)")
     return Part(name, module, partial(from_eager, module, autocast_dtype, decision.choice.recompute))
-
-
-def _example(module: nn.Module, name: str, weight: Tensor) -> tuple[Tensor | None, ...]:
-    """Inputs for the network called `name`, whose first weight is this: frames or a video (B, C, T, H, W)."""
-    shape: tuple[int, ...] = (1, weight.shape[1], 1, 8, 8)
-    if name == "predictor":  # which puts some frames into the channels
-        context_length: Any = module.context_length
-        shape = (1, weight.shape[1] // context_length, context_length + 1, 8, 8)
-    elif getattr(module, "avg_pool", False):  # which makes no states of a video
-        shape = (2, weight.shape[1], 8, 8)
-    example = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
-    # A predictor is called with actions, here none.
-    return (example, None) if name == "predictor" else (example,)
 
 
 def in_bf16(part: Part) -> Part:

@@ -1,7 +1,7 @@
 """Recognising the published networks by structure: None, or why a module is something else. No Triton is needed.
 
 Modules are known by the names and types of their children, never by their class, so that those of other code are found
-too; then `difference` compares numbers.
+too. What they compute is tried afterwards (`fused.network_trial`), and `difference` compares numbers.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def block_problem(block: nn.Module) -> str | None:
         return problem
     source: Any = block
     for name in ("bn1", "bn2"):
-        if type(getattr(source, name)) is not nn.BatchNorm2d:
-            return f"{name} is a {type(getattr(source, name)).__name__}, not a BatchNorm2d"
+        if (problem := _norm_problem(source, name)) is not None:
+            return problem
     for name in ("conv1", "conv2"):
         if type(getattr(source, name)) is not nn.Conv2d:
             return f"{name} is a {type(getattr(source, name)).__name__}, not a Conv2d"
@@ -39,6 +39,11 @@ def block_problem(block: nn.Module) -> str | None:
         return None if shortcut is not None else "it has no `shortcut`"
     kinds = [type(layer) for layer in shortcut] if isinstance(shortcut, nn.Sequential) else []
     return None if kinds == [nn.Conv2d, nn.BatchNorm2d] else "its shortcut is not (Conv2d, BatchNorm2d)"
+
+
+def _norm_problem(source: Any, name: str) -> str | None:
+    norm = getattr(source, name)
+    return None if type(norm) is nn.BatchNorm2d else f"{name} is a {type(norm).__name__}, not a BatchNorm2d"
 
 
 def encoder_problem(network: nn.Module) -> str | None:
@@ -60,13 +65,13 @@ def predictor_problem(predictor: nn.Module) -> str | None:
     names = [name for name, _ in predictor.named_children()]
     if names != ["predictor"] or not isinstance(getattr(predictor, "context_length", None), int):
         return f"{type(predictor).__name__} is not one network `predictor` over `context_length` frames"
-    return unet_problem(predictor.predictor)  # type: ignore[arg-type]
+    return _own_problem(predictor) or hooks_problem(predictor) or unet_problem(predictor.predictor)  # type: ignore[arg-type]
 
 
 def _network_problem(
     network: nn.Module, blocks: tuple[str, ...], convs: tuple[str, ...], optional: Optional
 ) -> str | None:
-    problem = _children_problem(network, {"conv1", "bn1", *blocks, *convs}, optional)
+    problem = _children_problem(network, {"conv1", "bn1", *blocks, *convs}, optional) or _norm_problem(network, "bn1")
     if problem:
         return problem
     for name in blocks:
@@ -90,7 +95,13 @@ def _children_problem(module: nn.Module, required: set[str], optional: Optional)
     ]
     if unknown:
         return f"{type(module).__name__} has further layers: {', '.join(unknown)}"
-    return hooks_problem(module)
+    return _own_problem(module) or hooks_problem(module)
+
+
+def _own_problem(module: nn.Module) -> str | None:
+    """What a fused module, which takes only children over, would lose."""
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return f"{type(module).__name__} has tensors of its own: {', '.join(name for name, _ in own)}" if own else None
 
 
 def is_identity(module: nn.Module) -> bool:

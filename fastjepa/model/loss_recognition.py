@@ -5,16 +5,14 @@ A loss that is can be computed from one projection of each state. One that is no
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastjepa.model.losses import SquareLossSeq, VCLoss
+from fastjepa.model.outcomes import first_difference, first_line, outcome, trial_conditions, trial_copy
 
-# Trials are in float64; the room is for a loss that computes in fp32 whatever it is given.
-TOLERANCE = 1e-4
 PUBLISHED_MARGIN = 1.0  # of the hinge on standard deviations
 
 
@@ -63,8 +61,8 @@ def _known(module: nn.Module, published: type[nn.Module], attributes: tuple[str,
 def _trial(module: nn.Module, published: nn.Module, *, predictions: int) -> str | None:
     """Both on the same numbers, on copies: with their own projector, and with none. Leaves random numbers alone."""
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            module, published = (copy.deepcopy(loss).cpu().double().train() for loss in (module, published))
+        with trial_conditions():
+            module, published = trial_copy(module), trial_copy(published)
             source: Any = module
             linear = next((layer for layer in source.proj.modules() if isinstance(layer, nn.Linear)), None)
             found = _first_difference(module, published, 4 if linear is None else linear.in_features, predictions)
@@ -72,8 +70,7 @@ def _trial(module: nn.Module, published: nn.Module, *, predictions: int) -> str 
             source.proj, published.proj = nn.Identity(), nn.Identity()
             found = found or _first_difference(module, published, 4, predictions)
     except Exception as error:  # whatever code of the user's raises on what the published loss takes
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return f"it has the published attributes but cannot be called like the published loss: {line}"
+        return f"it has the published attributes but cannot be called like the published loss: {first_line(error)}"
     return f"it has the published attributes but computes something else ({found} differs)" if found else None
 
 
@@ -85,31 +82,16 @@ def _first_difference(module: nn.Module, published: nn.Module, channels: int, pr
     shape = (1 + predictions, 2, channels, 3, 4, 4)
     spread = torch.linspace(0.3, 2.0, channels).view(-1, 1, 1, 1)
     states = (spread * torch.randn(shape, generator=generator)).double()
-    found, expected = (_outcome(loss, states, predictions) for loss in (module, published))
-    if different := sorted(found.keys() ^ expected.keys()):
-        return different[0]
-    # Gradients that are analytically 0 (a bias in front of a BatchNorm) are rounding of the others'.
-    largest = max(_norm(value) for name, value in expected.items() if name.startswith("gradient"))
-    for name, value in expected.items():
-        scale = max(_norm(value), largest if name.startswith("gradient") else 0.0)
-        same = found[name].shape == value.shape and bool((found[name].isnan() == value.isnan()).all())
-        if not same or _norm(found[name] - value) > TOLERANCE * scale:
-            return name
-    return ""
-
-
-def _norm(x: Tensor) -> float:
-    return float(x.nan_to_num(nan=0.0).norm())  # the covariance loss of a single feature is NaN
+    return first_difference(*(_outcome(loss, states, predictions) for loss in (module, published)))
 
 
 def _outcome(loss: nn.Module, states: Tensor, predictions: int) -> dict[str, Tensor]:
     inputs = [state.clone().requires_grad_() for state in states]
     result = loss(*inputs) if predictions else loss(inputs[0], None)
     values = [result] if predictions else list(result[:2])
-    parameters = {name: p for name, p in loss.named_parameters() if p.requires_grad}
-    wanted = [*inputs, *parameters.values()]
-    gradients = torch.autograd.grad(values[0], wanted, allow_unused=True, materialize_grads=True)
-    outcome = {name: value.detach().double() for name, value in zip(("loss", "unweighted loss"), values, strict=False)}
-    names = ["state", "prediction"][: len(inputs)] + list(parameters)
-    outcome |= {f"gradient of the {name}": gradient for name, gradient in zip(names, gradients, strict=True)}
-    return outcome | {f"buffer {name}": buffer.double() for name, buffer in loss.named_buffers()}
+    return outcome(
+        loss,
+        dict(zip(("state", "prediction"), inputs, strict=False)),
+        dict(zip(("loss", "unweighted loss"), values, strict=False)),
+        values[0],
+    )

@@ -63,6 +63,11 @@ def hidden_layer(projector: nn.Module, *, any_mode: bool = False) -> HiddenLayer
     return f"the projector is {names}, not Linear → BatchNorm1d → ReLU → Linear"
 
 
+def shared_layers(vc_proj: nn.Module, pred_proj: nn.Module) -> HiddenLayer | str:
+    """The layers if the closed form covers a step with these projectors as they are now; otherwise why it does not."""
+    return hidden_layer(vc_proj) if vc_proj is pred_proj else "the two losses have different projectors"
+
+
 def projected_losses(
     vc_proj: nn.Module,
     pred_proj: nn.Module,
@@ -88,9 +93,7 @@ def projected_losses(
     """
     if path not in get_args(ProjectionPath):
         raise ValueError(f"projection must be one of {', '.join(get_args(ProjectionPath))}; got {path!r}")
-    layers: HiddenLayer | str = "the two losses have different projectors"
-    if vc_proj is pred_proj:
-        layers = hidden_layer(vc_proj)
+    layers = shared_layers(vc_proj, pred_proj)
     if path == "auto":
         path = "closed_form" if state.device.type == "cpu" and isinstance(layers, HiddenLayer) else "eager"
     if path == "eager":

@@ -8,6 +8,7 @@ host, except for layers with `momentum=None`, whose own forward does.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -41,7 +42,8 @@ def _buffers(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def repeated_updates(module: nn.Module, times: int) -> Iterator[None]:
-    """Inside, one call of `module` moves every running buffer as `times` calls with the same input would.
+    """Inside, one call of `module` moves every running buffer as `times` calls with the same input would, if a call of
+    `module` calls each layer once (`batch_norm_calls`).
 
     n updates r ← (1 - m)·r + m·s with one s are a single update with momentum 1 - (1 - m)^n.
     """
@@ -99,6 +101,28 @@ class BatchStatisticsRecorder:
             layer.running_mean, layer.running_var = torch.zeros_like(mean), torch.zeros_like(var)
             statistics.append(BatchStatistics(layer.running_mean, layer.running_var))
         return function(), statistics
+
+
+def batch_norm_calls(module: nn.Module, x: Tensor) -> int:
+    """How often module(x) calls that of its updating BatchNorm layers which it calls most; 0 if none is called as a
+    module, as in a fused network.
+
+    It is called once more for that, without gradients; buffers and random numbers are as before.
+    """
+    module = getattr(module, "_orig_mod", module)  # compiled, it would be compiled anew for the hooks
+    calls: Counter[nn.Module] = Counter()
+    hooks = [
+        layer.register_forward_pre_hook(lambda called, _: calls.update([called]))
+        for layer in updating_batch_norms(module)
+    ]
+    devices = [x.device] if x.device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), BatchStatisticsRecorder(module) as recorder:
+            recorder.call(lambda: module(x))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return max(calls.values(), default=0)
 
 
 @torch.no_grad()

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from fastjepa.model.jepa import JEPA, detection_loss, parallel_step
 from fastjepa.model.loss_recognition import predcost_problem, regularizer_problem, std_margin
-from fastjepa.model.networks import DetHead
-from fastjepa.model.projected_losses import ProjectionPath, projected_losses
-from fastjepa.model.running_stats import repeated_updates
+from fastjepa.model.networks import DetHead, ResNet5
+from fastjepa.model.projected_losses import ProjectionPath, projected_losses, shared_layers
+from fastjepa.model.running_stats import batch_norm_calls, repeated_updates
 from fastjepa.profiling import span
 
 ENCODER_CALLS = 3  # the original's: one for the JEPA, one for each probe
@@ -49,7 +49,8 @@ class TrainStep:
     The default does each thing once: one encoding serves the JEPA and both probes, the state is projected once, and
     BatchNorm's running buffers are advanced to where the original's repeated calls leave them. `literal=True`
     repeats everything as the original does. Both compute the same losses, gradients and buffers. Nothing here waits
-    for the device: the losses come back as tensors.
+    for the device: the losses come back as tensors. An encoder that
+    calls a BatchNorm more than once, frame by frame say, is called as often as the original calls it, for its buffers.
 
     The JEPA, heads and probes may be those of `eb_jepa`. Losses of the JEPA are recognised by what they compute
     (`fastjepa.model.loss_recognition`); other ones are called as they are, as often as the original calls them, and
@@ -106,6 +107,8 @@ class TrainStep:
         self.literal = literal
         self.autocast_dtype = autocast_dtype
         self.projection = projection
+        self._encoder_seen: nn.Module | None = None  # the last one that was looked at
+        self._encoder_repeats = False  # whether a call of it calls a BatchNorm more than once
         self._look_at_losses()
 
     @property
@@ -143,8 +146,8 @@ class TrainStep:
         if self.literal:
             return self._literal(video, digit_location)
         with self._autocast(video.device):
-            with span("encode"), repeated_updates(self.jepa.encoder, ENCODER_CALLS):
-                state = self.jepa.encoder(video)
+            with span("encode"):
+                state = self._encode(video)
             predictions = self._predict(state)
         with span("losses"):
             if self.loss_problem is None:
@@ -155,6 +158,23 @@ class TrainStep:
             recon = self._reconstruct(state.detach(), video)
             det = self._detect(state.detach(), digit_location)
         return StepLosses(jepa + recon + det, jepa, vc, vc_unweighted, std, cov, pred, recon, det)
+
+    def _encode(self, video: Tensor) -> Tensor:
+        """The states; the encoder's buffers move as by the original's calls."""
+        encoder = self.jepa.encoder
+        # The published network is known to call each BatchNorm once; another one is looked at, at its first step.
+        known = type(encoder) is ResNet5 or getattr(encoder, "is_fused", False)
+        if not known and encoder is not self._encoder_seen:
+            self._encoder_repeats = batch_norm_calls(encoder, video) > 1
+            self._encoder_seen = encoder
+        if known or not self._encoder_repeats:
+            with repeated_updates(encoder, ENCODER_CALLS):
+                return encoder(video)
+        state: Tensor = encoder(video)
+        with torch.no_grad():
+            for _ in range(ENCODER_CALLS - 1):
+                encoder(video)
+        return state
 
     def _projected(self, state: Tensor, predictions: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """vc, unweighted, std, cov and pred of the published losses, each state projected once."""
@@ -195,10 +215,14 @@ class TrainStep:
             raise ValueError(f"projection={self.projection!r} cannot be served: {self._loss_problem}; use 'auto'")
 
     def _projection_path(self) -> ProjectionPath:
-        """What was asked for; "auto" is what the regularizer says, if it was swapped in and says something."""
-        if self.projection == "auto":
-            return getattr(self.jepa.regularizer, "projection_path", "auto")
-        return self.projection
+        """What was asked for; "auto" is what the regularizer says, if it was swapped in and says something, and if that
+        covers the projectors: two different ones, or one in eval mode, are called as they are.
+        """
+        regularizer: Any = self.jepa.regularizer
+        predcost: Any = self.jepa.predcost
+        if self.projection != "auto" or isinstance(shared_layers(regularizer.proj, predcost.proj), str):
+            return self.projection
+        return getattr(regularizer, "projection_path", "auto")
 
     def _predict(self, state: Tensor) -> list[Tensor]:
         """The predicted sequences p¹..pᴷ, each (B, D, T, H, W), of the parallel unroll."""
