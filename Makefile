@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # An environment that is there already: make gpu PYTHON_GPU=python3
 PYTHON_GPU ?= $(BIN)/python
 
-.PHONY: train test lint audit smoke gpu gpu-train setup clean
+.PHONY: train test lint audit compat smoke gpu gpu-train setup clean
 
 train: setup
 	$(BIN)/python train.py $(ARGS)
@@ -36,6 +36,29 @@ gpu-train:
 # Every kernel × config × dtype compiled for three architectures, without a GPU, and judged.
 audit: setup
 	$(BIN)/python -m bench audit
+
+# The oldest and the newest supported pair, torch-triton: what pyproject.toml and README.md say is tried here.
+COMPAT ?= 2.11-3.6 2.15-3.9
+# The kernels' ops, torch.compile and torch.export, CUDA graphs, and what is told of the versions.
+COMPAT_TESTS := $(wildcard $(patsubst %,tests/test_%*.py, \
+	audit batch_norm compile export fused_networks graph launch moments projected_losses recompute symbolic_sizes))
+
+# Those tests and the audit with each pair, in environments of some gigabytes each under .compat/.
+compat: $(COMPAT:%=compat-%)
+
+compat-%: .compat/%/installed
+	OMP_NUM_THREADS=1 .compat/$*/bin/python -m pytest -n auto $(ARGS) $(COMPAT_TESTS)
+	.compat/$*/bin/python -m bench audit
+
+# constraints.txt without the pair that it pins: the environments differ in nothing else.
+.compat/%/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .compat/$*
+	grep -vE '^(torch|triton)==' constraints.txt > .compat/$*/constraints.txt
+	.compat/$*/bin/python -m pip install --quiet --constraint .compat/$*/constraints.txt --editable '.[dev]' \
+		'torch==$(firstword $(subst -, ,$*)).*' 'triton==$(lastword $(subst -, ,$*)).*'
+	touch $@
+
+.PRECIOUS: .compat/%/installed
 
 # Every benchmark and check that a GPU would run, on the CPU at small sizes.
 smoke: setup

@@ -1,4 +1,4 @@
-"""The projected losses' backward pass over the activations: Aᵀdy of z and of every prediction, and Σdy and Σdy·(x−μ)ᵀ.
+"""The projected losses' backward pass over the activations: Aᵀdy of z and of every prediction, and Σdy and Σdy(x−μ)ᵀ.
 
     N rows  T = 1+K tensors (t = 0: the state z; t = 1..K: predictions)  D channels  H hidden features
 
@@ -52,7 +52,7 @@ def _slope_gradients_kernel(  # type: ignore[no-untyped-def]
     gram_ptr,  # (BLOCK_H, BLOCK_H) in the dtype of z: M
     coefficient_ptr,  # (N_PREDICTIONS,) fp32: c
     sum_dy_ptr,  # (programs, BLOCK_H): over all tensors
-    x_dy_ptr,  # (1 + N_PREDICTIONS, programs, BLOCK_D, BLOCK_H)
+    dy_x_ptr,  # (1 + N_PREDICTIONS, programs, BLOCK_H, BLOCK_D)
     slope_sum_ptr,  # (1 + N_PREDICTIONS, programs, BLOCK_D)
     n_rows,
     zero,  # the integer 0, unknown to the compiler: pointers that depend on it are read again for each tile, which
@@ -75,28 +75,25 @@ def _slope_gradients_kernel(  # type: ignore[no-untyped-def]
     offs_d = tl.arange(0, BLOCK_D)
     offs_h = tl.arange(0, BLOCK_H)
     offs_hh = offs_h[:, None] * BLOCK_H + offs_h[None, :]
-    offs_dh = offs_d[:, None] * BLOCK_H + offs_h[None, :]
+    offs_hd = offs_h[:, None] * BLOCK_D + offs_d[None, :]
     sum_dy = tl.zeros([16, BLOCK_H], dtype=tl.float32)  # a dot with 16 rows of ones: cheaper than a reduction per tile
     sz = tl.zeros([BLOCK_D], dtype=tl.float32)
     s0 = tl.zeros([BLOCK_D], dtype=tl.float32)
     s1 = tl.zeros([BLOCK_D], dtype=tl.float32)
     s2 = tl.zeros([BLOCK_D], dtype=tl.float32)
     s3 = tl.zeros([BLOCK_D], dtype=tl.float32)
-    qz = tl.zeros([BLOCK_D, BLOCK_H], dtype=tl.float32)
-    q0 = tl.zeros([BLOCK_D, BLOCK_H], dtype=tl.float32)
-    q1 = tl.zeros([BLOCK_D, BLOCK_H], dtype=tl.float32)
-    q2 = tl.zeros([BLOCK_D, BLOCK_H], dtype=tl.float32)
-    q3 = tl.zeros([BLOCK_D, BLOCK_H], dtype=tl.float32)
+    qz = tl.zeros([BLOCK_H, BLOCK_D], dtype=tl.float32)
+    q0 = tl.zeros([BLOCK_H, BLOCK_D], dtype=tl.float32)
+    q1 = tl.zeros([BLOCK_H, BLOCK_D], dtype=tl.float32)
+    q2 = tl.zeros([BLOCK_H, BLOCK_D], dtype=tl.float32)
+    q3 = tl.zeros([BLOCK_H, BLOCK_D], dtype=tl.float32)
     for tile in range(TILES):
         reload = tile * zero
         z, r_z = hidden_activations(
-            z_ptr, centre_ptr + reload, slope_ptr, offset_ptr + reload, offs_n, n_rows,
+            z_ptr, centre_ptr + reload, slope_ptr + reload, offset_ptr + reload, offs_n, n_rows,
             D, EVEN_N, HALF, PRECISION, BLOCK_N, BLOCK_D, BLOCK_H,
         )  # fmt: skip
         dr_z = tl.zeros([BLOCK_N, BLOCK_H], dtype=tl.float32)
-        if FIRST:
-            apart = round_to(r_z - tl.load(mean_r_ptr + reload + offs_h)[None, :], z_ptr.dtype.element_ty)
-            dr_z = dot(apart, tl.load(variance_ptr + reload + offs_hh), dr_z, PRECISION)
         for k in tl.static_range(N_PREDICTIONS):
             if k == 0:
                 p_ptr, v_ptr, s, q = p0_ptr, v0_ptr, s0, q0
@@ -134,18 +131,21 @@ def _slope_gradients_kernel(  # type: ignore[no-untyped-def]
                 s2, q2 = s, q
             else:
                 s3, q3 = s, q
+        if FIRST:  # last, so that what it reads is not alive beside a prediction's hidden features
+            apart = round_to(r_z - tl.load(mean_r_ptr + reload + offs_h)[None, :], z_ptr.dtype.element_ty)
+            dr_z = dot(apart, tl.load(variance_ptr + reload + offs_hh), dr_z, PRECISION)
         active = r_z > 0.0
         if not EVEN_N:
             active = active & (offs_n[:, None] < n_rows)
         dy = tl.where(active, dr_z, 0.0)
         sum_dy, qz, sz = reduce_slope(
-            dy, z, slope_ptr, vz_ptr, sum_dy, qz, sz, offs_n, n_rows,
+            dy, z, slope_ptr + reload, vz_ptr, sum_dy, qz, sz, offs_n, n_rows,
             D, EVEN_N, HALF, not FIRST, PRECISION, BLOCK_N, BLOCK_D, BLOCK_H,
         )  # fmt: skip
         offs_n += BLOCK_N
     tl.store(sum_dy_ptr + pid * BLOCK_H + offs_h, tl.sum(sum_dy, 0) * 0.0625)  # of 16 equal rows
     tl.store(slope_sum_ptr + pid * BLOCK_D + offs_d, sz)
-    tl.store(x_dy_ptr + pid * BLOCK_D * BLOCK_H + offs_dh, qz)
+    tl.store(dy_x_ptr + pid * BLOCK_H * BLOCK_D + offs_hd, qz)
     for k in tl.static_range(N_PREDICTIONS):
         if k == 0:
             s, q = s0, q0
@@ -157,23 +157,23 @@ def _slope_gradients_kernel(  # type: ignore[no-untyped-def]
             s, q = s3, q3
         partial = (k + 1) * n_programs + pid
         tl.store(slope_sum_ptr + partial * BLOCK_D + offs_d, s)
-        tl.store(x_dy_ptr + partial * BLOCK_D * BLOCK_H + offs_dh, q)
+        tl.store(dy_x_ptr + partial * BLOCK_H * BLOCK_D + offs_hd, q)
 
 
 # (BLOCK_H, fp32?) → launch config, and the number of predictions that one launch takes (at most 4). More take several
-# launches, each of which recomputes r(z) and adds to v of z in fp32. From the static audit: the largest tiles that
-# spill little. "tf32x3" holds every operand twice, so fp32 takes one prediction at a time. Four bf16 predictions fit
-# sm_80 and sm_90 (272 bytes spilled), but need 560 of the 512 tensor-memory columns of sm_100; three spill 744 bytes
-# there, and four predictions take two launches all the same. 128 features in fp32 need 16 warps: with 8, Triton uses
-# tensor memory on sm_100, and too much of it.
+# launches, each of which recomputes r(z) and adds to v of z in fp32. From the static audit with triton 3.6, 3.7 and 3.9:
+# the largest tiles that spill little. "tf32x3" holds every operand twice, so fp32 takes one prediction at a time, and
+# 32 rows would spill up to 180 bytes at 64 features. Four bf16 predictions spill 620 bytes on sm_100, and need 608 of
+# its 512 tensor-memory columns with triton 3.6; three spill 332 bytes on sm_80, and four predictions take two launches
+# all the same.
 _CONFIGS = {
     (64, False): (LaunchConfig(num_warps=4, blocks={"BLOCK_N": 64, "BLOCK_H": 64}), 2),
-    (64, True): (LaunchConfig(num_warps=4, blocks={"BLOCK_N": 32, "BLOCK_H": 64}), 1),
+    (64, True): (LaunchConfig(num_warps=4, blocks={"BLOCK_N": 16, "BLOCK_H": 64}), 1),
     (128, False): (LaunchConfig(num_warps=8, blocks={"BLOCK_N": 32, "BLOCK_H": 128}), 1),
-    (128, True): (LaunchConfig(num_warps=16, blocks={"BLOCK_N": 16, "BLOCK_H": 128}), 1),
+    (128, True): (LaunchConfig(num_warps=8, blocks={"BLOCK_N": 16, "BLOCK_H": 128}), 1),
 }
-# Bytes per thread, over sm_80, sm_90 and sm_100, by (BLOCK_H, bf16?).
-_ALLOWED_SPILL = {(64, True): 304, (64, False): 136, (128, True): 576, (128, False): 1632}
+# Bytes per thread, the most over sm_80, sm_90, sm_100 and the versions of triton, by (BLOCK_H, bf16?).
+_ALLOWED_SPILL = {(64, True): 148, (64, False): 8, (128, True): 56, (128, False): 672}
 _SPILL_REASON = (
     "one sum Σdy(x−μ)ᵀ per tensor stays in registers. At 64 features without predictions, or with one in bf16, nothing "
     "spills; but one launch for each prediction would move 2.4 GB instead of 1.4 at the default recipe"
@@ -207,7 +207,7 @@ def slope_gradients(
         places = group + [0] * (_POINTERS - len(group))  # z stands in where there is no further prediction
         sum_dy = torch.empty(split.programs, block_h, device=z.device, dtype=torch.float32)
         slope_sum = torch.empty(len(index), split.programs, block_d, device=z.device, dtype=torch.float32)
-        x_dy = torch.empty(len(index), split.programs, block_d, block_h, device=z.device, dtype=torch.float32)
+        dy_x = torch.empty(len(index), split.programs, block_h, block_d, device=z.device, dtype=torch.float32)
         coefficient = coefficients[start : start + group_size] if group else mean_r.new_zeros(1, dtype=torch.float32)
         launch_kernel(
             _slope_gradients_kernel,
@@ -225,7 +225,7 @@ def slope_gradients(
             gram_ptr=gram,
             coefficient_ptr=coefficient,
             sum_dy_ptr=sum_dy,
-            x_dy_ptr=x_dy,
+            dy_x_ptr=dy_x,
             slope_sum_ptr=slope_sum,
             n_rows=n_rows,
             zero=0,
@@ -239,7 +239,7 @@ def slope_gradients(
         )
         sum_dys.append(sum_dy.sum(0, dtype=torch.float64)[:n_hidden])
         slope_sums.append(slope_sum.sum(1, dtype=torch.float64)[:, :n_channels])
-        products.append(x_dy.sum(1, dtype=torch.float64)[:, :n_channels, :n_hidden].transpose(1, 2))
+        products.append(dy_x.sum(1, dtype=torch.float64)[:, :n_hidden, :n_channels])
     return results, torch.stack(sum_dys).sum(0), _joined(products), _joined(slope_sums)
 
 

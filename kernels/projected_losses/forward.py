@@ -51,6 +51,7 @@ def _activation_moments_kernel(  # type: ignore[no-untyped-def]
     sum_ptr,  # (programs, BLOCK_H), not written if PAIR
     second_ptr,  # (programs, BLOCK_H, BLOCK_H)
     n_rows,
+    zero,  # the integer 0, unknown to the compiler, as in the backward pass: the vectors are read again for each tile
     D: tl.constexpr,
     TILES: tl.constexpr,
     EVEN_N: tl.constexpr,
@@ -65,16 +66,19 @@ def _activation_moments_kernel(  # type: ignore[no-untyped-def]
     offs_n = pid.to(tl.int64) * (TILES * BLOCK_N) + tl.arange(0, BLOCK_N)
     offs_h = tl.arange(0, BLOCK_H)
     shift = tl.load(shift_ptr + offs_h)
-    total = tl.zeros([BLOCK_H], dtype=tl.float32)
+    # Each row of a tile keeps its own sum where there are registers for that: cheaper than a reduction per tile.
+    ROWS: tl.constexpr = BLOCK_N if BLOCK_H == 64 else 1
+    total = tl.zeros([ROWS, BLOCK_H], dtype=tl.float32)
     second = tl.zeros([BLOCK_H, BLOCK_H], dtype=tl.float32)
-    for _ in range(TILES):
+    for tile in range(TILES):
+        reload = tile * zero
         _x, r = hidden_activations(
-            x_ptr, centre_x_ptr, slope_x_ptr, offset_x_ptr, offs_n, n_rows,
+            x_ptr, centre_x_ptr + reload, slope_x_ptr, offset_x_ptr + reload, offs_n, n_rows,
             D, EVEN_N, HALF, PRECISION, BLOCK_N, BLOCK_D, BLOCK_H,
         )  # fmt: skip
         if PAIR:
             _y, r_y = hidden_activations(
-                y_ptr, centre_y_ptr, slope_y_ptr, offset_y_ptr, offs_n, n_rows,
+                y_ptr, centre_y_ptr + reload, slope_y_ptr, offset_y_ptr + reload, offs_n, n_rows,
                 D, EVEN_N, HALF, PRECISION, BLOCK_N, BLOCK_D, BLOCK_H,
             )  # fmt: skip
             r -= r_y
@@ -83,17 +87,18 @@ def _activation_moments_kernel(  # type: ignore[no-untyped-def]
         if not EVEN_N:
             r = tl.where(offs_n[:, None] < n_rows, r, 0.0)
         if not PAIR:
-            total += tl.sum(r, 0)
+            total += r if ROWS > 1 else tl.sum(r, 0, keep_dims=True)
         r = round_to(r, x_ptr.dtype.element_ty)
         second = add_dot(second, tl.trans(r), r, PRECISION, not HALF)
         offs_n += BLOCK_N
     if not PAIR:
-        tl.store(sum_ptr + pid * BLOCK_H + offs_h, total)
+        tl.store(sum_ptr + pid * BLOCK_H + offs_h, tl.sum(total, 0))
     offs_hh = offs_h[:, None] * BLOCK_H + offs_h[None, :]
     tl.store(second_ptr + pid.to(tl.int64) * BLOCK_H * BLOCK_H + offs_hh, second)
 
 
-# (BLOCK_H, fp32?) → launch config. From the static audit: the largest tiles that stay in registers.
+# (BLOCK_H, fp32?) → launch config. From the static audit with triton 3.6, 3.7 and 3.9: the largest tiles that stay in
+# registers on sm_90.
 _CONFIGS = {
     (64, False): LaunchConfig(num_warps=4, blocks={"BLOCK_N": 128, "BLOCK_H": 64}),
     (64, True): LaunchConfig(num_warps=4, blocks={"BLOCK_N": 64, "BLOCK_H": 64}),
@@ -130,6 +135,7 @@ def activation_moments(tensors: Sequence[Tensor], ops: Operands, shift: Tensor) 
             sum_ptr=total,
             second_ptr=second[t],
             n_rows=n_rows,
+            zero=0,
             D=n_channels,
             TILES=split.tiles,
             EVEN_N=split.even,
@@ -143,8 +149,8 @@ def activation_moments(tensors: Sequence[Tensor], ops: Operands, shift: Tensor) 
     return rounded_shift[:n_hidden].double() + residual, scatter, moments[1:]
 
 
-# Bytes per thread, by (BLOCK_H, bf16?).
-_ALLOWED_SPILL = {(64, True): 48, (64, False): 120, (128, True): 188, (128, False): 4772}
+# Bytes per thread, the most over the architectures and the versions of triton, by (BLOCK_H, bf16?).
+_ALLOWED_SPILL = {(64, True): 0, (64, False): 64, (128, True): 4, (128, False): 2048}
 
 
 def audit_cases() -> list[AuditCase]:
@@ -175,7 +181,7 @@ def audit_cases() -> list[AuditCase]:
                         config=config,
                         bytes_moved=n_inputs * n_rows * d * dtype.itemsize + split.programs * block_h**2 * 4,
                         flops=2 * n_rows * (n_inputs * d * h * (2 if half else 1) + h * h),
-                        divisible_by_16=("n_rows",),
+                        divisible_by_16=("n_rows", "zero"),
                         expects_tensor_cores=True,
                         allowed_spill_bytes=_ALLOWED_SPILL[block_h, half],
                         allowed_spill_reason="sm_80 and sm_100 only: tiles are sized for sm_90, where nothing spills",

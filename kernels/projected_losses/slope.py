@@ -15,7 +15,7 @@ def reduce_slope(  # type: ignore[no-untyped-def]
     slope_ptr,  # (BLOCK_D, BLOCK_H): Aᵀ
     out_ptr,  # (n_rows, D): written, or added to
     sum_dy,  # (16, BLOCK_H): equal rows, each Σdy so far
-    x_dy,  # (BLOCK_D, BLOCK_H): Σ(x−μ)dyᵀ so far
+    dy_x,  # (BLOCK_H, BLOCK_D): Σdy(x−μ)ᵀ so far; BLOCK_H first, because wgmma makes at least 64 rows
     slope_sum,  # (BLOCK_D,): ΣAᵀdy so far
     offs_n,
     n_rows,
@@ -43,6 +43,6 @@ def reduce_slope(  # type: ignore[no-untyped-def]
         tl.store(ptrs, v)
     else:
         tl.store(ptrs, v, mask=(offs_n[:, None] < n_rows) & (offs_d[None, :] < D))
-    x_dy = add_dot(x_dy, tl.trans(centred), operand, PRECISION, not HALF)
+    dy_x = add_dot(dy_x, tl.trans(operand), centred, PRECISION, not HALF)
     sum_dy = add_dot(sum_dy, tl.full([16, BLOCK_N], 1.0, operand.dtype), operand, PRECISION, not HALF)
-    return sum_dy, x_dy, slope_sum
+    return sum_dy, dy_x, slope_sum
