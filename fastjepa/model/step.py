@@ -49,8 +49,8 @@ class TrainStep:
     The default does each thing once: one encoding serves the JEPA and both probes, the state is projected once, and
     BatchNorm's running buffers are advanced to where the original's repeated calls leave them. `literal=True`
     repeats everything as the original does. Both compute the same losses, gradients and buffers. Nothing here waits
-    for the device: the losses come back as tensors. An encoder that
-    calls a BatchNorm more than once, frame by frame say, is called as often as the original calls it, for its buffers.
+    for the device: the losses come back as tensors. An encoder that calls a BatchNorm more than once, frame by frame
+    say, is called as often as the original calls it, for its buffers.
 
     The JEPA, heads and probes may be those of `eb_jepa`. Losses of the JEPA are recognised by what they compute
     (`fastjepa.model.loss_recognition`); other ones are called as they are, as often as the original calls them, and
