@@ -37,7 +37,7 @@ gpu-train:
 audit: setup
 	$(BIN)/python -m bench audit
 
-# The oldest and the newest supported pair, torch-triton: what pyproject.toml and README.md say is tried here.
+# The oldest and the newest supported pair, torch-triton; pyproject.toml and README.md say the same.
 COMPAT ?= 2.11-3.6 2.15-3.9
 # The kernels' ops, torch.compile and torch.export, CUDA graphs, and what is told of the versions.
 COMPAT_TESTS := $(wildcard $(patsubst %,tests/test_%*.py, \

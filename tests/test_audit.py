@@ -224,7 +224,8 @@ def test_planted_faults_fail_the_audit_even_when_the_interpreter_is_asked_for(tm
     assert spills.startswith("spills ")
     assert findings["spills"]["facts"]["spill_bytes"] > 0
     assert findings["spills allowed"]["notes"]
-    (shared,) = failures["too much shared memory"]
+    # Triton 3.6 serialises the wgmmas of this kernel as well.
+    (shared,) = [failure for failure in failures["too much shared memory"] if not failure.startswith("ptxas warns")]
     assert "of shared memory; a block has 232448" in shared
     assert any("HGMMA" in form for form in findings["too much shared memory"]["facts"]["tensor_cores"])
     assert failures["no tensor cores"] == ["has no tensor-core instruction, but should"]

@@ -161,7 +161,7 @@ def _slope_gradients_kernel(  # type: ignore[no-untyped-def]
 
 
 # (BLOCK_H, fp32?) → launch config, and the number of predictions that one launch takes (at most 4). More take several
-# launches, each of which recomputes r(z) and adds to v of z in fp32. From the static audit with triton 3.6, 3.7 and 3.9:
+# launches, each of which recomputes r(z) and adds to v of z in fp32. From the audit with triton 3.6, 3.7 and 3.9:
 # the largest tiles that spill little. "tf32x3" holds every operand twice, so fp32 takes one prediction at a time, and
 # 32 rows would spill up to 180 bytes at 64 features. Four bf16 predictions spill 620 bytes on sm_100, and need 608 of
 # its 512 tensor-memory columns with triton 3.6; three spill 332 bytes on sm_80, and four predictions take two launches

@@ -50,11 +50,12 @@ def chunking_for(device_type: str, *, compiling: bool) -> Chunking:
 
 def same_layout(tensors: Sequence[Tensor], chunking: Chunking) -> list[Tensor]:
     """The tensors, so that all can be walked in the same order without copying; else their rows, (N, D)."""
-    if all(x.movedim(1, -1).is_contiguous() for x in tensors):
+    # Counted, not asked with all(): a generator that stops early is one that torch.compile of torch 2.15 cannot close.
+    if sum([x.movedim(1, -1).is_contiguous() for x in tensors]) == len(tensors):
         return [as_rows(x) for x in tensors]
     first = tensors[0]
     long_maps = first.dim() > 2 and (first.shape[0] == 1 or first[0, 0].numel() >= chunking.most)
-    if long_maps and all(x.is_contiguous() for x in tensors):
+    if long_maps and sum([x.is_contiguous() for x in tensors]) == len(tensors):
         return list(tensors)
     return [as_rows(x).contiguous() for x in tensors]
 
