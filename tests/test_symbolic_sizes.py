@@ -54,7 +54,7 @@ def test_a_launch_writes_its_results_only(launches: dict[str, list[dict[str, Any
         "partial_mean_ptr", "partial_m2_ptr", "mean_ptr", "var_ptr", "unbiased_var_ptr",  # statistics
         "out_ptr", "partial_ptr", "sums_ptr", "grad_x_ptr", "grad_residual_ptr",  # batch_norm
         "centre_ptr", "residual_ptr", "scatter_ptr", "sum_ptr", "second_ptr",  # moments, forward
-        "vz_ptr", "v0_ptr", "v1_ptr", "sum_dy_ptr", "x_dy_ptr", "slope_sum_ptr",  # backward
+        "vz_ptr", "v0_ptr", "v1_ptr", "sum_dy_ptr", "dy_x_ptr", "slope_sum_ptr",  # backward
     }  # fmt: skip
     for case, found in launches.items():
         for launch in found:
