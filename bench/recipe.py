@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from bench.harness.case import BACKWARD, BOTH, FORWARD, Work
 from bench.harness.variants import Tensors
-from fastjepa.model.jepa import JEPA, build_jepa, build_probes
+from fastjepa.model.jepa import JEPA, build_jepa
 from fastjepa.model.networks import DetHead, ImageDecoder
+from fastjepa.model.probes import build_probes
 from fastjepa.moving_mnist import ClipSet
 
 STD_COEFF, COV_COEFF = 10.0, 100.0

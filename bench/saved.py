@@ -20,7 +20,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fastjepa.fused import recompute
 from fastjepa.kernels.checks import unavailable_reason
-from fastjepa.model.jepa import build_jepa, build_probes
+from fastjepa.model.jepa import build_jepa
+from fastjepa.model.probes import build_probes
 from fastjepa.model.projected_losses import ProjectionPath
 from fastjepa.model.step import TrainStep
 

@@ -22,8 +22,9 @@ from fastjepa.config import Config, resolve_device
 from fastjepa.files.safe_files import CheckpointError, write_text_atomic
 from fastjepa.fused.swap import accelerate
 from fastjepa.kernels.checks import unavailable_reason
-from fastjepa.model.jepa import JEPA, build_jepa, build_probes
+from fastjepa.model.jepa import JEPA, build_jepa
 from fastjepa.model.networks import DetHead, ImageDecoder
+from fastjepa.model.probes import build_probes
 from fastjepa.moving_mnist.official import DownloadError
 from fastjepa.optional_packages import require_packages
 from fastjepa.refusal import refusals

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fastjepa.files.safe_files import CheckpointError
 from fastjepa.files.state_dicts import plain_state
-from fastjepa.model.jepa import build_jepa, build_probes
+from fastjepa.model.jepa import build_jepa
+from fastjepa.model.probes import build_probes
 from fastjepa.storage.checkpoint import (
     check_same_config,
     load_checkpoint,

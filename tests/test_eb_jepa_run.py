@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import fastjepa
 from fastjepa.files.safe_files import CheckpointError
 from fastjepa.files.state_dicts import plain_state
-from fastjepa.model.jepa import build_probes
 from fastjepa.model.networks import DetHead, ImageDecoder
+from fastjepa.model.probes import build_probes
 from fastjepa.model.step import TrainStep, build_optimizer
 from fastjepa.storage.checkpoint import snapshot
 from fastjepa.storage.eb_jepa_export import write_run_for_eb_jepa

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fastjepa.files.safe_files import CheckpointError
-from fastjepa.model.jepa import JEPA, build_jepa, build_probes
+from fastjepa.model.jepa import JEPA, build_jepa
 from fastjepa.model.networks import DetHead, ImageDecoder, Projector, ResNet5
+from fastjepa.model.probes import build_probes
 from fastjepa.storage import export
 from fastjepa.storage.export import PretrainedJEPA, export_pretrained, load_pretrained
 

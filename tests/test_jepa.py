@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import original
 from fastjepa.files.safe_files import CheckpointError
-from fastjepa.model.jepa import JEPA, JEPAProbe, build_jepa, detection_loss
+from fastjepa.model.jepa import JEPA, build_jepa
 from fastjepa.model.losses import SquareLossSeq, VCLoss
 from fastjepa.model.networks import DetHead, ImageDecoder, Projector, ResNet5, ResUNet, StateOnlyPredictor
+from fastjepa.model.probes import JEPAProbe, detection_loss
 from original import OriginalJEPA, action_jepa, action_unet_jepa, original_jepa
 from tiny import tiny_batch, tiny_jepa
 

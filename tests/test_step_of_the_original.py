@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import fastjepa
 from fastjepa.graphs import GraphedTrainStep, make_capturable
-from fastjepa.model.jepa import JEPAProbe
 from fastjepa.model.losses import VCLoss
-from fastjepa.model.step import TrainStep, build_optimizer, probe_head
+from fastjepa.model.probes import JEPAProbe, probe_head
+from fastjepa.model.step import TrainStep, build_optimizer
 from graph_cases import some_clips
 from original import (
     MLP,

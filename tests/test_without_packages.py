@@ -47,7 +47,7 @@ for package in (fastjepa, bench):
             broken.append(module.name)
 print(*broken)
 import torch
-from fastjepa.model.jepa import build_probes
+from fastjepa.model.probes import build_probes
 from fastjepa.model.step import TrainStep, build_optimizer
 from fastjepa.moving_mnist import ClipSet
 jepa = fastjepa.build_jepa(dobs=1, henc=2, hpre=2, dstc=4, std_coeff=10.0, cov_coeff=100.0)

@@ -59,7 +59,7 @@ print(broken)
 def test_asking_for_kernels_is_answered_in_one_line() -> None:
     code = f"""{BLOCKED}
 import torch, fastjepa
-from fastjepa.model.jepa import build_probes
+from fastjepa.model.probes import build_probes
 from fastjepa.model.step import TrainStep
 jepa = fastjepa.build_jepa(dobs=1, henc=2, hpre=2, dstc=4, std_coeff=10.0, cov_coeff=100.0)
 video, digit_location = torch.rand(1, 1, 4, 16, 16), torch.zeros(1, 4, 8, 8)

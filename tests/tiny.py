@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastjepa.model.jepa import JEPA, build_jepa, build_probes
+from fastjepa.model.jepa import JEPA, build_jepa
 from fastjepa.model.networks import DetHead, ImageDecoder
+from fastjepa.model.probes import build_probes
 
 
 def tiny_jepa(*, dstc: int = 4, width: int = 2, projector: str | None = None, seed: int = 0) -> JEPA:

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastjepa.files.safe_files import write_atomic
@@ -19,7 +17,7 @@ from fastjepa.files.tensor_files import read_tensor_file
 from fastjepa.model.autoregressive import autoregressive_rollout
 from fastjepa.model.losses import SquareLossSeq, VCLoss
 from fastjepa.model.modes import eval_mode
-from fastjepa.model.networks import DetHead, ImageDecoder, Projector, ResNet5, ResUNet, StateOnlyPredictor
+from fastjepa.model.networks import Projector, ResNet5, ResUNet, StateOnlyPredictor
 
 # total, vc, vc_unweighted, {"std_loss", "cov_loss"}, prediction
 UnrollLosses = tuple[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor]
@@ -238,41 +236,6 @@ def _total(vc: tuple[Tensor, Tensor, dict[str, Tensor]] | None, pred_loss: Tenso
     return weighted + pred_loss, weighted, unweighted, parts, pred_loss
 
 
-class JEPAProbe(nn.Module):
-    """A head trained on the frozen states of a JEPA with the loss `hcost`; it never moves the JEPA's parameters."""
-
-    def __init__(self, jepa: nn.Module, head: nn.Module, hcost: nn.Module) -> None:
-        super().__init__()
-        self.jepa: Any = jepa
-        self.head = head
-        self.hcost = hcost
-
-    def forward(self, observations: Tensor, targets: Tensor) -> Tensor:
-        """Video (B, C, T, H, W) and the head's targets → the probe's loss, a scalar."""
-        return self.hcost(self.head(self.jepa.encode(observations)), targets)
-
-    @torch.no_grad()
-    def infer(self, observations: Tensor) -> Tensor:
-        """Video (B, C, T, H, W) → the head's output."""
-        return self.apply_head(self.jepa.encode(observations))
-
-    @torch.no_grad()
-    def apply_head(self, states: Tensor) -> Tensor:
-        """States (B, D, T, H, W) → the head's output."""
-        return self.head(states)
-
-
-def detection_loss(probabilities: Tensor, digit_location: Tensor) -> Tensor:
-    """Binary cross-entropy of (B, T, 8, 8) probabilities against digit maps of the same shape, in fp32 at least.
-
-    A NaN among the probabilities gives a NaN loss. (Torch's own function raises then, and on a GPU ends the process.)
-    """
-    dtype = torch.promote_types(probabilities.dtype, torch.float32)
-    probabilities = probabilities.to(dtype)
-    loss = F.binary_cross_entropy(probabilities.nan_to_num(nan=0.5), digit_location.to(dtype))
-    return loss + 0 * probabilities.detach().sum()
-
-
 def build_jepa(
     *, dobs: int, henc: int, hpre: int, dstc: int, std_coeff: float, cov_coeff: float, projector: str | None = None
 ) -> JEPA:
@@ -293,8 +256,3 @@ def build_jepa(
     encoder = ResNet5(dobs, henc, dstc)
     predictor = StateOnlyPredictor(ResUNet(2 * dstc, hpre, dstc))
     return JEPA(encoder, encoder, predictor, VCLoss(std_coeff, cov_coeff, proj), SquareLossSeq(proj))
-
-
-def build_probes(*, dobs: int, dstc: int, hdet: int = 32) -> tuple[ImageDecoder, DetHead]:
-    """The two probe heads: `ImageDecoder(dstc, dobs)` and `DetHead(dstc, hdet, 1)`."""
-    return ImageDecoder(dstc, dobs), DetHead(dstc, hdet, 1)

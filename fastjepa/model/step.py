@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastjepa.model.jepa import JEPA, detection_loss, parallel_step
+from fastjepa.model.jepa import JEPA, parallel_step
 from fastjepa.model.loss_recognition import predcost_problem, regularizer_problem, std_margin
 from fastjepa.model.networks import DetHead, ResNet5
+from fastjepa.model.probes import detection_loss, probe_head
 from fastjepa.model.projected_losses import ProjectionPath, projected_losses, shared_layers
 from fastjepa.model.running_stats import batch_norm_calls, repeated_updates
 from fastjepa.profiling import span
@@ -268,27 +269,6 @@ class TrainStep:
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(device.type, dtype=self.autocast_dtype)
-
-
-def probe_head(name: str, probe: nn.Module, jepa: nn.Module, loss: type[nn.Module]) -> nn.Module:
-    """The head of a probe (`jepa`, `head`, `hcost`), whose loss must be `loss()`; a head itself is returned as it is.
-
-    Raises:
-        ValueError: it is a probe of another JEPA, or has another loss.
-    """
-    source: Any = probe
-    if not all(isinstance(getattr(probe, part, None), nn.Module) for part in ("jepa", "head")):
-        return probe
-    if source.jepa is not jepa:
-        raise ValueError(f"{name} is a probe of another JEPA than the one given; give it one around that, or its head")
-    hcost = getattr(probe, "hcost", None)
-    plain = type(hcost) is loss and hcost.reduction == "mean" and getattr(hcost, "weight", None) is None
-    if not plain:
-        raise ValueError(
-            f"the loss of {name} is {hcost!r}, and a step computes {loss.__name__}(); give its head alone "
-            f"({name}.head) if that is what you mean"
-        )
-    return source.head
 
 
 def _part(parts: Any, name: str, like: Tensor) -> Tensor:

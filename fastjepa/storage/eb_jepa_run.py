@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from fastjepa.files.safe_files import CheckpointError
 from fastjepa.files.state_dicts import plain_state, strip_compile_prefix
 from fastjepa.files.tensor_files import shown
-from fastjepa.model.jepa import JEPA, build_probes
+from fastjepa.model.jepa import JEPA
 from fastjepa.model.networks import DetHead, ImageDecoder
+from fastjepa.model.probes import build_probes
 from fastjepa.model.step import build_optimizer
 from fastjepa.storage.adam_state import plan_adam_load, reorder_adam_state
 from fastjepa.storage.checkpoint import load_modules

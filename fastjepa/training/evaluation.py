@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastjepa.fused.folding import folded_batch_norm
-from fastjepa.model.jepa import JEPA, detection_loss
+from fastjepa.model.jepa import JEPA
 from fastjepa.model.modes import eval_mode
 from fastjepa.model.networks import DetHead, ImageDecoder
+from fastjepa.model.probes import detection_loss
 from fastjepa.moving_mnist import ClipSet, sequential_batches
 from fastjepa.optional_packages import needed_for
 from fastjepa.profiling import span

@@ -20,7 +20,8 @@ from fastjepa.environment import run_environment
 from fastjepa.files.safe_files import CheckpointError, write_atomic, write_text_atomic
 from fastjepa.fused.swap import accelerate
 from fastjepa.graphs import GraphedTrainStep
-from fastjepa.model.jepa import build_jepa, build_probes
+from fastjepa.model.jepa import build_jepa
+from fastjepa.model.probes import build_probes
 from fastjepa.model.step import StepLosses, TrainStep, build_optimizer
 from fastjepa.moving_mnist import epoch_indices
 from fastjepa.moving_mnist.cache import fingerprint
