@@ -19,7 +19,7 @@ BLOCKS_OF_UNET = ("enc1", "enc2", "enc3", "bott", "dec3", "dec2", "dec1")
 CONVS_OF_UNET = ("up3", "up2", "up1", "head")
 
 # Children that a module may have beside those it must: name → whether it is one that is understood.
-Optional = Mapping[str, Callable[[nn.Module], bool]]
+OptionalChildren = Mapping[str, Callable[[nn.Module], bool]]
 
 
 def block_problem(block: nn.Module) -> str | None:
@@ -69,7 +69,7 @@ def predictor_problem(predictor: nn.Module) -> str | None:
 
 
 def _network_problem(
-    network: nn.Module, blocks: tuple[str, ...], convs: tuple[str, ...], optional: Optional
+    network: nn.Module, blocks: tuple[str, ...], convs: tuple[str, ...], optional: OptionalChildren
 ) -> str | None:
     problem = _children_problem(network, {"conv1", "bn1", *blocks, *convs}, optional) or _norm_problem(network, "bn1")
     if problem:
@@ -81,7 +81,7 @@ def _network_problem(
     return None
 
 
-def _children_problem(module: nn.Module, required: set[str], optional: Optional) -> str | None:
+def _children_problem(module: nn.Module, required: set[str], optional: OptionalChildren) -> str | None:
     children = dict(module.named_children())
     if missing := sorted(required - children.keys()):
         return f"{type(module).__name__} has no {', '.join(missing)}"

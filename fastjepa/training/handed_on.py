@@ -16,8 +16,8 @@ def refuse_flags(flags: Sequence[str], reasons: Mapping[str, str]) -> None:
     """Refuse what the command sets for the trainer itself: without this, one of the two would win unseen.
 
     Raises:
-        ValueError: one of `flags` is a key of `reasons`, alone or as `--flag=value`; the message
-            is the flag and its reason.
+        ValueError: one of `flags` is a key of `reasons`, alone or as `--flag=value`; the message is the flag and its
+            reason.
     """
     for word in flags:
         name = word.partition("=")[0]
