@@ -570,6 +570,21 @@ def test_a_choice_that_cannot_be_served(monkeypatch: pytest.MonkeyPatch) -> None
         fastjepa.accelerate(original(), choice=Choice(losses="fused"))
 
 
+def test_in_bf16_a_network_still_says_what_it_is() -> None:
+    torch.manual_seed(0)
+    jepa = action_jepa()
+    fastjepa.accelerate(jepa, backend="eager", precision="bf16", verbose=False)
+    assert type(jepa.predictor).__name__ == "InBf16"
+    assert jepa.predictor.is_rnn
+    assert jepa.predictor.context_length == 0
+    with pytest.raises(AttributeError, match="colour"):
+        _ = jepa.predictor.colour
+    pooling = original_jepa(avg_pool=True)
+    fastjepa.accelerate(pooling, backend="eager", precision="bf16", verbose=False)
+    assert pooling.encoder.avg_pool
+    assert pooling.encoder(torch.rand(2, 1, 8, 8)).shape == (2, 4)
+
+
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 def test_bf16_where_networks_stay_eager(backend: Any) -> None:
     jepa, fast = original(), original()
