@@ -248,6 +248,19 @@ def test_bad_sizes() -> None:
         build_jepa(**sizes, projector="16-64-64")  # type: ignore[arg-type]
 
 
+def test_detection_loss_is_out_of_reach_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A CPU computes it under autocast; a GPU refuses to, and its trainings in bf16 stop at their first step.
+    def refusing(*arguments: torch.Tensor) -> torch.Tensor:
+        assert not torch.is_autocast_enabled("cpu"), "unsafe to autocast"
+        return binary_cross_entropy(*arguments)
+
+    binary_cross_entropy = torch.nn.functional.binary_cross_entropy
+    monkeypatch.setattr(torch.nn.functional, "binary_cross_entropy", refusing)
+    probabilities, targets = torch.rand(2, 3, 8, 8).bfloat16(), torch.ones(2, 3, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert detection_loss(probabilities, targets).dtype == torch.float32
+
+
 def test_detection_loss_passes_nan_on() -> None:
     probabilities, targets = torch.rand(2, 3, 8, 8), torch.ones(2, 3, 8, 8)
     torch.testing.assert_close(detection_loss(probabilities, targets), -probabilities.log().mean())

@@ -59,11 +59,13 @@ def probe_head(name: str, probe: nn.Module, jepa: nn.Module, loss: type[nn.Modul
 def detection_loss(probabilities: Tensor, digit_location: Tensor) -> Tensor:
     """Binary cross-entropy of (B, T, 8, 8) probabilities against digit maps of the same shape, in fp32 at least.
 
-    A NaN among the probabilities gives a NaN loss. (Torch's own function raises then, and on a GPU ends the process.)
+    Autocast has no say in it: on a GPU, torch refuses this loss where autocast is on, whatever the dtype. A NaN among
+    the probabilities gives a NaN loss. (Torch's own function raises then, and on a GPU ends the process.)
     """
     dtype = torch.promote_types(probabilities.dtype, torch.float32)
     probabilities = probabilities.to(dtype)
-    loss = F.binary_cross_entropy(probabilities.nan_to_num(nan=0.5), digit_location.to(dtype))
+    with torch.autocast(probabilities.device.type, enabled=False):
+        loss = F.binary_cross_entropy(probabilities.nan_to_num(nan=0.5), digit_location.to(dtype))
     return loss + 0 * probabilities.detach().sum()
 
 
