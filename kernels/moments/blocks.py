@@ -1,4 +1,4 @@
-"""The blocks of channels in which both passes work, and padding to whole blocks."""
+"""The blocks of channels in which both passes work, and matrices as kernels read them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,17 @@ def padded_size(n_channels: int) -> int:
     """`n_channels` rounded up to whole blocks: the size in which centres and matrices are passed to the kernels."""
     block_d = block_d_for(n_channels)
     return -(-int(n_channels) // block_d) * block_d
+
+
+def n_summands(dtype: torch.dtype) -> int:
+    """How many tensors of `dtype` hold a float64 one as their sum: one in fp32, two in bf16, 16 bits together."""
+    return 1 if dtype == torch.float32 else 2
+
+
+def summands(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """The `n_summands(dtype)` tensors of `dtype` whose sum is x (float64), the large one first."""
+    first = x.to(dtype)
+    return [first] if n_summands(dtype) == 1 else [first, (x - first.double()).to(dtype)]
 
 
 def padded(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

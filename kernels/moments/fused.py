@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastjepa.kernels.checks import check_tensor, require_available
-from fastjepa.kernels.moments.blocks import MAX_D, padded_size
+from fastjepa.kernels.moments.blocks import MAX_D, n_summands, padded_size
 from fastjepa.kernels.moments.centred_linear import LinearOperands, launch_centred_linear, round_operands
 from fastjepa.kernels.moments.scatter import scatter_partials
 
@@ -76,7 +76,7 @@ def subtract_centred_linear(x: Tensor, operands: LinearOperands, t: int, base: T
     for name, shape, dtype in (
         ("centre", (n_tensors, size), torch.float32),
         ("constant", (n_tensors, size), torch.float32),
-        ("linear", (n_tensors, size, size), x.dtype),
+        ("linear", (n_tensors, n_summands(x.dtype), size, size), x.dtype),
     ):
         operand = getattr(operands, name)
         check_tensor(op, f"operands.{name}", operand, shape=shape, dtypes=(dtype,), device=x.device, contiguous=True)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastjepa.kernels.launch import LaunchConfig, dot, load_rows, round_to
-from fastjepa.kernels.moments.blocks import padded
+from fastjepa.kernels.moments.blocks import padded, summands
 from fastjepa.kernels.projected_losses.algebra import HiddenAffine
 
 MAX_D = 64
@@ -89,9 +89,7 @@ def operands(affine: HiddenAffine, mean: Tensor, bn_bias: Tensor, dtype: torch.d
     slope = affine.slope.transpose(1, 2)
     centre = mean.float()
     centre = torch.stack([centre, (mean - centre.double()).float()], 1)
-    parts = [slope.to(dtype)]
-    if dtype != torch.float32:
-        parts.append((slope - parts[0].double()).to(dtype))
+    parts = summands(slope, dtype)
     rounded = sum(part.double() for part in parts)
     offset = bn_bias.double().expand(n_tensors, -1)
     if dtype != torch.float32:  # these rows are not centred before the dot: that would round them again
