@@ -67,6 +67,23 @@ def loss_and_gradients(function: Callable[..., Any], case: Case) -> dict[str, Te
     return results | {f"gradient of {name}": g for name, g in zip(names, gradients, strict=True)}
 
 
+def settled_rows(case: Case) -> dict[str, Tensor]:
+    """By the names of `loss_and_gradients`: the rows (N,) of z and of each prediction that keep away from ReLU's zero.
+
+    Where a hidden feature lies closer to zero than its rounding, the gradient of that row jumps by the feature's part:
+    among millions of rows some do, in eager as in any other order of sums, and a largest error is then one jump. Rows
+    are given as they are here only: case's tensors must be (N, D).
+    """
+    margin = 1e-5 if case.z.dtype == torch.float32 else 1e-4  # several roundings of the sum of D products
+    weight1, _, bn_weight, bn_bias, _ = (p.double() for p in case.parameters)
+    settled = {}
+    for name, x in [("z", case.z), *((f"predictions[{k}]", p) for k, p in enumerate(case.predictions))]:
+        hidden = x.double() @ weight1.T
+        y = bn_weight * (hidden - hidden.mean(0)) / (hidden.var(0, correction=0) + EPS).sqrt() + bn_bias
+        settled[f"gradient of {name}"] = y.abs().amin(1) > margin
+    return settled
+
+
 def with_offset_and_dead_channels(case: Case) -> Case:
     """Mean 1e3 and standard deviation 1e-2 in channel 0, a constant channel 1, an all-zero channel 2."""
 

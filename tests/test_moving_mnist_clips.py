@@ -37,8 +37,9 @@ def test_batch_is_the_scaled_clips_in_the_order_asked_for(device: str, dtype: to
     assert digit_location.shape == (3, 3, 8, 8)
     assert video.dtype == digit_location.dtype == dtype
     assert video.device == digit_location.device == clips.device
-    # A byte over 255, rounded once to the dtype; the double rounding of the reference cannot matter at 53 bits.
-    expected = (clips.video[[5, 0, 5]].double() / 255).to(dtype)
+    # A byte over 255, rounded once to the dtype; the double rounding of the reference cannot matter at 53 bits. On the
+    # CPU: a GPU multiplies by the rounded reciprocal of a number.
+    expected = (clips.video[[5, 0, 5]].cpu().double() / 255).to(device, dtype)
     torch.testing.assert_close(video[:, 0], expected, rtol=0, atol=0)
     torch.testing.assert_close(digit_location, clips.digit_maps[[5, 0, 5]].to(dtype), rtol=0, atol=0)
     assert video.min() == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -11,21 +11,34 @@ from torch import Tensor
 
 from compare import assert_as_exact_as_eager, assert_close_to_truth
 from fastjepa.kernels.projected_losses import backward, closed_form, forward, fused, reference
-from projector_cases import Case, loss_and_gradients, make_case, with_offset_and_dead_channels
+from fastjepa.measuring.norms import JUMP
+from fastjepa.measuring.policy import relative_error
+from projector_cases import Case, loss_and_gradients, make_case, settled_rows, with_offset_and_dead_channels
 
 BIAS1 = "gradient of bias1"  # exactly 0: BatchNorm undoes a shift; eager returns rounding noise
 
 
-def _check(case: Case, **policy: Any) -> dict[str, Tensor]:
+def _check(case: Case, settled: Mapping[str, Tensor] | None = None, **policy: Any) -> dict[str, Tensor]:
+    """`settled`: for the gradients in it, the rows to which the policy applies (`settled_rows`)."""
     truth = loss_and_gradients(reference.projected_losses, case.double())
     eager = loss_and_gradients(reference.projected_losses, case)
     results = loss_and_gradients(fused.projected_losses, case)
     for name, value in results.items():
         if name == BIAS1:
             assert not value.any()
-        else:
-            assert_as_exact_as_eager(value, eager[name], truth[name], name, precision=case.z.dtype, **policy)
+            continue
+        exact, by_eager = truth[name], eager[name]
+        if settled is not None and name in settled:
+            _check_jumps(value, exact, settled[name], name)
+            value, exact, by_eager = (x[settled[name]] for x in (value, exact, by_eager))
+        assert_as_exact_as_eager(value, by_eager, exact, name, precision=case.z.dtype, **policy)
     return results
+
+
+def _check_jumps(gradient: Tensor, truth: Tensor, settled: Tensor, name: str) -> None:
+    """Few rows are unsettled, and of all rows together the gradient is off by no more than a few ReLUs explain."""
+    assert settled.float().mean() > 0.98, name
+    assert relative_error(gradient, truth, measure="norm") <= JUMP, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -217,7 +230,8 @@ def test_every_audited_configuration_on_hardware(
 ) -> None:
     for n_rows in (64 * 3 * 40, 64 * 700 + 13):
         shape = (n_rows, channels)
-        _check(make_case(shape, n_predictions, hidden=features, out=features, dtype=dtype, device=device))
+        case = make_case(shape, n_predictions, hidden=features, out=features, dtype=dtype, device=device)
+        _check(case, settled_rows(case))
 
 
 @pytest.mark.gpu
@@ -228,6 +242,12 @@ def test_the_default_recipe_on_hardware(dtype: torch.dtype, device: str) -> None
     # Eager would need tens of GB; the closed form is held to the definition by test_projected_losses_closed_form.py.
     truth = loss_and_gradients(closed_form.projected_losses, case.double())
     bf16 = 2**-7  # two roundings of the operands of each dot, as in eager, and no eager run to measure them
+    settled = settled_rows(case)
     for name, value in loss_and_gradients(fused.projected_losses, case).items():
-        if name != BIAS1:
-            assert_close_to_truth(value, truth[name], name, limit=1e-5 if dtype == torch.float32 else bf16)
+        exact = truth[name]
+        if name == BIAS1:
+            continue
+        if name in settled:
+            _check_jumps(value, exact, settled[name], name)
+            value, exact = value[settled[name]], exact[settled[name]]
+        assert_close_to_truth(value, exact, name, limit=1e-5 if dtype == torch.float32 else bf16)
