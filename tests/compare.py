@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
@@ -38,8 +36,7 @@ def assert_as_exact_as_eager(
     assert eager.shape == truth.shape, f"{name}: eager has shape {tuple(eager.shape)}, expected {tuple(truth.shape)}"
     scale = largest_entry(truth) if scale is None else scale
     error, eager_error = max_error(actual, truth), max_error(eager, truth)
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    bound = error_bound(eager_error, scale, actual.dtype, precision, limit=relative_limit, interpreted=interpreted)
+    bound = error_bound(eager_error, scale, actual.dtype, precision, limit=relative_limit)
     assert error <= bound, (
         f"{name}: error {error:.3e} > bound {bound:.3e} (eager's error {eager_error:.3e}, largest entry {scale:.3e})"
     )

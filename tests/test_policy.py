@@ -62,24 +62,19 @@ def test_bound_is_twice_eagers_error_and_the_floor_with_a_limit_at_fp32() -> Non
 
 
 @pytest.mark.parametrize(
-    ("result", "precision", "interpreted", "floor"),
+    ("result", "precision", "floor"),
     [
-        # 6 eps of the precision of sums; and half an eps of a half precision, a whole one where a store truncates.
-        (torch.float64, None, False, 6 * 2.0**-52),
-        (torch.float32, None, False, 6 * 2.0**-23),
-        (torch.float32, None, True, 6 * 2.0**-23),
-        (torch.float32, torch.bfloat16, False, 6 * 2.0**-23 + 2.0**-8),
-        (torch.bfloat16, None, False, 6 * 2.0**-23 + 2.0**-8),
-        (torch.bfloat16, None, True, 6 * 2.0**-23 + 2.0**-7),
-        (torch.float16, None, False, 6 * 2.0**-23 + 2.0**-11),
-        (torch.float16, None, True, 6 * 2.0**-23 + 2.0**-10),
+        # 6 eps of the precision of sums; and half an eps of a half precision.
+        (torch.float64, None, 6 * 2.0**-52),
+        (torch.float32, None, 6 * 2.0**-23),
+        (torch.float32, torch.bfloat16, 6 * 2.0**-23 + 2.0**-8),
+        (torch.bfloat16, None, 6 * 2.0**-23 + 2.0**-8),
+        (torch.float16, None, 6 * 2.0**-23 + 2.0**-11),
     ],
 )
-def test_floors_are_those_of_the_derivation(
-    result: torch.dtype, precision: torch.dtype | None, interpreted: bool, floor: float
-) -> None:
-    assert relative_floor(result, precision, interpreted=interpreted) == pytest.approx(floor, rel=1e-12)
-    assert error_bound(0.0, 1.0, result, precision, limit=None, interpreted=interpreted) == pytest.approx(floor)
+def test_floors_are_those_of_the_derivation(result: torch.dtype, precision: torch.dtype | None, floor: float) -> None:
+    assert relative_floor(result, precision) == pytest.approx(floor, rel=1e-12)
+    assert error_bound(0.0, 1.0, result, precision, limit=None) == pytest.approx(floor)
 
 
 def test_an_assertion_fails_beyond_the_bound_and_not_within() -> None:
@@ -92,8 +87,10 @@ def test_an_assertion_fails_beyond_the_bound_and_not_within() -> None:
 def test_judge_takes_the_tensor_furthest_beyond_its_bound() -> None:
     half, single = torch.bfloat16, torch.float32
     eager_errors = {"loss": Error(1e-7, single), "grad": Error(1e-2, half)}
-    verdict = judge({"loss": Error(9e-6, single), "grad": Error(1e-2, half)}, eager_errors, "bf16")
+    verdict = judge({"loss": Error(5e-3, single), "grad": Error(1e-2, half)}, eager_errors, "bf16")
     assert (verdict.name, verdict.exact) == ("loss", False)
+    # An fp32 number made of bf16 ones: one rounding of them is granted, however lucky eager was.
+    assert judge({"loss": Error(3e-3, single), "grad": Error(1e-2, half)}, eager_errors, "bf16").exact
     assert judge({"grad": Error(1.9e-2, half)}, eager_errors, "bf16").exact
     assert not judge({"grad": Error(3.5e-2, half)}, eager_errors, "bf16").exact
 

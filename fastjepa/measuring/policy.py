@@ -34,24 +34,22 @@ ErrorMeasure = Literal["largest entry", "norm"]
 #     by at most u = eps/2, the roundings are independent, so they add up to about sqrt(32)·u < 6 u; twice that for the
 #     two sums (a value and its mean) that every result here contains: 12 u = 6 eps of the precision in which sums are
 #     kept, which is fp32 for fp32, bf16 and fp16 alike (float64 for float64).
-# (2) Half precision: one rounding to that dtype, u: of the result if it is stored so (the interpreter truncates there:
-#     2 u), and otherwise, where an op on bf16 inputs returns an fp32 scalar, of the operands that the scalar depends on
-#     most. Eager's error in such a scalar is one draw from a distribution of that width, and may be far below it.
+# (2) Half precision: one rounding to that dtype, u: of the result if it is stored so, and otherwise, where an op on
+#     bf16 inputs returns an fp32 scalar, of the operands that the scalar depends on most. Eager's error in such a
+#     scalar is one draw from a distribution of that width, and may be far below it.
 _SUM_ROUNDINGS = 6.0
 _HALF = (torch.bfloat16, torch.float16)
+_INPUTS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by precision: the dtype of the main inputs
 
 
-def relative_floor(
-    result_dtype: torch.dtype, precision: torch.dtype | None = None, *, interpreted: bool = False
-) -> float:
+def relative_floor(result_dtype: torch.dtype, precision: torch.dtype | None = None) -> float:
     """The policy's floor, as a fraction of the largest entry, for a result stored as `result_dtype`.
 
-    `precision`: the dtype of the op's main inputs, by default that of the result. `interpreted`: Triton's interpreter
-    stored it, which truncates.
+    `precision`: the dtype of the op's main inputs, by default that of the result.
     """
     sums = torch.finfo(torch.float64 if result_dtype == torch.float64 else torch.float32).eps * _SUM_ROUNDINGS
     if result_dtype in _HALF:
-        return sums + torch.finfo(result_dtype).eps * (1.0 if interpreted else 0.5)
+        return sums + torch.finfo(result_dtype).eps * 0.5
     return sums + torch.finfo(precision).eps * 0.5 if precision in _HALF else sums
 
 
@@ -62,14 +60,13 @@ def error_bound(
     precision: torch.dtype | None = None,
     *,
     limit: float | None = FP32_RELATIVE_LIMIT,
-    interpreted: bool = False,
 ) -> float:
     """The largest error that the policy lets pass, in the unit of `eager_error` and `scale`.
 
-    `precision`, `interpreted`: as in `relative_floor`; `limit` applies where precision is fp32, None leaves it out.
+    `precision`: as in `relative_floor`; `limit` applies where precision is fp32, None leaves it out.
     """
     precision = result_dtype if precision is None else precision
-    bound = 2.0 * eager_error + relative_floor(result_dtype, precision, interpreted=interpreted) * scale
+    bound = 2.0 * eager_error + relative_floor(result_dtype, precision) * scale
     return min(bound, limit * scale) if limit is not None and precision == torch.float32 else bound
 
 
@@ -195,16 +192,14 @@ def _badness(judgement: Judgement) -> float:
     return judgement.error / judgement.bound if judgement.bound else math.inf if judgement.error else 0.0
 
 
-def bound_beside(
-    eager: Error | None, dtype: torch.dtype, precision: str, inputs: torch.dtype | None = None
-) -> float | None:
+def bound_beside(eager: Error | None, dtype: torch.dtype, precision: str) -> float | None:
     """The largest relative error that passes beside eager's, of a result stored as `dtype`; None: it cannot be judged.
 
-    `precision` as in `judge`; `inputs`: the dtype of the main inputs, by default that of the result.
+    `precision` as in `judge`.
     """
     if eager is None or not math.isfinite(eager.relative):
         return FP32_RELATIVE_LIMIT if precision == "fp32" else None
-    bound = error_bound(eager.relative, 1.0, dtype, inputs, limit=None)
+    bound = error_bound(eager.relative, 1.0, dtype, _INPUTS.get(precision), limit=None)
     if bound >= 1.0:
         return None
     return min(bound, FP32_RELATIVE_LIMIT) if precision == "fp32" and eager.relative <= FP32_RELATIVE_LIMIT else bound
