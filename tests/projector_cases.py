@@ -71,8 +71,8 @@ def settled_rows(case: Case) -> dict[str, Tensor]:
     """By the names of `loss_and_gradients`: the rows (N,) of z and of each prediction that keep away from ReLU's zero.
 
     Where a hidden feature lies closer to zero than its rounding, the gradient of that row jumps by the feature's part:
-    among millions of rows some do, in eager as in any other order of sums, and a largest error is then one jump. Rows
-    are given as they are here only: case's tensors must be (N, D).
+    among millions of rows some do, in eager as in any other order of sums, and a largest error is then one jump. The
+    tensors must be rows, (N, D).
     """
     margin = 1e-5 if case.z.dtype == torch.float32 else 1e-4  # several roundings of the sum of D products
     weight1, _, bn_weight, bn_bias, _ = (p.double() for p in case.parameters)
