@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,8 +180,9 @@ def test_measuring_again_in_vain_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_rows_survive_kills_at_any_moment(tmp_path: Path) -> None:
+def test_rows_survive_kills_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twenty kills, at moments from before the first child to after the last row."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where those that are killed leave their folders
     path = rows_path(some_setting(), rows_folder(tmp_path))
     started = time.monotonic()
     assert os.waitpid(forked(tmp_path), 0)[1] == 0
