@@ -57,8 +57,9 @@ class Part:
 def parts(out: Path, device: torch.device, quick: bool) -> list[Part]:
     """All parts, in order. On a GPU each row that is worth most comes before all that are worth less."""
     make = _Maker(_relative(out), device, quick)
+    ceilings = ("--seconds", "0.2", "--no-memory")
     first = [
-        make.suite("ceilings", 90, "--seconds", "0.2", "--no-memory", per_variant=30),
+        make.suite("ceilings", 60, *make.only_on_gpu("--only", "copy", "product"), *ceilings, per_variant=15),
         make.suite("step", 300, "--seconds", "4", variants=HEADLINE, per_variant=120),
         make.suite("checks", 150, "--rounds", "2", "--no-memory", per_variant=45),
         make.suite("rollout", 150, "--batch", *make.sizes("1", "64"), "--horizon", "8", "--seconds", "0.5",
@@ -68,6 +69,7 @@ def parts(out: Path, device: torch.device, quick: bool) -> list[Part]:
         make.suite("layers", 180, "--seconds", "0.5", variants=_OPS),
         make.training(),
         make.calibration(),
+        make.suite("ceilings", 90, *ceilings, name="ceilings of convolutions", per_variant=30),
         *(make.sanitized(op) for op in OPS),
         make.ncu(),
         make.tests("tests marked gpu", "gpu"),
