@@ -116,7 +116,9 @@ class _Maker:
         small = ["--quick", *([] if command == "step" else ["--no-memory"])]
         words = [*self.bench, command, "--device", self.device.type, *(small if self.quick else [*arguments, *chosen])]
         words += ["--out", self.folder, "--missing", "--keep", f"{self.folder}/kept"]
-        return Part(name or command, words, seconds, command, per_variant, unavailable)
+        # On a CPU nothing hangs a device, and a busy machine takes several times as long.
+        patience = 1 if self.on_gpu else 4
+        return Part(name or command, words, patience * seconds, command, patience * per_variant, unavailable)
 
     def peers(self, command: str, seconds: float, *arguments: str, per_variant: float = 150.0) -> Part:
         """The variants of a suite that no earlier part has measured: torch.compile, mostly, which takes its time."""
