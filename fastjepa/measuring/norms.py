@@ -22,6 +22,7 @@ from fastjepa.measuring.policy import Error, Judgement, bound_beside, relative_e
 GRADIENT = "gradient of "  # how names of results begin that jump where a ReLU switches
 DRAWS = 3
 JUMP = 1e-2
+_INPUTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def norm_errors(results: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, Error]:
@@ -33,7 +34,7 @@ def norm_bound(eager: Error, dtype: torch.dtype, precision: str) -> float | None
     """The largest relative error by norm that the policy lets pass beside eager's, of a result stored as `dtype`; None
     where eager is so far off, or not finite, that nothing can be judged by it.
     """
-    return bound_beside(eager, dtype, precision)
+    return bound_beside(eager, dtype, precision, _INPUTS.get(precision))
 
 
 def judge_norms(errors: Mapping[str, Error], eager: Mapping[str, Error], precision: str) -> Judgement:

@@ -39,7 +39,6 @@ ErrorMeasure = Literal["largest entry", "norm"]
 #     scalar is one draw from a distribution of that width, and may be far below it.
 _SUM_ROUNDINGS = 6.0
 _HALF = (torch.bfloat16, torch.float16)
-_INPUTS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by precision: the dtype of the main inputs
 
 
 def relative_floor(result_dtype: torch.dtype, precision: torch.dtype | None = None) -> float:
@@ -192,14 +191,16 @@ def _badness(judgement: Judgement) -> float:
     return judgement.error / judgement.bound if judgement.bound else math.inf if judgement.error else 0.0
 
 
-def bound_beside(eager: Error | None, dtype: torch.dtype, precision: str) -> float | None:
+def bound_beside(
+    eager: Error | None, dtype: torch.dtype, precision: str, inputs: torch.dtype | None = None
+) -> float | None:
     """The largest relative error that passes beside eager's, of a result stored as `dtype`; None: it cannot be judged.
 
-    `precision` as in `judge`.
+    `precision` as in `judge`; `inputs`: the dtype of the main inputs, by default that of the result.
     """
     if eager is None or not math.isfinite(eager.relative):
         return FP32_RELATIVE_LIMIT if precision == "fp32" else None
-    bound = error_bound(eager.relative, 1.0, dtype, _INPUTS.get(precision), limit=None)
+    bound = error_bound(eager.relative, 1.0, dtype, inputs, limit=None)
     if bound >= 1.0:
         return None
     return min(bound, FP32_RELATIVE_LIMIT) if precision == "fp32" and eager.relative <= FP32_RELATIVE_LIMIT else bound
