@@ -22,7 +22,6 @@ from fastjepa.kernels.launch import (
     AuditCase,
     LaunchConfig,
     RowSplit,
-    add_dot,
     audit_signature,
     dot,
     dot_precision,
@@ -134,7 +133,7 @@ def _slope_gradients_kernel(  # type: ignore[no-untyped-def]
                 s3, q3 = s, q
         if FIRST:  # last, so that what it reads is not alive beside a prediction's hidden features
             apart = round_to(r_z - tl.load(mean_r_ptr + reload + offs_h)[None, :], z_ptr.dtype.element_ty)
-            dr_z = add_dot(dr_z, apart, tl.load(variance_ptr + reload + offs_hh), PRECISION, not HALF)
+            dr_z = dot(apart, tl.load(variance_ptr + reload + offs_hh), dr_z, PRECISION)
         active = r_z > 0.0
         if not EVEN_N:
             active = active & (offs_n[:, None] < n_rows)
