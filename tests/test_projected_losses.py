@@ -22,8 +22,9 @@ BIAS1 = "gradient of bias1"  # exactly 0: BatchNorm undoes a shift; eager return
 def _check(case: Case, settled: Mapping[str, Tensor] | None = None, **policy: Any) -> dict[str, Tensor]:
     """`settled`: for the gradients in it, the rows to which the policy applies (`settled_rows`).
 
-    The jumps of the other rows are in the parameters' gradients too, as one term of a sum over all rows: there 1e-4 is
-    the limit in fp32. (44,813 rows, 128 features, an H100: the kernels are off by 4.9e-5, eager by 9.1e-5.)
+    The jumps of the other rows are in the parameters' gradients too, each as one term of a sum over all rows. So they
+    are held to eager's error alone, which has such jumps: with 44,813 rows of 128 features, on an H100, eager's
+    gradient of weight1 is 9.1e-5 off, and that of the kernels 4.9e-5.
     """
     truth = loss_and_gradients(reference.projected_losses, case.double())
     eager = loss_and_gradients(reference.projected_losses, case)
@@ -33,17 +34,16 @@ def _check(case: Case, settled: Mapping[str, Tensor] | None = None, **policy: An
             assert not value.any()
             continue
         exact, by_eager = truth[name], eager[name]
-        if settled is not None and name in JUMPING and case.z.dtype == torch.float32:
-            assert_close_to_truth(value, exact, name, limit=1e-4)
-            continue
+        limits = policy | ({"relative_limit": None} if settled is not None and name in JUMPING else {})
         if settled is not None and name in settled:
             _check_jumps(value, exact, settled[name], name)
             value, exact, by_eager = (x[settled[name]] for x in (value, exact, by_eager))
-        assert_as_exact_as_eager(value, by_eager, exact, name, precision=case.z.dtype, **policy)
+        assert_as_exact_as_eager(value, by_eager, exact, name, precision=case.z.dtype, **limits)
     return results
 
 
 def _check_contract(case: Case) -> None:
+    """fp32: 1e-5 of the largest entry, however exact eager is."""
     truth = loss_and_gradients(reference.projected_losses, case.double())
     for name, value in loss_and_gradients(fused.projected_losses, case).items():
         if name != BIAS1:
