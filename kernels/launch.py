@@ -8,7 +8,7 @@ op registration, the dot helper, and the record from which the static audit comp
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -22,6 +22,8 @@ R = TypeVar("R", covariant=True)
 
 INTERPRET: bool = os.environ.get("TRITON_INTERPRET") == "1"
 _INTERPRET = tl.constexpr(INTERPRET)
+
+KERNEL_OPS: dict[str, Callable[..., Any]] = {}  # every registered op by its name: the function that launches
 
 TRITON_TYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -101,16 +103,19 @@ class KernelOp(Protocol[P, R]):
         ...
 
 
-def kernel_op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[P, R]], KernelOp[P, R]]:
+def kernel_op(
+    name: str, fake: Callable[..., Any], *, mutates_args: Sequence[str] = ()
+) -> Callable[[Callable[P, R]], KernelOp[P, R]]:
     """Register a function that launches kernels as the `torch.library` op `name` ("fastjepa::...").
 
     Compiled, it is a `triton_op`, so that torch.compile sees the kernels inside; interpreted, a `custom_op`, because
     the interpreter cannot run on the fake tensors with which torch.compile traces a `triton_op`. `fake` computes the
-    outputs' shapes and dtypes from the same arguments.
+    outputs' shapes and dtypes from the same arguments. `mutates_args` names those that are changed in place.
     """
 
     def register(function: Callable[P, R]) -> KernelOp[P, R]:
-        op: Any = (custom_op if INTERPRET else triton_op)(name, function, mutates_args=())
+        KERNEL_OPS[name] = function
+        op: Any = (custom_op if INTERPRET else triton_op)(name, function, mutates_args=mutates_args)
         op.register_fake(fake)
         registered: KernelOp[P, R] = op
         return registered

@@ -84,6 +84,10 @@ def main() -> None:
     for n_rows, n_channels in ((301, 6), (4001, 33), (2_000_001, 200)):
         name, rows, vectors = f"{n_rows}x{n_channels}", (n_rows, n_channels), [(n_channels,)] * 4
         found[f"statistics {name}"] = launches(lambda x: list(batch_norm_statistics(x)), [empty(rows)])
+        buffers = [empty((n_channels,)), empty((n_channels,)), torch.zeros((), dtype=torch.int64)]
+        found[f"moving {name}"] = launches(
+            lambda x, *buffers: list(batch_norm_statistics(x, *buffers, 0.1)), [empty(rows), *buffers]
+        )
         tensors = [*(leaf(s) for s in (rows, rows)), *map(empty, vectors), *map(leaf, vectors)]
         found[f"batch_norm {name}"] = launches(batch_norm, tensors)
     parameters = [leaf(s) for s in ((64, 16), (64,), (64,), (64,), (64, 64))]

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,8 +17,14 @@ from fastjepa.kernels.batch_norm import reference
 from fastjepa.kernels.batch_norm import tiling as batch_norm_tiling
 from fastjepa.kernels.batch_norm.backward import batch_norm_backward
 from fastjepa.kernels.batch_norm.forward import batch_norm_forward
-from fastjepa.kernels.batch_norm.fused import batch_norm_act
-from fastjepa.kernels.batch_norm.statistics import batch_norm_statistics
+from fastjepa.kernels.batch_norm.fused import batch_norm_act, batch_norm_act_repeatable
+from fastjepa.kernels.batch_norm.statistics import (
+    Partials,
+    RunningStatistics,
+    batch_norm_statistics,
+    merge_partials,
+    statistics_partials,
+)
 
 FORMS = ("plain", "residual", "normalized_residual")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -211,11 +217,13 @@ def test_variance_keeps_its_precision(
     cut_into(monkeypatch, 3)
     torch.manual_seed(0)
     x = (mean + deviation * torch.randn(500, 5)).to(device)
-    batch_mean, var, unbiased_var = batch_norm_statistics(x)
+    running = torch.zeros(2, 5, device=device)
+    batch_mean, var = batch_norm_statistics(x, *running, momentum=1.0)
     assert_close_to_truth(batch_mean, x.double().mean(0), "mean", limit=1e-7 if mean else 1e-5)
     # 3·eps: the differences from the first value are exact, so the sums' own few roundings are all there is.
     assert_close_to_truth(var, x.double().var(0, unbiased=False), "var", limit=1e-6)
-    assert_close_to_truth(unbiased_var, x.double().var(0), "unbiased var", limit=1e-6)
+    assert torch.equal(running[0], batch_mean)
+    assert_close_to_truth(running[1], x.double().var(0), "unbiased var", limit=1e-6)
 
 
 def test_an_outlier_in_the_first_row(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +232,7 @@ def test_an_outlier_in_the_first_row(device: str, monkeypatch: pytest.MonkeyPatc
     torch.manual_seed(0)
     x = (10.0 + torch.randn(500, 5)).to(device)
     x[0] = -1e3
-    _, var, _ = batch_norm_statistics(x)
+    _, var = batch_norm_statistics(x)
     assert_close_to_truth(var, x.double().var(0, unbiased=False), "var")
 
 
@@ -235,9 +243,81 @@ def test_constant_channels(device: str) -> None:
     inputs.residual[:, 2] = 1e4
     # No 1e-5 limit: 1/sqrt(eps) = 316 multiplies the rounding of a constant channel's mean, in eager too.
     check(inputs, relative_limit=None)
-    mean, var, _ = batch_norm_statistics(inputs.x.permute(0, 2, 3, 1).reshape(-1, 6))
+    mean, var = batch_norm_statistics(inputs.x.permute(0, 2, 3, 1).reshape(-1, 6))
     assert float(var[1]) == 0.0
     assert float(mean[4]) == float(inputs.x[0, 4, 0, 0])
+
+
+def test_parts_of_several_devices(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each merges its own, one merges those: the statistics of all rows, and nn.BatchNorm's buffers."""
+    cut_into(monkeypatch, 3)
+    torch.manual_seed(0)
+    x = (1e3 + 1e-1 * torch.randn(500, 5)).to(device)
+    bn = random_bn(5, dims=2, momentum=0.3).to(device)
+    expected = copy.deepcopy(bn).double()
+    expected(x.double())
+    pivot, parts = x[0], x.split([7, 301, 192])
+    own = [merge_partials(statistics_partials(part, pivot), len(part)) for part in parts]
+    counts = torch.tensor([float(len(part)) for part in parts], device=device)
+    gathered = Partials(
+        torch.stack([mean for mean, _ in own]),
+        torch.stack([var * n for (_, var), n in zip(own, counts, strict=True)]),
+        rows_per_part=0,
+    )
+    running = RunningStatistics(bn.running_mean, bn.running_var, bn.num_batches_tracked, bn.momentum)
+    mean, var = merge_partials(gathered, 500, pivot=pivot, counts=counts, running=running)
+    assert_close_to_truth(mean, x.double().mean(0), "mean", limit=1e-7)
+    assert_close_to_truth(var, x.double().var(0, unbiased=False), "var", limit=1e-6)
+    for (name, buffer), wanted in zip(bn.named_buffers(), expected.buffers(), strict=True):
+        assert_close_to_truth(buffer.double(), wanted.double(), name, limit=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("uses", [2, 3, 4])
+@pytest.mark.parametrize("relu", [True, False])
+def test_gradients_of_several_uses(
+    form: str, uses: int, relu: bool, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One result used several times, one use as half of something wider, one not at all: as exact as eager's sum."""
+    cut_into(monkeypatch, 3)
+    inputs = random_inputs((3, 5, 7, 9), form, dtype, device)
+    if relu:
+        inputs = without_grad_at_the_kink(inputs)
+    rounding = torch.where(inputs.grad_out == 0, 0, torch.randn_like(inputs.grad_out.float())).to(dtype)
+    weights = [inputs.grad_out, rounding, 2 * rounding, -inputs.grad_out][: uses - 1]
+
+    def used(outs: tuple[Tensor, ...]) -> Tensor:
+        first, *others = outs[: uses - 1]
+        wide = torch.cat((first, first), 1)  # its gradient lies in a tensor of twice as many channels
+        loss = (wide[:, 5:] * weights[0]).sum()
+        for out, weight in zip(others, weights[1:], strict=True):
+            loss = loss + (out * weight).sum()
+        return loss
+
+    def gradients(function: Any, inputs: Inputs) -> dict[str, Tensor]:
+        inputs = copy.deepcopy(inputs)
+        leaves = {"x": inputs.x, "residual": inputs.residual}
+        leaves |= {f"bn.{name}": p for name, p in inputs.bn.named_parameters()}
+        if inputs.residual_bn is not None:
+            leaves |= {f"residual_bn.{name}": p for name, p in inputs.residual_bn.named_parameters()}
+        present = {name: leaf.requires_grad_() for name, leaf in leaves.items() if leaf is not None}
+        used(function(*inputs[:4], relu)).backward()
+        assert all(leaf.grad is not None for leaf in present.values())
+        return {name: leaf.grad for name, leaf in present.items()}  # type: ignore[misc]
+
+    def fused(*arguments: Any) -> tuple[Tensor, ...]:
+        return batch_norm_act_repeatable(*arguments, uses=uses).outs
+
+    def eager(*arguments: Any) -> tuple[Tensor, ...]:
+        return (reference.batch_norm_act(*arguments),) * uses
+
+    actual, expected = gradients(fused, inputs), gradients(eager, inputs)
+    doubles = Inputs(*(None if value is None else copy.deepcopy(value).double() for value in inputs))
+    truth = gradients(eager, doubles)
+    for name, value in actual.items():
+        assert_as_exact_as_eager(value, expected[name], truth[name], name, precision=dtype, relative_limit=1e-5)
+    assert all(torch.equal(value, actual[name]) for name, value in gradients(fused, inputs).items())
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 1, 1), (1, 6, 2, 1), (2, 6)])
@@ -444,7 +524,7 @@ def test_double_backward_is_refused(device: str) -> None:
 
 def op_arguments(form: str, device: str, requires_grad: bool) -> tuple[object, ...]:
     inputs = random_inputs((40, 6), form, device=device)
-    mean, var, _ = batch_norm_statistics(inputs.x)
+    mean, var = batch_norm_statistics(inputs.x)
     x = inputs.x.clone().requires_grad_(requires_grad)
     vectors: list[Tensor | None] = [
         mean,
@@ -455,7 +535,7 @@ def op_arguments(form: str, device: str, requires_grad: bool) -> tuple[object, .
     if inputs.residual_bn is None:
         vectors += [None] * 4
     else:
-        vectors += [*batch_norm_statistics(inputs.residual.detach())[:2], *inputs.residual_bn.parameters()]
+        vectors += [*batch_norm_statistics(inputs.residual.detach()), *inputs.residual_bn.parameters()]
     return (x, residual, *vectors, 1e-5, 1e-5, True, form == "normalized_residual", True)
 
 
@@ -468,8 +548,11 @@ def test_opcheck_forward(form: str, device: str) -> None:
 def test_opcheck_backward_and_statistics(form: str, device: str) -> None:
     with torch.no_grad():
         x, *others = op_arguments(form, device, requires_grad=False)
-        torch.library.opcheck(batch_norm_backward, (torch.randn_like(x), x, *(_detached(a) for a in others)))
-        torch.library.opcheck(batch_norm_statistics, (x,))
+        for grads in ([torch.randn_like(x)], [torch.randn_like(x), torch.randn(40, 12, device=device)[:, 6:]]):
+            torch.library.opcheck(batch_norm_backward, (grads, x, *(_detached(a) for a in others)))
+        buffers = (torch.zeros(6, device=device), torch.ones(6, device=device), torch.tensor(3, device=device))
+        for arguments in ((x,), (x, *buffers, 0.1), (x, *buffers, None)):
+            torch.library.opcheck(batch_norm_statistics, arguments)
 
 
 def _detached(argument: object) -> object:
@@ -502,7 +585,7 @@ def test_torch_compile_fullgraph(form: str, training: bool, device: str) -> None
         ({"residual": torch.ones(2, 5, 3, 3, dtype=torch.float16)}, TypeError, "residual has dtype torch.float16"),
         ({"residual": None}, ValueError, "residual_bn is given, but residual is None"),
         ({"residual_bn": nn.BatchNorm2d(6)}, ValueError, "residual_bn has 6 channels, but x has shape"),
-        ({"bn": nn.BatchNorm2d(5, dtype=torch.float64)}, TypeError, "weight has dtype torch.float64; accepted"),
+        ({"bn": nn.BatchNorm2d(5, dtype=torch.float64)}, TypeError, "running_mean has dtype torch.float64; accepted"),
         ({"x": torch.ones(0, 5, 3, 3), "residual": torch.ones(0, 5, 3, 3)}, ValueError, "at least one row"),
     ],
     ids=str,
@@ -528,6 +611,16 @@ def test_partners_and_layouts_of_the_op(device: str) -> None:
         batch_norm_forward(x.t().contiguous().t(), residual, *rest)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         batch_norm_statistics(x[:1])
+    with pytest.raises(ValueError, match=r"running_mean has shape \(5,\)"):
+        batch_norm_statistics(x, torch.zeros(5, device=device))
+    for grads, message in (
+        ([], "there are 0 gradients"),
+        ([x] * 5, "there are 5 gradients of one output; accepted: 1 to 4"),
+        ([x, x[:, :5]], r"grads\[1\] has shape"),
+        ([x.t().contiguous().t()], r"grads\[0\] has strides"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            batch_norm_backward(grads, x, residual, *rest)
 
 
 def test_cut_of_the_recipes_shapes_fills_the_gpu() -> None:
@@ -543,7 +636,7 @@ def test_cut_of_the_recipes_shapes_fills_the_gpu() -> None:
                 assert (programs - 1) * rows_each < n_rows <= programs * rows_each
                 if key.startswith(("statistics", "reduce")):
                     assert programs <= batch_norm_tiling.MAX_PARTIALS
-                    sums = 3 if key == "reduce/normalized_residual" else 2
+                    sums = 3 if key.startswith("reduce/normalized_residual") else 2
                     assert 4 * sums * programs * n_channels <= n_rows * n_channels * dtype.itemsize / 32
 
 

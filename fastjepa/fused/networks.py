@@ -42,7 +42,7 @@ def activate(
     memory: Recomputation, x: Tensor, bn: nn.BatchNorm2d, residual: Tensor | None = None, residual_bn: Any = None
 ) -> Tensor:
     """relu(bn(x) [+ residual] [+ residual_bn(residual)]) in one pass, to be computed again in the backward pass."""
-    out, again = batch_norm_act_repeatable(x, bn, residual, residual_bn)
+    (out,), again = batch_norm_act_repeatable(x, bn, residual, residual_bn)
     if residual is None:
         return memory.announce(out, lambda: again(None))
     remake_residual = memory.remake(residual)

@@ -10,6 +10,6 @@ are computed again there (`backward`). Sums and statistics are fp32; each result
 store.
 
 `fused` holds the functions to call; `reference` the definition. `tiling` cuts the rows into programs, `statistics`
-makes mean and variance, `forward` and `backward` are the differentiable op, `reduce` the sums that its backward needs,
-`relu` the ReLU and its mask.
+makes mean and variance, `forward` and `backward` are the differentiable op, `forked` gives its result to several users,
+`reduce` makes the sums that its backward needs, `relu` is the ReLU and its mask.
 """

@@ -1,6 +1,6 @@
 """The op `fastjepa::batch_norm_backward`: the gradient of `batch_norm_forward` in two passes over the rows.
 
-With c = x − mean, x̂ = c·rstd and g = grad_out masked by the ReLU (`relu`), whose input is computed again:
+With c = x − mean, x̂ = c·rstd and g = Σ grads masked by the ReLU (`relu`), whose input is computed again:
 
     ∂bias = Σ g,   ∂weight = Σ g·x̂,
     ∂x = weight·rstd·(g − ∂bias/n − x̂·∂weight/n)        batch statistics: mean and var depend on x
@@ -19,24 +19,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastjepa.kernels.batch_norm.channel_vectors import RESIDUAL_POINTERS, ChannelVectors
-from fastjepa.kernels.batch_norm.reduce import reduce_gradients
+from fastjepa.kernels.batch_norm.channel_vectors import RESIDUAL_POINTERS, ChannelVectors, vector_bytes
+from fastjepa.kernels.batch_norm.reduce import MAX_GRADIENTS, reduce_gradients
 from fastjepa.kernels.batch_norm.relu import relu_gradient
 from fastjepa.kernels.batch_norm.tiling import (
     check_inputs,
     form,
     load_affine,
+    load_gradient,
     recipe_cases,
     row_launch,
     rows_of_program,
 )
-from fastjepa.kernels.checks import require_available
+from fastjepa.kernels.checks import check_tensor, require_available
 from fastjepa.kernels.launch import TRITON_TYPE, AuditCase, audit_signature, kernel_op, launch_kernel
 
 
 @triton.jit
 def _batch_norm_grad_kernel(  # type: ignore[no-untyped-def]
-    grad_out_ptr,  # (n_rows, n_channels): grad_out, or g if RELU is False
+    grad_out_ptr,  # (n_rows, n_channels): its gradient, rows grad_out_stride_n apart; or g if RELU is False
     x_ptr,  # (n_rows, n_channels)
     residual_ptr,  # (n_rows, n_channels) or None: raw, with its own BatchNorm
     grad_x_ptr,  # (n_rows, n_channels)
@@ -52,6 +53,7 @@ def _batch_norm_grad_kernel(  # type: ignore[no-untyped-def]
     residual_bias_ptr,
     eps,
     residual_eps,
+    grad_out_stride_n,
     n_rows,
     n_channels,
     rows_per_program,
@@ -81,7 +83,7 @@ def _batch_norm_grad_kernel(  # type: ignore[no-untyped-def]
     while row < rows:
         offs = (first_row + row) * n_channels + offs_tile
         mask = (offs_n < rows - row)[:, None] & mask_c[None, :]
-        g = tl.load(grad_out_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        g = load_gradient(grad_out_ptr, grad_out_stride_n, first_row + row, offs_n, offs_c, mask)
         c = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
         if residual_ptr is not None:
             r = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32) - residual_mean[None, :]
@@ -105,7 +107,7 @@ def _batch_norm_grad_kernel(  # type: ignore[no-untyped-def]
 
 
 def _fake_backward(
-    grad_out: Tensor,
+    grads: list[Tensor],
     x: Tensor,
     residual: Tensor | None,
     mean: Tensor,
@@ -122,7 +124,7 @@ def _fake_backward(
 
 @kernel_op("fastjepa::batch_norm_backward", fake=_fake_backward)
 def batch_norm_backward(
-    grad_out: Tensor,
+    grads: list[Tensor],
     x: Tensor,
     residual: Tensor | None,
     mean: Tensor,
@@ -142,8 +144,10 @@ def batch_norm_backward(
     """Gradients of `fastjepa::batch_norm_forward`, whose other arguments these are. Not differentiable.
 
     Args:
-        grad_out: (n_rows, n_channels), contiguous, in x's dtype.
-        residual: as in the forward op, but None for a final residual without a ReLU: its gradient is grad_out.
+        grads: 1 to 4 gradients of the output, which are added: (n_rows, n_channels) in x's dtype, each row contiguous;
+            rows may lie in a wider tensor.
+        residual: as in the forward op, but None for a final residual without a ReLU: its gradient is that of the
+            output.
 
     Returns:
         grad_x: like x.
@@ -156,10 +160,14 @@ def batch_norm_backward(
     op = "batch_norm_backward"
     require_available(op, x.device)
     vectors = ChannelVectors(mean, var, weight, bias, residual_mean, residual_var, residual_weight, residual_bias)
-    n_rows, n_channels = check_inputs(op, x, {"grad_out": grad_out, "residual": residual}, vectors)
-    g, sums = reduce_gradients(grad_out, x, residual, vectors, eps, residual_eps, relu=relu)
-    if g is not None:  # the residual is done, and so is the mask
-        grad_out, residual, relu = g, None, False
+    n_rows, n_channels = check_inputs(op, x, {"residual": residual}, vectors)
+    _check_gradients(op, grads, x)
+    final_residual = residual is not None and residual_mean is None
+    g, sums = reduce_gradients(grads, x, residual, vectors, eps, residual_eps, relu=relu)
+    grad_out = grads[0]
+    if g is not None:  # the mask is done, and with it all that a final residual is for
+        grad_out, relu = g, False
+        residual = None if final_residual else residual
     grad_x = torch.empty_like(x)
     grad_residual = None if residual is None else torch.empty_like(x)
     rows = row_launch(f"grad/{form(residual, residual_mean)}", n_rows, n_channels, x.dtype)
@@ -176,6 +184,7 @@ def batch_norm_backward(
         **vectors.pointers(),
         eps=eps,
         residual_eps=residual_eps,
+        grad_out_stride_n=grad_out.stride(0),
         n_rows=n_rows,
         n_channels=n_channels,
         rows_per_program=rows.split.rows_per_program,
@@ -183,9 +192,19 @@ def batch_norm_backward(
         RESIDUAL_BATCH_STATISTICS=residual_batch_statistics,
         RELU=relu,
     )
-    if g is not None:
+    if final_residual:
         grad_residual = g
     return grad_x, x.new_empty(0) if grad_residual is None else grad_residual, sums
+
+
+def _check_gradients(op: str, grads: list[Tensor], x: Tensor) -> None:
+    if not 1 <= len(grads) <= MAX_GRADIENTS:
+        raise ValueError(f"{op}: there are {len(grads)} gradients of one output; accepted: 1 to {MAX_GRADIENTS}")
+    for i, grad in enumerate(grads):
+        name, shape = f"grads[{i}]", (x.shape[0], x.shape[1])
+        check_tensor(op, name, grad, shape=shape, dtypes=(x.dtype,), device=x.device)
+        if grad.stride(1) != 1 and x.shape[1] > 1:
+            raise ValueError(f"{op}: {name} has strides {grad.stride()}; accepted: contiguous rows")
 
 
 def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
@@ -204,11 +223,12 @@ def audit_cases() -> list[AuditCase]:
     full_size = ("grad_out_ptr", "x_ptr", "residual_ptr", "grad_x_ptr", "grad_residual_ptr")
     residual = ("residual_ptr", "grad_residual_ptr", *RESIDUAL_POINTERS)
     # (case, TILINGS key, full-size tensors moved, RELU, flops per element, absent pointers); after a reduction that
-    # stored g the second pass has no ReLU.
+    # stored g, for a residual that is added as it is or of several gradients, the second pass has no ReLU.
     forms: list[tuple[str, str, int, bool, int, tuple[str, ...]]] = [
         ("plain", "plain", 3, True, 8, residual),
-        ("residual", "plain", 3, False, 5, residual),
+        ("masked", "plain", 3, False, 5, residual),
         ("normalized_residual", "normalized_residual", 5, True, 14, ()),
+        ("normalized_residual masked", "normalized_residual", 5, False, 11, ()),
     ]
     cases = []
     for n_rows, n_channels, dtype in recipe_cases():
@@ -221,9 +241,11 @@ def audit_cases() -> list[AuditCase]:
                     signature=audit_signature(kernel, dtype, full_size, absent),
                     constexprs=constexprs | {"BATCH_STATISTICS": True, "RESIDUAL_BATCH_STATISTICS": True},
                     config=row_launch(f"grad/{key}", n_rows, n_channels, dtype).config,
-                    bytes_moved=n_tensors * n_rows * n_channels * dtype.itemsize,
+                    bytes_moved=n_tensors * n_rows * n_channels * dtype.itemsize
+                    + vector_bytes(key, n_channels)
+                    + 4 * (3 if key == "normalized_residual" else 2) * n_channels,
                     flops=flops * n_rows * n_channels,
-                    divisible_by_16=("n_rows", "n_channels", "rows_per_program"),
+                    divisible_by_16=("n_rows", "n_channels", "rows_per_program", "grad_out_stride_n"),
                 )
             )
     return cases

@@ -29,3 +29,8 @@ class ChannelVectors(NamedTuple):
 
 
 RESIDUAL_POINTERS = tuple(f"{name}_ptr" for name in ChannelVectors._fields if name.startswith("residual_"))
+
+
+def vector_bytes(form: str, n_channels: int) -> int:
+    """Bytes of the vectors that a launch of this form (`tiling.form`) reads, all in fp32, for the static audit."""
+    return 4 * n_channels * (8 if form == "normalized_residual" else 4)

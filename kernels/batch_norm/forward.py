@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastjepa.kernels.batch_norm.backward import batch_norm_backward
-from fastjepa.kernels.batch_norm.channel_vectors import RESIDUAL_POINTERS, ChannelVectors
+from fastjepa.kernels.batch_norm.channel_vectors import RESIDUAL_POINTERS, ChannelVectors, vector_bytes
 from fastjepa.kernels.batch_norm.relu import apply_relu
 from fastjepa.kernels.batch_norm.tiling import (
     check_inputs,
@@ -161,18 +161,23 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     x, residual, *rest = ctx.saved_tensors
     vectors = ChannelVectors(*rest)
     grad_out = grad_out.contiguous()
-    grad_x, found, sums = batch_norm_backward(grad_out, x, residual, *vectors, *ctx.scalars)
+    grad_x, found, sums = batch_norm_backward([grad_out], x, residual, *vectors, *ctx.scalars)
     grad_residual: Tensor | None = found
     if not ctx.has_residual:
         grad_residual = None
     elif residual is None:  # a final residual and no ReLU: its gradient is that of the output
         grad_residual = grad_out
+    return (grad_x, grad_residual, *parameter_gradients(vectors, sums), *(None for _ in ctx.scalars))
+
+
+def parameter_gradients(vectors: ChannelVectors, sums: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of all `ChannelVectors` from the sums of `batch_norm_backward`; None for the statistics, whose part
+    is in the gradient of x.
+    """
     weight, bias = vectors.weight, vectors.bias
     residual_weight, residual_bias = vectors.residual_weight, vectors.residual_bias
     return (
-        grad_x,
-        grad_residual,
-        None,  # mean and var: part of grad_x
+        None,
         None,
         None if weight is None else sums[1].to(weight.dtype),
         None if bias is None else sums[0].to(bias.dtype),
@@ -181,7 +186,6 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         None if residual_weight is None else sums[2].to(residual_weight.dtype),
         # A copy: two parameters must not be given one gradient tensor.
         None if residual_bias is None else sums[0].to(residual_bias.dtype, copy=True),
-        *(None for _ in ctx.scalars),
     )
 
 
@@ -207,7 +211,7 @@ def audit_cases() -> list[AuditCase]:
                     signature=audit_signature(kernel, dtype, ("x_ptr", "residual_ptr", "out_ptr"), absent_pointers),
                     constexprs={**dict.fromkeys(absent_pointers), "RELU": True},
                     config=row_launch(f"forward/{name}", n_rows, n_channels, dtype).config,
-                    bytes_moved=n_tensors * n_rows * n_channels * dtype.itemsize,
+                    bytes_moved=n_tensors * n_rows * n_channels * dtype.itemsize + vector_bytes(name, n_channels),
                     flops=(8 if name == "normalized_residual" else 3 + n_tensors) * n_rows * n_channels,
                     divisible_by_16=("n_rows", "n_channels", "rows_per_program"),
                 )

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastjepa.kernels.batch_norm.channel_vectors import ChannelVectors
+from fastjepa.kernels.batch_norm.forked import as_images, as_rows, forked
 from fastjepa.kernels.batch_norm.forward import batch_norm_forward
-from fastjepa.kernels.batch_norm.statistics import (
-    batch_norm_statistics,
-    check_more_than_one_value,
-    update_running_statistics,
-)
+from fastjepa.kernels.batch_norm.statistics import batch_norm_statistics, check_more_than_one_value
 from fastjepa.kernels.checks import check_tensor, require_available
+
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
 
 
 def batch_norm_act(
     x: Tensor,
-    bn: nn.BatchNorm1d | nn.BatchNorm2d,
+    bn: BatchNorm,
     residual: Tensor | None = None,
-    residual_bn: nn.BatchNorm1d | nn.BatchNorm2d | None = None,
+    residual_bn: BatchNorm | None = None,
     relu: bool = True,
 ) -> Tensor:
     """relu?( bn(x) [+ residual] [+ residual_bn(residual)] ) as fused kernels, with nn.BatchNorm's semantics.
@@ -47,70 +47,87 @@ def batch_norm_act(
             device does not fit.
         TypeError: an argument's type or dtype is not accepted.
     """
-    return batch_norm_act_repeatable(x, bn, residual, residual_bn, relu)[0]
+    return batch_norm_act_repeatable(x, bn, residual, residual_bn, relu).outs[0]
+
+
+class Repeatable(NamedTuple):
+    """A result, once for each use, and how to compute it again."""
+
+    outs: tuple[Tensor, ...]
+    again: Callable[[Tensor | None], Tensor]
+
+
+def _own(parameter: Tensor | None) -> Tensor | None:
+    return parameter
 
 
 def batch_norm_act_repeatable(
     x: Tensor,
-    bn: nn.BatchNorm1d | nn.BatchNorm2d,
+    bn: BatchNorm,
     residual: Tensor | None = None,
-    residual_bn: nn.BatchNorm1d | nn.BatchNorm2d | None = None,
+    residual_bn: BatchNorm | None = None,
     relu: bool = True,
-) -> tuple[Tensor, Callable[[Tensor | None], Tensor]]:
-    """`batch_norm_act`, and a function that computes its result again, bit for bit, in one pass and without gradient.
+    *,
+    uses: int = 1,
+    parameter_of: Callable[[Tensor | None], Tensor | None] = _own,
+) -> Repeatable:
+    """`batch_norm_act`, for a result that is used several times, and that need not be kept for a backward pass.
 
-    The function takes the residual (None if there is none) and keeps only x and the statistics alive, so that the
-    result itself need not be kept for a backward pass. It moves no buffers. It is valid until a parameter changes.
+    Args:
+        uses: how many tensors to give for the one result, 1 to 4: one memory, but each has a gradient of its own, and
+            the kernel adds these. (Autograd would add them before, two at a time, each time reading and writing.)
+        parameter_of: the tensor to use for a parameter of the modules.
+
+    Returns:
+        outs: `uses` tensors.
+        again: a function that computes the result again, bit for bit, in one pass and without gradient. It takes the
+            residual (None if there is none) and keeps only x and the statistics alive. It moves no buffers. It is valid
+            until a parameter changes.
     """
     op = "batch_norm_act"
     require_available(op, x.device)
     _check_module_inputs(op, x, bn, residual, residual_bn)
-    x_rows = _as_rows(op, "x", x)
-    residual_rows = None if residual is None else _as_rows(op, "residual", residual)
-    mean, var, batch_statistics = _statistics_of(bn, x_rows)
-    vectors = ChannelVectors(mean, var, bn.weight, bn.bias)
+    x = _channels_last(op, "x", x)
+    residual = None if residual is None else _channels_last(op, "residual", residual)
+    mean, var, batch_statistics = _statistics_of(bn, as_rows(x))
+    vectors = ChannelVectors(mean, var, parameter_of(bn.weight), parameter_of(bn.bias))
     residual_eps, residual_batch_statistics = 0.0, False
-    if residual_bn is not None and residual_rows is not None:
-        residual_mean, residual_var, residual_batch_statistics = _statistics_of(residual_bn, residual_rows)
-        vectors = vectors._replace(
-            residual_mean=residual_mean,
-            residual_var=residual_var,
-            residual_weight=residual_bn.weight,
-            residual_bias=residual_bn.bias,
+    if residual_bn is not None and residual is not None:
+        residual_mean, residual_var, residual_batch_statistics = _statistics_of(residual_bn, as_rows(residual))
+        vectors = ChannelVectors(
+            *vectors[:4], residual_mean, residual_var, parameter_of(residual_bn.weight), parameter_of(residual_bn.bias)
         )
         residual_eps = residual_bn.eps
     options = (bn.eps, residual_eps, batch_statistics, residual_batch_statistics, relu)
-    shape = x.shape
-
-    def as_input(rows: Tensor) -> Tensor:
-        if len(shape) == 2:
-            return rows
-        N, C, H, W = shape
-        return rows.view(N, H, W, C).permute(0, 3, 1, 2)
-
-    kept_rows = x_rows.detach()
+    kept, shape = x.detach(), x.shape
 
     @torch.no_grad()
     def again(residual: Tensor | None) -> Tensor:
-        rows = None if residual is None else _as_rows(op, "residual", residual)
-        return as_input(batch_norm_forward(kept_rows, rows, *vectors, *options))
+        rows = None if residual is None else as_rows(_channels_last(op, "residual", residual))
+        return as_images(batch_norm_forward(as_rows(kept), rows, *vectors, *options), shape)
 
-    return as_input(batch_norm_forward(x_rows, residual_rows, *vectors, *options)), again
+    if torch.compiler.is_compiling():  # which adds gradients itself, in kernels that it fuses
+        rows = None if residual is None else as_rows(residual)
+        out = as_images(batch_norm_forward(as_rows(x), rows, *vectors, *options), shape)
+        return Repeatable((out,) * uses, again)
+    return Repeatable(forked(x, residual, vectors, options, uses), again)
 
 
-def _uses_batch_statistics(bn: nn.BatchNorm1d | nn.BatchNorm2d) -> bool:
+def _uses_batch_statistics(bn: BatchNorm) -> bool:
     return bn.training or (bn.running_mean is None and bn.running_var is None)
 
 
-def _statistics_of(bn: nn.BatchNorm1d | nn.BatchNorm2d, rows: Tensor) -> tuple[Tensor, Tensor, bool]:
+def _statistics_of(bn: BatchNorm, rows: Tensor) -> tuple[Tensor, Tensor, bool]:
     """(mean, var, whether they are the batch's); moves the buffers of `bn` if it is training."""
     if not _uses_batch_statistics(bn):
         assert bn.running_mean is not None
         assert bn.running_var is not None
         return bn.running_mean, bn.running_var, False
-    mean, var, unbiased_var = batch_norm_statistics(rows.detach())
-    if bn.training:
-        update_running_statistics(bn, mean, unbiased_var)
+    if bn.training and bn.track_running_stats:
+        buffers = (bn.running_mean, bn.running_var, bn.num_batches_tracked)
+        mean, var = batch_norm_statistics(rows.detach(), *buffers, bn.momentum)
+    else:
+        mean, var = batch_norm_statistics(rows.detach())
     return mean, var, True
 
 
@@ -136,8 +153,8 @@ def _check_module_inputs(
             check_more_than_one_value(x.shape)
 
 
-def _as_rows(op: str, name: str, tensor: Tensor) -> Tensor:
-    """(N, C, H, W) or (M, C) as contiguous rows (M, C): a view of a channels-last tensor, a copy of any other."""
+def _channels_last(op: str, name: str, tensor: Tensor) -> Tensor:
+    """`tensor` itself if its rows are contiguous, else a copy, with a warning."""
     if tensor.dim() == 2:
         return tensor.contiguous()
     if not tensor.is_contiguous(memory_format=torch.channels_last):
@@ -148,4 +165,4 @@ def _as_rows(op: str, name: str, tensor: Tensor) -> Tensor:
                 stacklevel=4,  # the caller of batch_norm_act
             )
         tensor = tensor.contiguous(memory_format=torch.channels_last)
-    return tensor.permute(0, 2, 3, 1).reshape(-1, tensor.shape[1])
+    return tensor

@@ -1,14 +1,20 @@
 """The first pass of BatchNorm's backward: per-channel sums over the rows, in partials merged in a fixed order.
 
-    Σ g,  Σ g·x̂  [, Σ g·r̂ for a normalised residual],   g = grad_out masked by the ReLU (`relu`)
+    Σ g,  Σ g·x̂  [, Σ g·r̂ for a normalised residual],   g = Σ grad_out masked by the ReLU (`relu`)
 
-Each program sums its rows; a second, small kernel adds the partials of all programs. No atomics. The gradient of a
-residual that is added as it is equals g: it is stored on the way, so that the second pass reads g in place of grad_out
-and the residual.
+Each program sums its rows; a second, small kernel adds the partials of all programs. No atomics.
+
+Where the output went to several places, each has a gradient for it, and they are added here, in fp32: a sum of its own
+would read and write them once more. A gradient may be half of a wider tensor, as that of a concatenation is.
+
+The gradient of a residual that is added as it is equals g. There, and where g is a sum, g is stored on the way, rounded
+once, and the second pass reads it in place of the gradients and of the residual's part in the mask.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -16,11 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastjepa.kernels.batch_norm.channel_vectors import RESIDUAL_POINTERS, ChannelVectors
+from fastjepa.kernels.batch_norm.channel_vectors import RESIDUAL_POINTERS, ChannelVectors, vector_bytes
 from fastjepa.kernels.batch_norm.relu import relu_gradient
 from fastjepa.kernels.batch_norm.tiling import (
     form,
     load_affine,
+    load_gradient,
     merge_config,
     recipe_cases,
     row_launch,
@@ -28,10 +35,15 @@ from fastjepa.kernels.batch_norm.tiling import (
 )
 from fastjepa.kernels.launch import TRITON_TYPE, AuditCase, audit_signature, launch_kernel
 
+MAX_GRADIENTS = 4  # of one output: an encoder's block of a U-Net feeds two convolutions and two halves of the decoder
+
 
 @triton.jit
 def _batch_norm_reduce_kernel(  # type: ignore[no-untyped-def]
-    grad_out_ptr,  # (n_rows, n_channels)
+    grad0_ptr,  # (n_rows, n_channels): gradients of the output, their rows grad…_stride_n apart
+    grad1_ptr,  # or None, like all that follow it
+    grad2_ptr,
+    grad3_ptr,
     x_ptr,  # (n_rows, n_channels)
     residual_ptr,  # (n_rows, n_channels) or None
     g_ptr,  # (n_rows, n_channels) or None: receives g
@@ -46,6 +58,10 @@ def _batch_norm_reduce_kernel(  # type: ignore[no-untyped-def]
     residual_bias_ptr,
     eps,
     residual_eps,
+    grad0_stride_n,
+    grad1_stride_n,
+    grad2_stride_n,
+    grad3_stride_n,
     n_rows,
     n_channels,
     rows_per_program,
@@ -72,7 +88,13 @@ def _batch_norm_reduce_kernel(  # type: ignore[no-untyped-def]
     while row < rows:
         offs = (first_row + row) * n_channels + offs_tile
         mask = (offs_n < rows - row)[:, None] & mask_c[None, :]
-        g = tl.load(grad_out_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        g = load_gradient(grad0_ptr, grad0_stride_n, first_row + row, offs_n, offs_c, mask)
+        if grad1_ptr is not None:
+            g += load_gradient(grad1_ptr, grad1_stride_n, first_row + row, offs_n, offs_c, mask)
+        if grad2_ptr is not None:
+            g += load_gradient(grad2_ptr, grad2_stride_n, first_row + row, offs_n, offs_c, mask)
+        if grad3_ptr is not None:
+            g += load_gradient(grad3_ptr, grad3_stride_n, first_row + row, offs_n, offs_c, mask)
         c = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
         if residual_ptr is not None:
             r = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
@@ -119,7 +141,7 @@ def _batch_norm_reduce_merge_kernel(  # type: ignore[no-untyped-def]
 
 
 def reduce_gradients(
-    grad_out: Tensor,
+    grads: Sequence[Tensor],
     x: Tensor,
     residual: Tensor | None,
     vectors: ChannelVectors,
@@ -131,21 +153,22 @@ def reduce_gradients(
     """Launch the pass. Arguments as in `batch_norm_backward`, which checks them.
 
     Returns:
-        g, like x, for a residual without statistics of its own, else None.
+        g, like x, for a residual without statistics of its own and for several gradients, else None.
         sums: (2 or 3, n_channels) fp32: Σ g, Σ g·x̂, Σ g·r̂.
     """
     n_rows, n_channels = x.shape
     reduce_form = form(residual, vectors.residual_mean)
-    rows = row_launch(f"reduce/{reduce_form}", n_rows, n_channels, x.dtype)
+    rows = row_launch(reduce_key(reduce_form, len(grads)), n_rows, n_channels, x.dtype)
     n_sums = 3 if reduce_form == "normalized_residual" else 2
     partial = torch.empty((n_sums, rows.split.programs, n_channels), dtype=torch.float32, device=x.device)
     sums = torch.empty((n_sums, n_channels), dtype=torch.float32, device=x.device)
-    g = torch.empty_like(x) if reduce_form == "residual" else None
+    g = torch.empty_like(x) if reduce_form == "residual" or len(grads) > 1 else None
+    given: list[Tensor | None] = [*grads, *[None] * (MAX_GRADIENTS - len(grads))]
     launch_kernel(
         _batch_norm_reduce_kernel,
         rows.grid,
         rows.config,
-        grad_out_ptr=grad_out,
+        **{f"grad{i}_ptr": grad for i, grad in enumerate(given)},
         x_ptr=x,
         residual_ptr=residual,
         g_ptr=g,
@@ -153,6 +176,7 @@ def reduce_gradients(
         **vectors.pointers(),
         eps=eps,
         residual_eps=residual_eps,
+        **{f"grad{i}_stride_n": 0 if grad is None else grad.stride(0) for i, grad in enumerate(given)},
         n_rows=n_rows,
         n_channels=n_channels,
         rows_per_program=rows.split.rows_per_program,
@@ -171,34 +195,45 @@ def reduce_gradients(
     return g, sums
 
 
+def reduce_key(reduce_form: str, n_grads: int) -> str:
+    """The TILINGS key of the pass: a sum of gradients keeps more loads in flight, and has smaller tiles for it."""
+    return f"reduce/{reduce_form}" + ("/sum" if n_grads > 1 else "")
+
+
 def audit_cases() -> list[AuditCase]:
-    """The reduction in its three forms, and the merge of its partials, at the recipe's shapes."""
+    """The reduction in its three forms, of one gradient, two and four, and the merge of its partials, at the recipe's
+    shapes.
+    """
     kernel = _batch_norm_reduce_kernel
-    # form: (full-size tensors moved, flops per element, absent pointers)
+    pointers = tuple(f"grad{i}_ptr" for i in range(MAX_GRADIENTS))
+    strides = tuple(f"grad{i}_stride_n" for i in range(MAX_GRADIENTS))
+    # form: (full-size tensors moved besides the gradients, flops per element, absent pointers)
     forms: dict[str, tuple[int, int, tuple[str, ...]]] = {
-        "plain": (2, 7, ("residual_ptr", "g_ptr", *RESIDUAL_POINTERS)),
-        "residual": (4, 8, RESIDUAL_POINTERS),
-        "normalized_residual": (3, 12, ("g_ptr",)),
+        "plain": (1, 7, ("residual_ptr", *RESIDUAL_POINTERS)),
+        "residual": (2, 8, RESIDUAL_POINTERS),
+        "normalized_residual": (2, 12, ()),
     }
     cases = []
     for n_rows, n_channels, dtype in recipe_cases():
         shape = f"{TRITON_TYPE[dtype]}/{n_rows}x{n_channels}"
-        for name, (n_tensors, flops, absent) in forms.items():
-            rows = row_launch(f"reduce/{name}", n_rows, n_channels, dtype)
+        for (name, (n_tensors, flops, absent)), n_grads in product(forms.items(), (1, 2, MAX_GRADIENTS)):
+            stores = name == "residual" or n_grads > 1
+            missing = (*absent, *pointers[n_grads:], *(() if stores else ("g_ptr",)))
+            rows = row_launch(reduce_key(name, n_grads), n_rows, n_channels, dtype)
             partial_bytes = 4 * (3 if name == "normalized_residual" else 2) * rows.split.programs * n_channels
-            constexprs: dict[str, Any] = {**dict.fromkeys(absent), "RELU": True}
+            constexprs: dict[str, Any] = {**dict.fromkeys(missing), "RELU": True}
             cases.append(
                 AuditCase(
-                    name=f"batch_norm_reduce/{name}/{shape}",
+                    name=f"batch_norm_reduce/{name}" + (f" of {n_grads}" if n_grads > 1 else "") + f"/{shape}",
                     kernel=kernel,
-                    signature=audit_signature(
-                        kernel, dtype, ("grad_out_ptr", "x_ptr", "residual_ptr", "g_ptr"), absent
-                    ),
+                    signature=audit_signature(kernel, dtype, (*pointers, "x_ptr", "residual_ptr", "g_ptr"), missing),
                     constexprs=constexprs,
                     config=rows.config,
-                    bytes_moved=n_tensors * n_rows * n_channels * dtype.itemsize + partial_bytes,
-                    flops=flops * n_rows * n_channels,
-                    divisible_by_16=("n_rows", "n_channels", "rows_per_program"),
+                    bytes_moved=(n_tensors + n_grads + stores) * n_rows * n_channels * dtype.itemsize
+                    + partial_bytes
+                    + vector_bytes(name, n_channels),
+                    flops=(flops + n_grads - 1) * n_rows * n_channels,
+                    divisible_by_16=("n_rows", "n_channels", "rows_per_program", *strides),
                 )
             )
         rows = row_launch("reduce/plain", n_rows, n_channels, dtype)

@@ -42,6 +42,10 @@ TILINGS = {
     "reduce/plain": Tiling(tile_bytes=4096, max_programs=640),  # 93: 5 per SM
     "reduce/residual": Tiling(tile_bytes=4096, max_programs=512),  # 119: 4 per SM
     "reduce/normalized_residual": Tiling(tile_bytes=4096, max_programs=384),  # 164: 3 per SM
+    # Of several gradients: half the tile keeps four more loads within the registers.
+    "reduce/plain/sum": Tiling(tile_bytes=2048, max_programs=768),  # 80: 6 per SM
+    "reduce/residual/sum": Tiling(tile_bytes=2048, max_programs=640),  # 93: 5 per SM
+    "reduce/normalized_residual/sum": Tiling(tile_bytes=2048, max_programs=512),  # 127: 4 per SM
     "grad/plain": Tiling(tile_bytes=4096, max_programs=4096),  # 72
     "grad/normalized_residual": Tiling(tile_bytes=4096, max_programs=4096),  # 122
 }
@@ -145,6 +149,13 @@ def rows_of_program(n_rows, rows_per_program):  # type: ignore[no-untyped-def]
     """(first row, number of rows) of this program. int64, because n_rows · n_channels may exceed 2^31."""
     first_row = tl.program_id(0).to(tl.int64) * rows_per_program
     return first_row, tl.minimum(n_rows - first_row, rows_per_program).to(tl.int32)
+
+
+@triton.jit
+def load_gradient(grad_ptr, grad_stride_n, first_row, offs_n, offs_c, mask):  # type: ignore[no-untyped-def]
+    """A tile of a gradient in fp32, from `first_row` (int64) on; its rows may lie in a wider tensor."""
+    offs = first_row * grad_stride_n + offs_n[:, None] * grad_stride_n + offs_c[None, :]
+    return tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
