@@ -32,7 +32,7 @@ def test_a_maker_is_made_once_for_its_users_and_then_freed() -> None:
 
 def test_views_come_back_as_they_were() -> None:
     memory = Recomputation()
-    base = memory.announce(torch.arange(24.0).view(2, 3, 4), lambda: torch.arange(24.0).view(2, 3, 4))
+    (base,) = memory.announce((torch.arange(24.0).view(2, 3, 4),), lambda: torch.arange(24.0).view(2, 3, 4))
     view = base[1:, :, ::2].transpose(1, 2)
     packed = memory.pack(view)
     assert not isinstance(packed, Tensor)
@@ -42,19 +42,24 @@ def test_views_come_back_as_they_were() -> None:
 
 def test_a_reused_address_is_not_mistaken_for_the_announced_tensor() -> None:
     memory = Recomputation()
-    tensor = memory.announce(torch.zeros(1000), lambda: torch.zeros(1000))
+    base = torch.zeros(1000)
+    tensor, alias = memory.announce((base, base.detach()), lambda: torch.zeros(1000))
+    del base
     key = tensor.untyped_storage()._cdata
     other = torch.ones(1000)
     memory._makers[other.untyped_storage()._cdata] = memory._makers.pop(key)
     assert memory.maker_of(other) is not None
     del tensor
     gc.collect()
+    assert memory.maker_of(other) is not None  # another tensor is the same memory
+    del alias
+    gc.collect()
     assert memory.maker_of(other) is None
 
 
 def test_nothing_is_recorded_without_gradients() -> None:
     with torch.no_grad(), recompute_activations() as memory:
-        x = memory.announce(torch.rand(3), lambda: pytest.fail("never asked for"))
+        (x,) = memory.announce((torch.rand(3),), lambda: pytest.fail("never asked for"))
         (x * 2).sum()
 
 
@@ -80,6 +85,6 @@ def test_gradients_are_bitwise_those_of_kept_activations(device: str) -> None:
 
 def test_without_recomputation_nothing_is_remembered() -> None:
     with recompute_activations(False) as memory:
-        x = memory.announce(torch.rand(3, requires_grad=True) * 1, lambda: pytest.fail("never asked for"))
+        (x,) = memory.announce((torch.rand(3, requires_grad=True) * 1,), lambda: pytest.fail("never asked for"))
         assert memory.maker_of(x) is None
         (x * x).sum().backward()

@@ -73,7 +73,10 @@ import itertools, torch
 from torch import nn
 from compare import assert_as_exact_as_eager
 if {fused}:
-    from fastjepa.fused.networks import convolve
+    from fastjepa.fused.networks import Call
+    from fastjepa.fused.recompute import Recomputation
+    from fastjepa.fused.shared_parameters import own
+    convolve = Call(Recomputation(active=False), own).convolve
 else:
     from fastjepa.model.strided_convolution import apply_convolution as convolve
 torch.set_num_threads(3)

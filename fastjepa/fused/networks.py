@@ -10,12 +10,16 @@ of the replaced module, and equal its results to rounding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastjepa.fused.joining import join_used_twice
 from fastjepa.fused.recognition import (
     BLOCKS_OF_ENCODER,
     BLOCKS_OF_UNET,
@@ -28,32 +32,52 @@ from fastjepa.fused.recognition import (
     unet_problem,
 )
 from fastjepa.fused.recompute import Recomputation, recompute_activations
+from fastjepa.fused.shared_parameters import ParameterOf, SharedParameters, is_plain_convolution
 from fastjepa.kernels.batch_norm.fused import batch_norm_act_repeatable
+from fastjepa.kernels.frame_windows.fused import first_windows, last_sequence, next_windows
+from fastjepa.kernels.frame_windows.reference import frame_windows
 from fastjepa.model.networks import join_context, join_skip, per_frame, pooled, require_frames
-from fastjepa.model.strided_convolution import apply_convolution
+from fastjepa.model.strided_convolution import apply_convolution, apply_convolution_with
+from fastjepa.profiling import span
+
+# One result, given out once for each of its users: one memory, but each user's gradient goes its own way to the kernel
+# that adds them. A list of these is what would be one tensor in eager code.
+Uses = tuple[Tensor, ...]
 
 
-def convolve(conv: nn.Module, x: Tensor) -> Tensor:
-    """conv(x), channels-last. A copy only where cuDNN chose another layout, as it may for a single input channel."""
-    return apply_convolution(conv, x).contiguous(memory_format=torch.channels_last)
+@dataclass(frozen=True)
+class Call:
+    """One call of a network: what its backward pass makes again, and the tensors that stand for its parameters."""
 
+    memory: Recomputation
+    parameter_of: ParameterOf
 
-def activate(
-    memory: Recomputation, x: Tensor, bn: nn.BatchNorm2d, residual: Tensor | None = None, residual_bn: Any = None
-) -> Tensor:
-    """relu(bn(x) [+ residual] [+ residual_bn(residual)]) in one pass, to be computed again in the backward pass."""
-    (out,), again = batch_norm_act_repeatable(x, bn, residual, residual_bn)
-    if residual is None:
-        return memory.announce(out, lambda: again(None))
-    remake_residual = memory.remake(residual)
-    return memory.announce(out, lambda: again(remake_residual()))
+    def convolve(self, conv: nn.Module, x: Tensor) -> Tensor:
+        """conv(x), channels-last; a copy only where cuDNN chose another layout, as it may for one input channel."""
+        if is_plain_convolution(conv):
+            source: Any = conv
+            weight, bias = self.parameter_of(source.weight), self.parameter_of(source.bias)
+            assert weight is not None
+            out = apply_convolution_with(source, x, weight, bias)
+        else:
+            out = apply_convolution(conv, x)
+        return out.contiguous(memory_format=torch.channels_last)
 
+    def activate(
+        self, x: Tensor, bn: nn.BatchNorm2d, residual: Tensor | None = None, residual_bn: Any = None, uses: int = 1
+    ) -> Uses:
+        """relu(bn(x) [+ residual] [+ residual_bn(residual)]) in one pass, to be computed again in the backward pass."""
+        outs, again = batch_norm_act_repeatable(x, bn, residual, residual_bn, uses=uses, parameter_of=self.parameter_of)
+        if residual is None:
+            return self.memory.announce(outs, lambda: again(None))
+        remake_residual = self.memory.remake(residual)
+        return self.memory.announce(outs, lambda: again(remake_residual()))
 
-def join(memory: Recomputation, x: Tensor, skip: Tensor) -> Tensor:
-    """`join_skip`, keeping the upsampled half and a maker for the other."""
-    out = join_skip(x, skip)
-    remake_x, remake_skip = memory.remake(x), memory.remake(skip)
-    return memory.announce(out, lambda: join_skip(remake_x(), remake_skip()))
+    def join(self, x: Tensor, skip: Uses) -> Uses:
+        """`join_skip` for two users, by two uses of the skip, keeping the upsampled half and a maker for the other."""
+        outs = join_used_twice(x, (skip[0], skip[1]))
+        remake_x, remake_skip = self.memory.remake(x), self.memory.remake(skip[0])
+        return self.memory.announce(outs, lambda: join_skip(remake_x(), remake_skip()))
 
 
 class FusedResidualBlock(nn.Module):
@@ -82,15 +106,19 @@ class FusedResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (N, in, H, W) → (N, out, H/stride, W/stride), channels-last."""
         with recompute_activations(self.recompute) as memory:
-            return self.frames(memory, x.contiguous(memory_format=torch.channels_last))
+            call = Call(memory, SharedParameters(self, x.device.type).of_call())
+            x = x.contiguous(memory_format=torch.channels_last)
+            return self.frames(call, (x, x))[0]
 
-    def frames(self, memory: Recomputation, x: Tensor) -> Tensor:
-        """`forward` as a part of a network: x is channels-last, and its maker may be in `memory`."""
-        out = activate(memory, convolve(self.conv1, x), self.bn1)
-        out = convolve(self.conv2, out)
+    def frames(self, call: Call, x: Uses, uses: int = 1) -> Uses:
+        """`forward` as a part of a network: x, channels-last, is given twice, and so is the result `uses` times."""
+        to_conv, to_shortcut = x
+        (out,) = call.activate(call.convolve(self.conv1, to_conv), self.bn1)
+        out = call.convolve(self.conv2, out)
         if is_identity(self.shortcut):
-            return activate(memory, out, self.bn2, x.to(out.dtype))
-        return activate(memory, out, self.bn2, convolve(self.shortcut[0], x), self.shortcut[1])
+            return call.activate(out, self.bn2, to_shortcut.to(out.dtype), uses=uses)
+        residual = call.convolve(self.shortcut[0], to_shortcut)
+        return call.activate(out, self.bn2, residual, self.shortcut[1], uses=uses)
 
 
 class FusedNetwork(nn.Module):
@@ -119,20 +147,30 @@ class FusedNetwork(nn.Module):
         has an autocast of its own.
         """
         with recompute_activations(self.recompute) as memory:
-            return self.run(memory, x)
+            return self.run(memory, self.shared_parameters(x.device.type), x)
 
-    def run(self, memory: Recomputation, x: Tensor) -> Tensor:
+    def shared_parameters(self, device_type: str) -> SharedParameters:
+        """The parameters for calls that follow at once."""
+        with self._autocast(device_type):
+            return SharedParameters(self, device_type)
+
+    def run(self, memory: Recomputation, parameters: SharedParameters, x: Tensor) -> Tensor:
         """`forward` as a part of something larger: the maker of x may be in `memory`."""
+        call = Call(memory, parameters.of_call())
+        with self._autocast(x.device.type):
+            out = per_frame(partial(self._frames, call), x)
+            return out if self.autocast_dtype is None else out.to(x.dtype)
+
+    def _autocast(self, device_type: str) -> AbstractContextManager[Any]:
         if self.autocast_dtype is None:
-            return per_frame(partial(self._frames, memory), x)
-        with torch.autocast(x.device.type, dtype=self.autocast_dtype):
-            return per_frame(partial(self._frames, memory), x).to(x.dtype)
+            return nullcontext()
+        return torch.autocast(device_type, dtype=self.autocast_dtype)
 
-    def _frames(self, memory: Recomputation, x: Tensor) -> Tensor:
-        stem = convolve(self.conv1, x.contiguous(memory_format=torch.channels_last))
-        return self._body(memory, activate(memory, stem, self.bn1))
+    def _frames(self, call: Call, x: Tensor) -> Tensor:
+        stem = call.convolve(self.conv1, x.contiguous(memory_format=torch.channels_last))
+        return self._body(call, call.activate(stem, self.bn1, uses=2))
 
-    def _body(self, memory: Recomputation, x: Tensor) -> Tensor:
+    def _body(self, call: Call, x: Uses) -> Tensor:
         raise NotImplementedError
 
 
@@ -162,10 +200,11 @@ class FusedResNet5(FusedNetwork):
             require_frames(x)
         return super().forward(x)
 
-    def _body(self, memory: Recomputation, x: Tensor) -> Tensor:
-        for block in (self.layer1, self.layer2, self.layer3):
-            x = block.frames(memory, x)
-        return pooled(x) if self.avg_pool else x
+    def _body(self, call: Call, x: Uses) -> Tensor:
+        x = self.layer1.frames(call, x, uses=2)
+        x = self.layer2.frames(call, x, uses=2)
+        (out,) = self.layer3.frames(call, x)
+        return pooled(out) if self.avg_pool else out
 
 
 class FusedResUNet(FusedNetwork):
@@ -197,15 +236,16 @@ class FusedResUNet(FusedNetwork):
         require(unet_problem(network))
         return cls(network, autocast_dtype, recompute)
 
-    def _body(self, memory: Recomputation, x: Tensor) -> Tensor:
-        s1 = self.enc1.frames(memory, x)
-        s2 = self.enc2.frames(memory, s1)
-        s3 = self.enc3.frames(memory, s2)
-        x = self.bott.frames(memory, s3)
-        x = self.dec3.frames(memory, join(memory, convolve(self.up3, x), s3))
-        x = self.dec2.frames(memory, join(memory, convolve(self.up2, x), s2))
-        x = self.dec1.frames(memory, join(memory, convolve(self.up1, x), s1))
-        return self.head(x)
+    def _body(self, call: Call, x: Uses) -> Tensor:
+        # Of each level, two uses go down and two across.
+        s1 = self.enc1.frames(call, x, uses=4)
+        s2 = self.enc2.frames(call, s1[:2], uses=4)
+        s3 = self.enc3.frames(call, s2[:2], uses=4)
+        (out,) = self.bott.frames(call, s3[:2])
+        (out,) = self.dec3.frames(call, call.join(call.convolve(self.up3, out), s3[2:]))
+        (out,) = self.dec2.frames(call, call.join(call.convolve(self.up2, out), s2[2:]))
+        (out,) = self.dec1.frames(call, call.join(call.convolve(self.up1, out), s1[2:]))
+        return call.convolve(self.head, out)
 
 
 class FusedStateOnlyPredictor(nn.Module):
@@ -230,8 +270,36 @@ class FusedStateOnlyPredictor(nn.Module):
     def forward(self, states: Tensor, actions: Tensor | None = None) -> Tensor:
         """States (B, D, T, H, W) → (B, D, T - context_length + 1, H, W); `actions` is not used."""
         with recompute_activations(self.predictor.recompute) as memory:
-            remake = memory.remake(states)
-            joined = join_context(states, self.context_length)
-            return self.predictor.run(
-                memory, memory.announce(joined, lambda: join_context(remake(), self.context_length))
-            )
+            again = partial(_windows_again, memory.remake(states), self.context_length)
+            (joined,) = memory.announce((join_context(states, self.context_length),), again)
+            return self.predictor.run(memory, self.predictor.shared_parameters(states.device.type), joined)
+
+    def unroll_parallel(self, state: Tensor, nsteps: int) -> tuple[Tensor, list[Tensor]]:
+        """The steps of a parallel unroll, as `model.jepa.parallel_unroll`, with what K calls have in common done once.
+
+        Args:
+            state: z (B, D, T, H, W), T > context_length.
+            nsteps: K.
+
+        Returns:
+            z again, whose gradient is added to the others where they are gathered, and p¹ … pᴷ, each like z.
+        """
+        c = self.context_length
+        with recompute_activations(self.predictor.recompute) as memory:
+            parameters = self.predictor.shared_parameters(state.device.type)
+            windows, state, head = first_windows(state, c)
+            sequences, current = [], state
+            for step in range(1, nsteps + 1):
+                with span(f"prediction step {step}"):
+                    (windows,) = memory.announce((windows,), partial(_windows_again, memory.remake(current), c))
+                    predicted = self.predictor.run(memory, parameters, windows)
+                    if step < nsteps:
+                        windows, current = next_windows(head, predicted)
+                    else:
+                        current = last_sequence(head, predicted)
+                sequences.append(current)
+        return state, sequences
+
+
+def _windows_again(states: Callable[[], Tensor], context: int) -> Tensor:
+    return frame_windows(states(), context)

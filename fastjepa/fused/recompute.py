@@ -53,15 +53,16 @@ class Recomputation:
 
     def __init__(self, *, active: bool = True) -> None:
         self._active = active
-        # By storage; the weak reference tells whether the storage is still the announced tensor's.
-        self._makers: dict[int, tuple[weakref.ref[Tensor], Maker]] = {}
+        # By storage; the weak references tell whether the storage is still the announced tensors'.
+        self._makers: dict[int, tuple[list[weakref.ref[Tensor]], Maker]] = {}
 
-    def announce(self, tensor: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        """Say how `tensor` can be made again, with the same layout; returns it."""
+    def announce(self, tensors: tuple[Tensor, ...], make: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+        """Say how `tensors`, one and the same memory, can be made again, with the same layout; returns them."""
         if torch.compiler.is_compiling() or not self._active:
-            return tensor
-        self._makers[tensor.untyped_storage()._cdata] = (weakref.ref(tensor), Maker(make))
-        return tensor
+            return tensors
+        references = [weakref.ref(tensor) for tensor in tensors]
+        self._makers[tensors[0].untyped_storage()._cdata] = (references, Maker(make))
+        return tensors
 
     def remake(self, tensor: Tensor) -> Callable[[], Tensor]:
         """A function that gives `tensor` again: by its maker if it has one, else by keeping it."""
@@ -75,8 +76,8 @@ class Recomputation:
 
     def maker_of(self, tensor: Tensor) -> Maker | None:
         """The maker of the announced tensor that shares the storage of `tensor`, or None."""
-        announced, maker = self._makers.get(tensor.untyped_storage()._cdata, (None, None))
-        return maker if announced is not None and announced() is not None else None
+        announced, maker = self._makers.get(tensor.untyped_storage()._cdata, ([], None))
+        return maker if any(reference() is not None for reference in announced) else None
 
     def pack(self, tensor: Tensor) -> Any:
         """What autograd keeps for `tensor`, which may be a view."""

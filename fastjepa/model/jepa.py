@@ -18,6 +18,7 @@ from fastjepa.model.autoregressive import autoregressive_rollout
 from fastjepa.model.losses import SquareLossSeq, VCLoss
 from fastjepa.model.modes import eval_mode
 from fastjepa.model.networks import Projector, ResNet5, ResUNet, StateOnlyPredictor
+from fastjepa.profiling import span
 
 # total, vc, vc_unweighted, {"std_loss", "cov_loss"}, prediction
 UnrollLosses = tuple[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor]
@@ -173,14 +174,13 @@ class JEPA(nn.Module):
     def _unroll_parallel(
         self, state: Tensor, actions: Tensor | None, nsteps: int, compute_loss: bool
     ) -> tuple[list[Tensor], Tensor]:
-        steps, loss = [], state.new_zeros(())
-        current = state
-        for _ in range(nsteps):
-            prediction, current = parallel_step(self.predictor, state, current, actions)
-            steps.append(prediction)
-            if compute_loss:
-                loss = loss + self.predcost(state, current) / nsteps
-        return steps, loss
+        context_length = getattr(self.predictor, "context_length", 0)
+        state, sequences = parallel_unroll(self.predictor, state, actions, nsteps)
+        loss = state.new_zeros(())
+        if compute_loss:
+            for sequence in sequences:
+                loss = loss + self.predcost(state, sequence) / nsteps
+        return [sequence[:, :, context_length:] for sequence in sequences], loss
 
     def _unroll_autoregressive(
         self, state: Tensor, actions: Tensor | None, nsteps: int, window: int, compute_loss: bool
@@ -198,23 +198,35 @@ class JEPA(nn.Module):
         return steps, loss
 
 
-def parallel_step(
-    predictor: nn.Module, state: Tensor, current: Tensor, actions: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """One step of a parallel unroll, with c = the predictor's `context_length` (0 if it has none).
+def parallel_unroll(
+    predictor: nn.Module, state: Tensor, actions: Tensor | None, nsteps: int
+) -> tuple[Tensor, list[Tensor]]:
+    """The steps of a parallel unroll: pᵏ = cat(z[:, :, :c], predictor(pᵏ⁻¹) without its last entry), p⁰ = z, where c is
+    the predictor's `context_length` (0 if it has none).
+
+    A predictor with a method `unroll_parallel(state, nsteps)` of its own, as a fused one has, does all steps in that.
 
     Args:
         state: z (B, D, T, H, W), whose first c frames every step keeps.
-        current: pᵏ⁻¹, of the same shape, from which all frames are predicted.
         actions: encoded, or None.
+        nsteps: K ≥ 1.
 
     Returns:
-        The predictions of frames c … T - 1, (B, D, T - c, H, W), and pᵏ, which puts the c kept frames before them.
+        z for whatever else it is used for, the losses say, and p¹ … pᴷ, each like z.
     """
+    own_unroll = getattr(predictor, "unroll_parallel", None)
+    if own_unroll is not None:
+        unrolled: tuple[Tensor, list[Tensor]] = own_unroll(state, nsteps)
+        return unrolled
     context_length = getattr(predictor, "context_length", 0)
-    # The last entry predicts the frame after the video: it is dropped, but it did count in BatchNorm.
-    prediction = predictor(current, actions)[:, :, :-1]
-    return prediction, torch.cat((state[:, :, :context_length], prediction), dim=2)
+    sequences, current = [], state
+    for step in range(1, nsteps + 1):
+        with span(f"prediction step {step}"):
+            # The last entry predicts the frame after the video: it is dropped, but it did count in BatchNorm.
+            prediction = predictor(current, actions)[:, :, :-1]
+            current = torch.cat((state[:, :, :context_length], prediction), dim=2)
+        sequences.append(current)
+    return state, sequences
 
 
 def _check_frames(mode: str, frames: int, nsteps: int, context: int, window: int, compute_loss: bool) -> None:

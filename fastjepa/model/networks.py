@@ -156,9 +156,14 @@ class ResUNet(nn.Module):
 
 def join_skip(x: Tensor, skip: Tensor) -> Tensor:
     """cat[x, skip] over channels, x (N, C, h, w) resized to the skip's (N, C', H, W) where odd sizes made it differ."""
-    if x.shape[-2:] != skip.shape[-2:]:
-        x = F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=False)
-    return torch.cat((x, skip), dim=1)
+    return torch.cat((resized(x, skip), skip), dim=1)
+
+
+def resized(x: Tensor, skip: Tensor) -> Tensor:
+    """x (N, C, h, w) itself, or, where its size differs from the skip's (N, C', H, W), bilinearly resized to that."""
+    if x.shape[-2:] == skip.shape[-2:]:
+        return x
+    return F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=False)
 
 
 class Projector(nn.Module):

@@ -60,9 +60,9 @@ def repeated_updates(module: nn.Module, times: int) -> Iterator[None]:
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
-    for layer in layers:
-        if layer.num_batches_tracked is not None:
-            layer.num_batches_tracked.add_(times - 1)
+    counts = [layer.num_batches_tracked for layer in layers if layer.num_batches_tracked is not None]
+    if counts:
+        torch._foreach_add_(counts, times - 1)
 
 
 class BatchStatisticsRecorder:
@@ -135,22 +135,24 @@ def advance_buffers(layer: _BatchNorm, calls: Sequence[BatchStatistics]) -> None
         return
     n, m = len(calls), layer.momentum
     keep: float | Tensor
+    divisor: Tensor | None = None
     if m is None:
         assert layer.num_batches_tracked is not None
-        count = layer.num_batches_tracked.to(calls[0].mean.dtype)
-        keep, weights = count / (count + n), [1.0] * n
-        divisor: float | Tensor = count + n
+        keep, weights = layer.num_batches_tracked.to(calls[0].mean.dtype), [1.0] * n
+        divisor = keep + n
     else:
         keep, weights = (1 - m) ** n, [m * (1 - m) ** (n - i) for i in range(1, n + 1)]
-        divisor = 1.0
     summed: dict[int, float] = {}  # a call that is repeated is added once, with the sum of its weights
     for call, weight in zip(calls, weights, strict=True):
         summed[id(call)] = summed.get(id(call), 0.0) + weight
     distinct = {id(call): call for call in calls}
-    for i, buffer in enumerate(_buffers(layer)):
-        added = sum(distinct[key][i] * weight for key, weight in summed.items())
-        # Past autograd, as BatchNorm itself does: an eager call before this one keeps the buffers, and its backward,
-        # which does not read them in train mode, would refuse.
-        buffer.data.copy_(buffer * keep + added / divisor)
+    # Both buffers in one kernel each time. Past autograd, as BatchNorm itself does: an eager call before this one keeps
+    # the buffers, and its backward, which does not read them in train mode, would refuse.
+    buffers = [buffer.data for buffer in _buffers(layer)]
+    torch._foreach_mul_(buffers, keep)
+    for key, weight in summed.items():
+        torch._foreach_add_(buffers, [s.to(b.dtype) for s, b in zip(distinct[key], buffers, strict=True)], alpha=weight)
+    if divisor is not None:
+        torch._foreach_div_(buffers, divisor)
     if layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(n)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastjepa.model.jepa import JEPA, parallel_step
+from fastjepa.model.jepa import JEPA, parallel_unroll
 from fastjepa.model.loss_recognition import predcost_problem, regularizer_problem, std_margin
 from fastjepa.model.networks import DetHead, ResNet5
 from fastjepa.model.probes import detection_loss, probe_head
@@ -149,7 +149,7 @@ class TrainStep:
         with self._autocast(video.device):
             with span("encode"):
                 state = self._encode(video)
-            predictions = self._predict(state)
+            state, predictions = parallel_unroll(self.jepa.predictor, state, None, self.steps)
         with span("losses"):
             if self.loss_problem is None:
                 vc, vc_unweighted, std, cov, pred = self._projected(state, predictions)
@@ -224,15 +224,6 @@ class TrainStep:
         if self.projection != "auto" or isinstance(shared_layers(regularizer.proj, predcost.proj), str):
             return self.projection
         return getattr(regularizer, "projection_path", "auto")
-
-    def _predict(self, state: Tensor) -> list[Tensor]:
-        """The predicted sequences p¹..pᴷ, each (B, D, T, H, W), of the parallel unroll."""
-        predictions, current = [], state
-        for step in range(1, self.steps + 1):
-            with span(f"prediction step {step}"):
-                _, current = parallel_step(self.jepa.predictor, state, current, None)
-            predictions.append(current)
-        return predictions
 
     def _literal(self, video: Tensor, digit_location: Tensor) -> StepLosses:
         with self._autocast(video.device):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,15 +29,34 @@ def apply_convolution(conv: nn.Module, x: Tensor) -> Tensor:
     heap is corrupted, or the gradient is wrong without a word. With stride 1 there is no such workspace. The products
     and their sums are the same either way.
     """
-    if (
+    if isinstance(conv, nn.Conv2d) and _is_at_fault(conv, x):
+        return _of_visited_pixels(conv, x, conv.weight, conv.bias)
+    out: Tensor = conv(x)
+    return out
+
+
+def apply_convolution_with(
+    conv: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """`apply_convolution` with other tensors in the places of its parameters; padding is with zeros."""
+    if isinstance(conv, nn.ConvTranspose2d):
+        options: Any = (conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation)
+        out: Tensor = F.conv_transpose2d(x, weight, bias, *options)
+        return out
+    if _is_at_fault(conv, x):
+        return _of_visited_pixels(conv, x, weight, bias)
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _is_at_fault(conv: nn.Conv2d, x: Tensor) -> bool:
+    return (
         x.device.type == "cpu"
-        and isinstance(conv, nn.Conv2d)
         and conv.kernel_size == (1, 1)
         and conv.stride != (1, 1)
         and (conv.padding, conv.groups) == ((0, 0), 1)
         and conv.in_channels < _BLOCK
-    ):
-        visited = x[:, :, :: conv.stride[0], :: conv.stride[1]]
-        return F.conv2d(visited, conv.weight, conv.bias)
-    out: Tensor = conv(x)
-    return out
+    )
+
+
+def _of_visited_pixels(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.conv2d(x[:, :, :: conv.stride[0], :: conv.stride[1]], weight, bias)

@@ -42,7 +42,7 @@ def _batch_norm_grad_kernel(  # type: ignore[no-untyped-def]
     residual_ptr,  # (n_rows, n_channels) or None: raw, with its own BatchNorm
     grad_x_ptr,  # (n_rows, n_channels)
     grad_residual_ptr,  # (n_rows, n_channels) or None, as the residual
-    sums_ptr,  # (2 or 3, n_channels): Σ g, Σ g·x̂, Σ g·(normalised residual)
+    sums_ptr,  # (2 or 4, n_channels): Σ g, Σ g·x̂ [, Σ g·(normalised residual), Σ g]
     mean_ptr,  # (n_channels,), like all that follow
     var_ptr,
     weight_ptr,
@@ -117,7 +117,7 @@ def _fake_backward(
     residual_mean: Tensor | None,
     *_: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n_sums = 2 if residual_mean is None else 3
+    n_sums = 2 if residual_mean is None else 4
     grad_residual = x.new_empty(0) if residual is None else torch.empty_like(x)
     return torch.empty_like(x), grad_residual, x.new_empty((n_sums, x.shape[1]), dtype=torch.float32)
 
@@ -152,7 +152,7 @@ def batch_norm_backward(
     Returns:
         grad_x: like x.
         grad_residual: like x, or (0,) without a residual.
-        sums: (2 or 3, n_channels) fp32: the gradients of bias (of both biases), weight and residual_weight.
+        sums: (2 or 4, n_channels) fp32: the gradients of bias, weight [, residual_weight, residual_bias].
 
     Raises:
         RuntimeError, TypeError, ValueError: as the forward op.
@@ -243,7 +243,7 @@ def audit_cases() -> list[AuditCase]:
                     config=row_launch(f"grad/{key}", n_rows, n_channels, dtype).config,
                     bytes_moved=n_tensors * n_rows * n_channels * dtype.itemsize
                     + vector_bytes(key, n_channels)
-                    + 4 * (3 if key == "normalized_residual" else 2) * n_channels,
+                    + 4 * (4 if key == "normalized_residual" else 2) * n_channels,
                     flops=flops * n_rows * n_channels,
                     divisible_by_16=("n_rows", "n_channels", "rows_per_program", "grad_out_stride_n"),
                 )

@@ -184,8 +184,7 @@ def parameter_gradients(vectors: ChannelVectors, sums: Tensor) -> tuple[Tensor |
         None,
         None,
         None if residual_weight is None else sums[2].to(residual_weight.dtype),
-        # A copy: two parameters must not be given one gradient tensor.
-        None if residual_bias is None else sums[0].to(residual_bias.dtype, copy=True),
+        None if residual_bias is None else sums[3].to(residual_bias.dtype),
     )
 
 

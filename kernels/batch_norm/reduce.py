@@ -125,8 +125,8 @@ def _batch_norm_reduce_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _batch_norm_reduce_merge_kernel(  # type: ignore[no-untyped-def]
-    partial_ptr,  # (n_sums, n_partials, n_channels)
-    sums_ptr,  # (n_sums, n_channels)
+    partial_ptr,  # (2 or 3, n_partials, n_channels)
+    sums_ptr,  # (2 or 4, n_channels): of three the first again at the end
     n_channels,
     n_partials,
     BLOCK_P: tl.constexpr,
@@ -135,7 +135,8 @@ def _batch_norm_reduce_merge_kernel(  # type: ignore[no-untyped-def]
     offs_p = tl.arange(0, BLOCK_P)
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < n_channels
-    offs = (tl.program_id(1) * n_partials + offs_p)[:, None] * n_channels + offs_c[None, :]
+    which = tl.program_id(1) % 3
+    offs = (which * n_partials + offs_p)[:, None] * n_channels + offs_c[None, :]
     partial = tl.load(partial_ptr + offs, mask=(offs_p < n_partials)[:, None] & mask_c[None, :], other=0.0)
     tl.store(sums_ptr + tl.program_id(1) * n_channels + offs_c, tl.sum(partial, axis=0), mask=mask_c)
 
@@ -154,14 +155,16 @@ def reduce_gradients(
 
     Returns:
         g, like x, for a residual without statistics of its own and for several gradients, else None.
-        sums: (2 or 3, n_channels) fp32: Σ g, Σ g·x̂, Σ g·r̂.
+        sums: (2 or 4, n_channels) fp32: Σ g, Σ g·x̂ [, Σ g·r̂, Σ g].
     """
     n_rows, n_channels = x.shape
     reduce_form = form(residual, vectors.residual_mean)
     rows = row_launch(reduce_key(reduce_form, len(grads)), n_rows, n_channels, x.dtype)
     n_sums = 3 if reduce_form == "normalized_residual" else 2
     partial = torch.empty((n_sums, rows.split.programs, n_channels), dtype=torch.float32, device=x.device)
-    sums = torch.empty((n_sums, n_channels), dtype=torch.float32, device=x.device)
+    # Σ g is the gradient of two biases there, and two parameters must not be given one tensor.
+    n_results = 4 if reduce_form == "normalized_residual" else 2
+    sums = torch.empty((n_results, n_channels), dtype=torch.float32, device=x.device)
     g = torch.empty_like(x) if reduce_form == "residual" or len(grads) > 1 else None
     given: list[Tensor | None] = [*grads, *[None] * (MAX_GRADIENTS - len(grads))]
     launch_kernel(
@@ -185,7 +188,7 @@ def reduce_gradients(
     config = merge_config(rows.split.programs)
     launch_kernel(
         _batch_norm_reduce_merge_kernel,
-        (triton.cdiv(n_channels, config.blocks["BLOCK_C"]), n_sums),
+        (triton.cdiv(n_channels, config.blocks["BLOCK_C"]), n_results),
         config,
         partial_ptr=partial,
         sums_ptr=sums,

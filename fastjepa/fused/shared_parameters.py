@@ -1,0 +1,146 @@
+"""A network's parameters for one call or several: cast once, and the gradients of a call gathered in one tensor.
+
+In bf16 autocast, eager casts every weight by a kernel of its own, casts every gradient back by another, and adds the
+gradients of K calls by K − 1 kernels for each parameter. Here a multi-tensor kernel casts all weights, another writes
+the gradients of a call, whatever their dtype, one after the other into one tensor in fp32, and autograd adds K tensors.
+
+The way there: all parameters become one *token* (`_Gather`), a tensor that only stands for them; every call turns the
+token into tensors to compute with (`_Spread`), which share memory with the parameters or with their casts. So the
+gradient of a token is that of all parameters, one after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastjepa.model.loss_recognition import hooks_problem
+
+ParameterOf = Callable[[Tensor | None], Tensor | None]
+
+_ALIGNMENT = 64  # elements: every gradient begins at a multiple of 256 bytes, as an allocation of its own would
+
+
+def own(parameter: Tensor | None) -> Tensor | None:
+    """The parameter itself: a network that shares nothing."""
+    return parameter
+
+
+def is_plain_convolution(module: nn.Module) -> bool:
+    """Whether a module is a convolution that can be called with other tensors in its parameters' places: it is no other
+    code's subclass, and no hook waits for a call of the module.
+    """
+    known = type(module) in (nn.Conv2d, nn.ConvTranspose2d)
+    return known and module.padding_mode == "zeros" and hooks_problem(module) is None
+
+
+class SharedParameters:
+    """The parameters of the convolutions and BatchNorms in `network`, as they are now, for calls that follow at once.
+
+    Convolutions get theirs in the dtype of the autocast that is on for `device_type`, if it is; BatchNorms as they are.
+    Nothing is shared, and every module uses its own, under torch.compile, which plans casts and sums itself.
+    """
+
+    def __init__(self, network: nn.Module, device_type: str) -> None:
+        self._active = not torch.compiler.is_compiling()
+        if not self._active:
+            return
+        convolutions = _parameters(module for module in network.modules() if is_plain_convolution(module))
+        norms = _parameters(module for module in network.modules() if type(module) is nn.BatchNorm2d)
+        self._parameters = [*convolutions, *norms]
+        self._tensors = [*_cast(convolutions, device_type), *(p.detach() for p in norms)]
+        self._layout: _Layout | None = None
+        self._token: Tensor | None = None
+        trained = [p for p in self._parameters if p.requires_grad]
+        if trained and torch.is_grad_enabled():
+            self._layout = _Layout(trained)
+            self._token = _Gather.apply(self._layout, *trained)
+
+    def of_call(self) -> ParameterOf:
+        """What gives the tensor to use for each parameter in one call; other parameters stand for themselves."""
+        if not self._active:
+            return own
+        tensors: Sequence[Tensor] = self._tensors
+        if self._token is not None:
+            trained = [p.requires_grad for p in self._parameters]
+            tensors = _Spread.apply(self._token, self._layout, trained, self._tensors)
+        found = {id(parameter): tensor for parameter, tensor in zip(self._parameters, tensors, strict=True)}
+        return lambda parameter: found.get(id(parameter), parameter)
+
+
+def _parameters(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """Each once, whatever holds it."""
+    return list({id(p): p for module in modules for p in module.parameters(recurse=False)}.values())
+
+
+@torch.no_grad()
+def _cast(parameters: list[Tensor], device_type: str) -> list[Tensor]:
+    """Detached, and in autocast's dtype what autocast would cast: everything but float64."""
+    if not torch.is_autocast_enabled(device_type):
+        return [p.detach() for p in parameters]
+    dtype = torch.get_autocast_dtype(device_type)
+    casts = [p.detach() if p.dtype in (dtype, torch.float64) else torch.empty_like(p, dtype=dtype) for p in parameters]
+    pairs = [(cast, p) for cast, p in zip(casts, parameters, strict=True) if cast.dtype != p.dtype]
+    if pairs:
+        torch._foreach_copy_([cast for cast, _ in pairs], [p for _, p in pairs])
+    return casts
+
+
+class _Layout:
+    """Where the gradients of some parameters lie in one tensor: each with the strides of its parameter."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._places = []
+        self.size = 0
+        for p in parameters:
+            laid = torch.empty_like(p, device="meta")  # dense, and like the parameter if that is
+            self._places.append((p.shape, laid.stride(), self.size, p.dtype))
+            self.size += -(-p.numel() // _ALIGNMENT) * _ALIGNMENT
+        self.device = parameters[0].device
+        self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        return [flat.as_strided(shape, stride, offset) for shape, stride, offset, _ in self._places]
+
+    def gradients(self, flat: Tensor) -> list[Tensor]:
+        return [view.to(place[3]) for view, place in zip(self.views(flat), self._places, strict=True)]
+
+
+class _Gather(torch.autograd.Function):
+    """Parameters → the token."""
+
+    @staticmethod
+    def forward(ctx: Any, layout: _Layout, *parameters: Tensor) -> Tensor:
+        ctx.layout = layout
+        return torch.empty((), dtype=layout.dtype, device=layout.device).expand(layout.size)
+
+    @staticmethod
+    def backward(ctx: Any, flat: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *ctx.layout.gradients(flat))
+
+
+class _Spread(torch.autograd.Function):
+    """The token → tensors for one call."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, token: Tensor, layout: _Layout, trained: list[bool], tensors: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        ctx.layout, ctx.trained = layout, trained
+        ctx.set_materialize_grads(False)
+        outs = tuple(tensor.detach() for tensor in tensors)
+        ctx.mark_non_differentiable(*(out for out, train in zip(outs, trained, strict=True) if not train))
+        return outs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        layout: _Layout = ctx.layout
+        wanted = [grad for grad, train in zip(grads, ctx.trained, strict=True) if train]
+        missing = any(grad is None for grad in wanted)
+        flat = (torch.zeros if missing else torch.empty)(layout.size, dtype=layout.dtype, device=layout.device)
+        pairs = [(view, grad) for view, grad in zip(layout.views(flat), wanted, strict=True) if grad is not None]
+        torch._foreach_copy_([view for view, _ in pairs], [grad for _, grad in pairs])
+        return flat, None, None, None

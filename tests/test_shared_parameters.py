@@ -1,0 +1,162 @@
+"""Parameters that calls share: casts and gradients as autocast and autograd make them, in fewer kernels."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compare import assert_near
+from fastjepa.fused.networks import FusedResUNet, FusedStateOnlyPredictor
+from fastjepa.fused.shared_parameters import SharedParameters, is_plain_convolution
+from fastjepa.model.jepa import parallel_unroll
+from fastjepa.model.networks import ResUNet, StateOnlyPredictor
+
+GRADIENT = 1e-4  # of the norm: the contract for whole models in fp32
+
+
+class Layers(nn.Module):
+    """A convolution, a transposed one and a BatchNorm, called K times in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.up = nn.ConvTranspose2d(3, 3, 1)
+        self.norm = nn.BatchNorm2d(3)
+
+
+def run(layers: Layers, x: Tensor, calls: int, shared: bool) -> list[Tensor]:
+    """Gradients of all parameters that are trained."""
+    parameters = SharedParameters(layers, "cpu") if shared else None
+    for _ in range(calls):
+        p = parameters.of_call() if parameters is not None else (lambda parameter: parameter)
+        x = nn.functional.conv2d(x, _tensor(p, layers.conv.weight), p(layers.conv.bias), padding=1)
+        x = nn.functional.conv_transpose2d(x, _tensor(p, layers.up.weight), p(layers.up.bias))
+        x = nn.functional.batch_norm(x, None, None, p(layers.norm.weight), p(layers.norm.bias), training=True)
+    trained = [p for p in layers.parameters() if p.requires_grad]
+    return list(torch.autograd.grad((x * x.detach().sin()).sum(), trained))
+
+
+def _tensor(parameter_of: Any, parameter: Tensor) -> Tensor:
+    found = parameter_of(parameter)
+    assert found is not None
+    return found  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("frozen", [(), ("conv.weight", "norm.bias")], ids=["trained", "partly frozen"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_of_several_calls(dtype: torch.dtype, frozen: tuple[str, ...], layout: torch.memory_format) -> None:
+    layers = Layers().to(dtype).to(memory_format=layout)  # type: ignore[call-overload]
+    for name in frozen:
+        layers.get_parameter(name).requires_grad_(False)
+    x = torch.randn(2, 3, 5, 4, dtype=dtype)
+    trained = [p for p in layers.parameters() if p.requires_grad]
+    for found, expected, p in zip(run(layers, x, 3, True), run(layers, x, 3, False), trained, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert (found.dtype, found.stride()) == (p.dtype, p.stride())
+
+
+def test_the_casts_are_those_of_autocast_and_gradients_come_back_in_fp32() -> None:
+    layers = Layers()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        p = SharedParameters(layers, "cpu").of_call()
+        for conv in (layers.conv, layers.up):
+            assert torch.equal(_tensor(p, conv.weight), conv.weight.to(torch.bfloat16))
+            assert torch.equal(_tensor(p, conv.bias), conv.bias.to(torch.bfloat16))  # type: ignore[arg-type,union-attr]
+        weight = _tensor(p, layers.norm.weight)
+        assert weight.dtype == torch.float32
+        assert weight.data_ptr() == layers.norm.weight.data_ptr()
+    (3 * _tensor(p, layers.conv.weight)).sum().backward()
+    assert layers.conv.weight.grad is not None
+    assert layers.conv.weight.grad.dtype == torch.float32
+    assert torch.equal(layers.conv.weight.grad, torch.full_like(layers.conv.weight, 3.0))
+    assert layers.up.weight.grad is not None  # one tensor is the gradient of all
+    assert not layers.up.weight.grad.any()
+
+
+def test_calls_add_up_in_fp32() -> None:
+    """In bf16, 256 + 1 is 256: eager adds the gradients of calls there, and casts the sum."""
+    layers = Layers()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        parameters = SharedParameters(layers, "cpu")
+        calls = [_tensor(parameters.of_call(), layers.conv.weight) for _ in range(2)]
+    (256 * calls[0] + calls[1]).sum().backward()
+    assert layers.conv.weight.grad is not None
+    assert torch.equal(layers.conv.weight.grad, torch.full_like(layers.conv.weight, 257.0))
+
+
+def test_without_gradients_there_are_casts_only() -> None:
+    layers = Layers()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        weight = _tensor(SharedParameters(layers, "cpu").of_call(), layers.conv.weight)
+    assert weight.dtype == torch.bfloat16
+    assert not weight.requires_grad
+    frozen = Layers().requires_grad_(False)
+    assert not _tensor(SharedParameters(frozen, "cpu").of_call(), frozen.conv.weight).requires_grad
+
+
+def test_a_convolution_of_another_kind_is_called_itself() -> None:
+    class Own(nn.Conv2d):
+        pass
+
+    hooked = nn.Conv2d(2, 2, 1)
+    hooked.register_forward_hook(lambda *_: None)
+    others = (Own(2, 2, 1), hooked, nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), nn.Linear(2, 2))
+    assert not any(is_plain_convolution(module) for module in others)
+    assert is_plain_convolution(nn.Conv2d(2, 2, 1))
+    p = SharedParameters(nn.ModuleList(others), "cpu").of_call()
+    assert all(p(parameter) is parameter for module in others for parameter in module.parameters())
+
+
+def test_hooks_of_inner_convolutions_are_called(device: str) -> None:
+    seen = []
+    fused = FusedResUNet.from_eager(ResUNet(4, 2, 3).to(device))
+    fused.up2.register_forward_hook(lambda *_: seen.append(1))
+    fused(torch.rand(1, 4, 8, 8, device=device))
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("size", [(8, 8), (11, 9)])
+def test_an_unroll_of_its_own_is_the_unroll(size: tuple[int, int], recompute: bool, steps: int, device: str) -> None:
+    """Sequences, gradients of the state and of every parameter, and buffers: those of eager's steps one by one."""
+    torch.manual_seed(0)
+    eager = StateOnlyPredictor(ResUNet(6, 2, 3)).to(device)
+    fused = FusedStateOnlyPredictor.from_eager(copy.deepcopy(eager), recompute=recompute)
+    video = torch.rand(2, 3, 4, *size, device=device)
+    weight = torch.randn(2, 3, 4, *size, device=device)
+
+    def run(predictor: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        state = video.clone().requires_grad_()
+        same, sequences = parallel_unroll(predictor, state, None, steps)
+        loss = (same * weight).sum() + sum((s * weight).square().sum() for s in sequences)
+        loss.backward()
+        assert state.grad is not None
+        gradients = {name: p.grad for name, p in predictor.named_parameters() if p.grad is not None}
+        results = {f"p{k}": s.detach() for k, s in enumerate(sequences)} | dict(predictor.named_buffers())
+        return results, gradients | {"state": state.grad}
+
+    (results, gradients), (expected, wanted) = run(fused), run(eager)
+    assert_near(results, expected, 1e-5 * steps)
+    assert_near(gradients, wanted, GRADIENT)
+
+
+def test_gradients_accumulate_over_backward_passes(device: str) -> None:
+    """Two calls with a backward pass each, as with gradient accumulation; then both graphs at once."""
+    torch.manual_seed(0)
+    network = FusedResUNet.from_eager(ResUNet(4, 2, 3).to(device))
+    x = torch.rand(2, 4, 8, 8, device=device)
+    for _ in range(2):
+        network(x).sum().backward()
+    found = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+    network.zero_grad()
+    (network(x).sum() + network(x).sum()).backward()
+    together = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    assert_near(together, found, 1e-6)
+    assert len(found) == len(list(network.parameters()))
