@@ -117,7 +117,7 @@ def test_hooks_of_inner_convolutions_are_called(device: str) -> None:
     seen = []
     fused = FusedResUNet.from_eager(ResUNet(4, 2, 3).to(device))
     fused.up2.register_forward_hook(lambda *_: seen.append(1))
-    fused(torch.rand(1, 4, 8, 8, device=device))
+    fused(torch.rand(2, 4, 8, 8, device=device))
     assert seen == [1]
 
 
