@@ -9,6 +9,7 @@ and the residual.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -199,19 +200,23 @@ def audit_cases() -> list[AuditCase]:
                     bytes_moved=n_tensors * n_rows * n_channels * dtype.itemsize + partial_bytes,
                     flops=flops * n_rows * n_channels,
                     divisible_by_16=("n_rows", "n_channels", "rows_per_program"),
+                    programs=math.prod(rows.grid),
+                    loop_trips=(rows.split.tiles,),
                 )
             )
         rows = row_launch("reduce/plain", n_rows, n_channels, dtype)
+        config = merge_config(rows.split.programs)
         cases.append(
             AuditCase(
                 name=f"batch_norm_reduce_merge/{shape}",
                 kernel=_batch_norm_reduce_merge_kernel,
                 signature=audit_signature(_batch_norm_reduce_merge_kernel, dtype, ()),
                 constexprs={},
-                config=merge_config(rows.split.programs),
+                config=config,
                 bytes_moved=4 * 2 * (rows.split.programs + 1) * n_channels,
                 flops=2 * rows.split.programs * n_channels,
                 divisible_by_16=("n_channels",),
+                programs=2 * triton.cdiv(n_channels, config.blocks["BLOCK_C"]),
             )
         )
     return cases

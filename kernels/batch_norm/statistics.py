@@ -13,6 +13,8 @@ the same input gives the same bits.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -226,19 +228,23 @@ def audit_cases() -> list[AuditCase]:
                 bytes_moved=n_rows * n_channels * dtype.itemsize + 4 * partials,
                 flops=6 * n_rows * n_channels,
                 divisible_by_16=divisible,
+                programs=math.prod(rows.grid),
+                loop_trips=(rows.split.tiles,),
             )
         )
         if dtype == torch.bfloat16:
+            config = merge_config(rows.split.programs)
             cases.append(
                 AuditCase(
                     name=f"{_OP}_merge/{shape}",
                     kernel=_batch_norm_statistics_merge_kernel,
                     signature=audit_signature(_batch_norm_statistics_merge_kernel, dtype, ("x_ptr",)),
                     constexprs={},
-                    config=merge_config(rows.split.programs),
+                    config=config,
                     bytes_moved=4 * (partials + 3 * n_channels),
                     flops=8 * rows.split.programs * n_channels,
                     divisible_by_16=divisible,
+                    programs=triton.cdiv(n_channels, config.blocks["BLOCK_C"]),
                 )
             )
     return cases
