@@ -204,6 +204,8 @@ def test_a_load_that_the_assembler_took_out_of_the_loop_changes_nothing() -> Non
     code = kernel(LOAD, LOAD, FMA, STORE, "@P0 BRA 0x10")
     source = ptx("a:", PTX_LOAD, PTX_LOAD, PTX_STORE, "@%p1 bra a;")
     assert estimate(code, source, trips=(10,)).instructions_per_trip == (4,)
+    code, source = kernel(LOAD, FMA, "@P0 BRA 0x10"), ptx("a:", PTX_LOAD, PTX_FMA, "@%p1 bra a;")
+    assert estimate(code, source, trips=(10,)).instructions_per_trip == (2,)
 
 
 def test_a_loop_that_was_unrolled_whole_is_straight_code() -> None:
@@ -211,8 +213,8 @@ def test_a_loop_that_was_unrolled_whole_is_straight_code() -> None:
 
 
 def test_a_call_counts_its_subroutine() -> None:
-    code = kernel("CALL.REL.NOINC 0x50", "CALL.REL.NOINC 0x50", "NOP", "NOP", "EXIT", FMA, FMA, "RET.REL.NODEC R2 0x0")
-    assert estimate(code, ptx()).instructions_per_warp == 2 * (1 + 3) + 3
+    code = kernel("CALL.REL.NOINC 0x40", "CALL.REL.NOINC 0x40", "NOP", "EXIT", *[FMA] * 6, "RET.REL.NODEC R2 0x0")
+    assert estimate(code, ptx()).instructions_per_warp == 2 * (1 + 7) + 2
 
 
 def test_where_loops_cannot_be_told_apart_there_is_no_estimate() -> None:
