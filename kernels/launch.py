@@ -181,6 +181,12 @@ class AuditCase:
     Every op file has `audit_cases() -> list[AuditCase]`. `signature` maps every non-constexpr argument to its Triton
     type ("*bf16", "*fp32", "i32", "i64", "fp32"); pointers, and the integers named in `divisible_by_16`, are compiled
     as multiples of 16, as in a real launch. `bytes_moved` counts each input read once and each output written once.
+
+    `programs` and `loop_trips` are facts of the launch that the estimate of its issue slots needs: the programs of the
+    grid, and how often one of them goes through its loop over tiles, e.g. `(split.tiles,)`. Where that loop has others
+    inside, the trips of those follow, per trip of the one around them; loops side by side have the same trips. What is
+    unrolled (`tl.static_range`, or a `range` over a constexpr that the compiler unrolls) needs no entry, and may have
+    one.
     """
 
     name: str
@@ -194,6 +200,8 @@ class AuditCase:
     expects_tensor_cores: bool = False
     allowed_spill_bytes: int = 0
     allowed_spill_reason: str = ""
+    programs: int = 0  # unknown: no estimate
+    loop_trips: tuple[int, ...] = ()  # no loop
 
 
 def audit_signature(

@@ -1,4 +1,5 @@
-"""Kernels with planted faults, which `python -m bench audit --module tests.audit_planted` must catch."""
+"""Kernels with planted faults, which `python -m bench audit --module tests.audit_planted` must catch, and with loops
+whose instructions it must count."""
 
 from __future__ import annotations
 
@@ -31,6 +32,74 @@ def _matmul_kernel(a_ptr, b_ptr, c_ptr, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
     tl.store(c_ptr + offs_m[:, None] * BLOCK_N + offs_n[None, :], acc)
 
 
+@triton.jit
+def _copy_tiles_kernel(x_ptr, y_ptr, tiles, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * tiles * BLOCK + tl.arange(0, BLOCK)
+    tile = 0
+    while tile < tiles:
+        tl.store(y_ptr + offs, tl.load(x_ptr + offs))
+        offs += BLOCK
+        tile += 1
+
+
+@triton.jit
+def _fma_kernel(x_ptr, y_ptr, tiles, times, TIMES: tl.constexpr, BLOCK: tl.constexpr):
+    """TIMES FMAs an element in straight code, or `times` of them in a loop if TIMES is 0."""
+    offs = tl.program_id(0).to(tl.int64) * tiles * BLOCK + tl.arange(0, BLOCK)
+    tile = 0
+    while tile < tiles:
+        x = tl.load(x_ptr + offs)
+        for _ in tl.static_range(TIMES):
+            x = x * x + 1.0
+        if TIMES == 0:
+            time = 0
+            while time < times:
+                x = x * x + 1.0
+                time += 1
+        tl.store(y_ptr + offs, x)
+        offs += BLOCK
+        tile += 1
+
+
+def _fma_case(name: str, unrolled: int, loop_trips: tuple[int, ...], programs: int = 1320) -> AuditCase:
+    """1320 programs of 10 tiles of 1024 numbers: 8 for each thread."""
+    return AuditCase(
+        name,
+        _fma_kernel,
+        {"x_ptr": "*fp32", "y_ptr": "*fp32", "tiles": "i32", "times": "i32"},
+        {"TIMES": unrolled},
+        LaunchConfig(blocks={"BLOCK": 1024}),
+        bytes_moved=8 * 1320 * 10 * 1024,
+        flops=0,
+        programs=programs,
+        loop_trips=loop_trips,
+    )
+
+
+def loop_cases() -> list[AuditCase]:
+    vector = {"x_ptr": "*fp32", "y_ptr": "*fp32", "tiles": "i32"}
+    copied = 8 * 1320 * 10 * 1024
+    return [
+        AuditCase(
+            "copy in a loop",
+            *(_copy_tiles_kernel, vector, {}, LaunchConfig(blocks={"BLOCK": 1024}), copied, 0),
+            programs=1320,
+            loop_trips=(10,),
+        ),
+        AuditCase(  # one number for each thread: ptxas unrolls it
+            "copy in a short loop",
+            *(_copy_tiles_kernel, vector, {}, LaunchConfig(blocks={"BLOCK": 128}), copied // 8, 0),
+            programs=1320,
+            loop_trips=(10,),
+        ),
+        _fma_case("100 FMAs in a loop", 100, (10,)),
+        _fma_case("1000 FMAs in an inner loop", 0, (10, 1000)),
+        _fma_case("trips of the inner loop forgotten", 0, (10,)),
+        _fma_case("too few trips", 100, (5,)),
+        _fma_case("programs forgotten", 100, (10,), programs=0),
+    ]
+
+
 def audit_cases() -> list[AuditCase]:
     vector = {"x_ptr": "*fp32", "y_ptr": "*fp32"}
     matmul = {"a_ptr": "*bf16", "b_ptr": "*bf16", "c_ptr": "*fp32", "K": "i32"}
@@ -40,6 +109,7 @@ def audit_cases() -> list[AuditCase]:
         AuditCase(
             "copy",
             *(_copy_kernel, {**vector, "n": "i32"}, {}, LaunchConfig(4, 1, {"BLOCK": 1024}), copied, 0, ("n",)),
+            programs=525,
         ),
         AuditCase("spills", _centre_kernel, vector, {"BLOCK": 65536}, LaunchConfig(num_warps=4), copied, 0),
         AuditCase(
@@ -60,4 +130,5 @@ def audit_cases() -> list[AuditCase]:
         ),
         AuditCase("does not compile", _copy_kernel, {**vector, "n": "i32"}, {"BLOCK": 1000}, LaunchConfig(), 0, 0),
         AuditCase("argument forgotten", _copy_kernel, vector, {"BLOCK": 1024}, LaunchConfig(), 0, 0),
+        *loop_cases(),
     ]

@@ -234,7 +234,65 @@ def test_planted_faults_fail_the_audit_even_when_the_interpreter_is_asked_for(tm
     (forgotten,) = failures["argument forgotten"]
     assert "n neither in signature nor in constexprs" in forgotten
     assert f"FAIL: spills on sm_90 {spills}" in done.stdout
-    assert "2 of 7 pass" in done.stdout
+    assert failures["too few trips"] == ["accesses 5.41e+07 bytes by its programs and loop_trips, not 1.08e+08"]
+    assert "8 of 14 pass" in done.stdout
+    check_issue_slots(findings)
+
+
+def check_issue_slots(findings: dict[str, dict[str, Any]]) -> None:
+    """Of the planted kernels with loops; 1320 programs, so 10 warps for each scheduler."""
+    copies, arithmetic, nested = (
+        findings[name] for name in ("copy in a loop", "100 FMAs in a loop", "1000 FMAs in an inner loop")
+    )
+    for finding in (copies, arithmetic, nested):
+        assert finding["failures"] == []
+        per_warp, per_trip = finding["instructions_per_warp"], finding["instructions_per_trip"][0]
+        assert 10 * per_trip < per_warp < 10 * per_trip + 100
+        assert finding["issue_us"] == pytest.approx(10 * per_warp / 1.8e3)
+    (per_copy,) = copies["instructions_per_trip"]
+    (per_tile,) = arithmetic["instructions_per_trip"]
+    assert 800 + 4 <= per_tile < 800 + per_copy  # 8 numbers for each thread, and what a copy does as well
+    per_outer, per_inner = nested["instructions_per_trip"]
+    assert 8 <= per_inner <= 11  # the FMAs and, once for each of ptxas's copies, the counting
+    assert 1000 * per_inner < per_outer < 1000 * per_inner + 2 * per_copy  # a few trips are straight code
+    assert [finding["bound"] for finding in (copies, arithmetic, nested)] == ["memory", "issue-bound", "issue-bound"]
+    assert copies["issue_us"] < copies["roofline_us"]
+    assert arithmetic["issue_us"] > arithmetic["roofline_us"] == pytest.approx(25.15, abs=0.01)
+    # A thread's load, store, counter and jump, of which ptxas makes four copies with one counter and jump.
+    assert 2 < findings["copy in a short loop"]["instructions_per_trip"][0] < 6
+    assert findings["copy"]["instructions_per_trip"] == []
+    assert 5 < findings["copy"]["instructions_per_warp"] <= findings["copy"]["facts"]["instructions"]
+    for name, notes in (
+        ("programs forgotten", []),
+        (
+            "trips of the inner loop forgotten",
+            ["has no estimate of issue slots: the case has no loop_trips for one of its loops"],
+        ),
+    ):
+        finding = findings[name]
+        assert (finding["issue_us"], finding["instructions_per_trip"], finding["notes"]) == (None, [], notes)
+        assert finding["bound"] == "memory"
+
+
+def test_table_says_what_bounds_a_kernel_and_leaves_out_what_is_not_known() -> None:
+    facts = {"tensor_cores": {}, "warnings": (), "registers": 9, "spill_bytes": 0, "shared_bytes": 0}
+    facts |= {"wide_loads": 1, "global_loads": 2, "wide_stores": 3, "global_stores": 4}
+    known = audit.Finding(
+        *("slow", 90, ()),
+        facts=facts,
+        roofline_us=1.25,
+        issue_us=9.75,
+        instructions_per_trip=(190.0, 4.75),
+        bound="issue-bound",
+    )
+    unknown = audit.Finding("case", 90, (), facts=facts, roofline_us=1.25, bound="memory")
+    header, _, *lines = audit.render([known, unknown, audit.Finding("other", 80, (), facts=facts)]).splitlines()
+    first, last = header.index("hazard") + len("hazard"), header.index("verdict")
+    assert [line[first:last].split() for line in lines] == [
+        ["190,", "4.75", "9.8", "us", "1.2", "us", "issue-bound"],
+        ["1.2", "us", "memory"],
+        [],
+    ]
 
 
 def test_table_sums_matrix_instructions_over_their_shapes() -> None:

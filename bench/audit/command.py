@@ -1,8 +1,9 @@
 """`python -m bench audit`: compile every kernel × config × dtype without a GPU, table the facts, and judge them.
 
 A kernel fails if it spills more than its case allows, needs more shared memory than a block can have (Triton does not
-check), lacks the tensor-core instructions its case expects, has its wgmmas serialised by ptxas, or overwrites a
-register of a wgmma in flight (`hazard`). The exit status is 1 if any does.
+check), lacks the tensor-core instructions its case expects, has its wgmmas serialised by ptxas, overwrites a register
+of a wgmma in flight (`hazard`), or cannot move the bytes that its case declares. The exit status is 1 if any does.
+Whether it is bound by memory, by arithmetic or by issuing its instructions (`issue`) is said, and judged by nobody.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import fastjepa.kernels
+from bench.audit.hazard import find_hazards
+from bench.audit.issue import CLOCK_HZ, MULTIPROCESSORS, SCHEDULERS, estimate_issue
+from bench.audit.sass import Binary, compile_case, inspect
 from bench.harness.roofline import H200
 from bench.harness.rows import format_table, write_text
 from fastjepa.kernels.launch import AuditCase
@@ -36,7 +40,11 @@ LEGEND = f"""
 matrix-instructions: RS takes operand A from registers, SS from shared memory.
 wide: accesses to global memory that are 128 bits or more per thread, or bulk copies, of all of them (static counts).
 H200-roofline: the declared bytes at {H200.dram_bytes_per_second / 1e12:.1f} TB/s or the declared FLOPs at their rate
-(TFLOP/s: {_RATES}; fma: no matrix instructions), whichever takes longer."""
+(TFLOP/s: {_RATES}; fma: no matrix instructions), whichever takes longer.
+per-trip: the instructions that a warp issues in one trip of each loop, those of loops inside it included.
+issue: the least time for issuing all instructions of the launch, one a cycle and scheduler, {SCHEDULERS} for each of
+{MULTIPROCESSORS} SMs at {CLOCK_HZ / 1e9:.1f} GHz (of as many SMs as there are programs); no waiting of any kind.
+bound: which of the three takes longest. Where the times are below some microseconds, the launch itself does."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,10 @@ class Finding:
     bytes_moved: int = 0
     flops: int = 0
     roofline_us: float | None = None  # on an H200, for sm_90
-    roofline_bound: str = ""
+    issue_us: float | None = None  # for sm_90; None: cannot be estimated, `notes` say why if the case has `programs`
+    instructions_per_warp: float | None = None
+    instructions_per_trip: tuple[float, ...] = ()
+    bound: str = ""  # what takes longest: "memory", "arithmetic" or "issue-bound"
 
 
 def collect_cases(module_names: Iterable[str]) -> dict[str, tuple[str, AuditCase]]:
@@ -83,9 +94,6 @@ def kernel_modules() -> list[str]:
 
 def judge(case: AuditCase, arch: int) -> Finding:
     """Compile one case for one architecture and judge it. A kernel that does not compile is a failure, not an error."""
-    from bench.audit.hazard import find_hazards
-    from bench.audit.sass import compile_case, inspect
-
     try:
         binary = compile_case(case, arch)
         facts = inspect(binary)
@@ -108,8 +116,7 @@ def judge(case: AuditCase, arch: int) -> Finding:
     failures.extend(f"ptxas warns {warning}" for warning in facts.warnings)
     if hazards:
         failures.append(f"may overwrite registers of a wgmma in flight, {len(hazards)} times; {hazards[0]}")
-    arithmetic = _arithmetic(case, facts.tensor_cores)
-    return Finding(
+    finding = Finding(
         case=case.name,
         arch=arch,
         failures=tuple(failures),
@@ -118,8 +125,33 @@ def judge(case: AuditCase, arch: int) -> Finding:
         hazards=tuple(map(str, hazards)),
         bytes_moved=case.bytes_moved,
         flops=case.flops,
-        roofline_us=1e6 * H200.seconds(case.bytes_moved, case.flops, arithmetic) if arch == 90 else None,
-        roofline_bound=H200.bound(case.bytes_moved, case.flops, arithmetic) if arch == 90 else "",
+    )
+    return _with_times(finding, case, binary) if arch == 90 else finding
+
+
+def _with_times(finding: Finding, case: AuditCase, binary: Binary) -> Finding:
+    """The same with the least times that memory, arithmetic and issuing take on an H200, for sm_90."""
+    tensor_cores = finding.facts["tensor_cores"]
+    assert isinstance(tensor_cores, dict)
+    arithmetic = _arithmetic(case, tensor_cores)
+    roofline_us = 1e6 * H200.seconds(case.bytes_moved, case.flops, arithmetic)
+    finding = replace(finding, roofline_us=roofline_us, bound=H200.bound(case.bytes_moved, case.flops, arithmetic))
+    if not case.programs:
+        return finding
+    try:
+        issue = estimate_issue(case, binary.instructions, binary.ptx)
+    except ValueError as error:
+        return replace(finding, notes=(*finding.notes, f"has no estimate of issue slots: {error}"))
+    accessed, failures = issue.accessed_bytes, finding.failures
+    if accessed is not None and accessed < 0.9 * case.bytes_moved:  # masked accesses count, so it cannot be less
+        failures += (f"accesses {accessed:.3g} bytes by its programs and loop_trips, not {case.bytes_moved:.3g}",)
+    return replace(
+        finding,
+        failures=failures,
+        issue_us=issue.microseconds,
+        instructions_per_warp=issue.instructions_per_warp,
+        instructions_per_trip=issue.instructions_per_trip,
+        bound="issue-bound" if issue.microseconds > roofline_us else finding.bound,
     )
 
 
@@ -150,17 +182,19 @@ def judge_all(cases: dict[str, tuple[str, AuditCase]], archs: Iterable[int], job
 
 def render(findings: Iterable[Finding]) -> str:
     """The table of facts, one line per case and architecture."""
-    header = "case arch regs spill smem matrix-instructions wide-loads wide-stores serial hazard H200-roofline verdict"
+    header = (
+        "case arch regs spill smem matrix-instructions wide-loads wide-stores serial hazard "
+        "per-trip issue H200-roofline bound verdict"
+    )
     rows = []
     for finding in findings:
         start, verdict = [finding.case, f"sm_{finding.arch}"], "FAIL" if finding.failures else "ok"
         if not finding.facts:
-            rows.append([*start, *[""] * 9, verdict])
+            rows.append([*start, *[""] * 12, verdict])
             continue
         facts = dict(finding.facts)
         forms = facts["tensor_cores"]
         assert isinstance(forms, dict)
-        roofline = "" if finding.roofline_us is None else f"{finding.roofline_us:.1f} us ({finding.roofline_bound})"
         rows.append(
             [
                 *start,
@@ -169,7 +203,9 @@ def render(findings: Iterable[Finding]) -> str:
                 *(f"{facts[f'wide_{kind}']}/{facts[f'global_{kind}']}" for kind in ("loads", "stores")),
                 "YES" if facts["warnings"] else "no",
                 f"YES ({len(finding.hazards)})" if finding.hazards else "no" if finding.arch == 90 else "-",
-                roofline,
+                ", ".join(f"{count:.4g}" for count in finding.instructions_per_trip),
+                *("" if time is None else f"{time:.1f} us" for time in (finding.issue_us, finding.roofline_us)),
+                finding.bound,
                 verdict,
             ]
         )

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bench.audit.control_flow import successors
 from bench.audit.sass import Instruction
 
 _ASYNC = ("HGMMA", "IGMMA", "BGMMA", "QGMMA")
@@ -27,7 +28,6 @@ _MAX_GROUPS = 8  # more than any real kernel keeps in flight; older ones are mer
 _NO_DESTINATION = ("ISETP", "FSETP", "DSETP", "HSETP2", "FCHK", "R2P", "BAR", "RET", "CALL", "WARPSYNC", "NANOSLEEP")
 _PREDICATE = re.compile(r"!?U?P(?:\d+|T|R)$")
 _REGISTER = re.compile(r"R(\d+)(?:\.\w+)*$")
-_ADDRESS = re.compile(r"0x[0-9a-f]+$")
 
 _Use = tuple[int, int]  # (register, index of the wgmma that uses it)
 
@@ -77,15 +77,14 @@ def find_hazards(instructions: Sequence[Instruction]) -> tuple[Hazard, ...]:
     """
     if not any(i.mnemonic in _ASYNC for i in instructions):
         return ()
-    index_of = {instruction.address: index for index, instruction in enumerate(instructions)}
-    successors = [_successors(instructions, index, index_of) for index in range(len(instructions))]
+    edges = successors(instructions)
     written = [frozenset(_written_registers(instruction)) for instruction in instructions]
     before: dict[int, _State] = {0: _State()}
     work = deque([0])
     while work:  # to the fixed point: states only grow, and are finite
         index = work.popleft()
         after = _step(instructions[index], index, before[index])
-        for successor in successors[index]:
+        for successor in edges[index]:
             old = before.get(successor)
             new = after if old is None else old.join(after)
             if new != old:
@@ -106,23 +105,6 @@ def _step(instruction: Instruction, index: int, state: _State) -> _State:
     if instruction.opcode.startswith("WARPGROUP.DEPBAR"):
         return state.wait(int(instruction.operands[-1], 16))
     return state
-
-
-def _successors(instructions: Sequence[Instruction], index: int, index_of: dict[int, int]) -> list[int]:
-    instruction = instructions[index]
-    following = [index + 1] if index + 1 < len(instructions) else []
-    if instruction.mnemonic in ("BRX", "JMX", "BRXU", "JMXU"):
-        raise ValueError(f"indirect branch at {instruction.address:#06x}: its targets cannot be read off the code")
-    if instruction.mnemonic in ("EXIT", "RET", "KILL"):
-        return following if instruction.guard else []
-    if instruction.mnemonic not in ("BRA", "JMP", "CALL") and instruction.opcode != "WARPSYNC.COLLECTIVE":
-        return following
-    target = instruction.operands[-1] if instruction.operands else ""
-    if not _ADDRESS.match(target) or int(target, 16) not in index_of:
-        raise ValueError(f"branch at {instruction.address:#06x} to {target!r}, which is not an instruction")
-    jump = index_of[int(target, 16)]
-    always = instruction.mnemonic in ("BRA", "JMP") and not instruction.guard and len(instruction.operands) == 1
-    return [jump] if always else [jump, *following]
 
 
 def _wgmma_registers(instruction: Instruction) -> set[int]:

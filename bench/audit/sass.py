@@ -32,10 +32,10 @@ TENSOR_CORE_OPCODES = (
     *("UTCHMMA", "UTCIMMA", "UTCQMMA", "UTCOMMA"),
 )
 _LOG_FILE = "ptxas.log"
-_GLOBAL_LOADS = ("LDG", "LDGSTS", "LD")
-_GLOBAL_STORES = ("STG", "ST")
-_BULK_LOADS = ("UTMALDG", "UBLKCP")  # the copy engine moves whole tiles
-_BULK_STORES = ("UTMASTG",)
+GLOBAL_LOADS = ("LDG", "LDGSTS", "LD")
+GLOBAL_STORES = ("STG", "ST")
+BULK_LOADS = ("UTMALDG", "UBLKCP")  # the copy engine moves whole tiles
+BULK_STORES = ("UTMASTG",)
 
 _SASS_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z]\S*)\s*([^;]*);")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -71,6 +71,7 @@ class Binary:
     assembler_log: str
     shared_bytes: int
     tensor_memory_columns: int
+    ptx: str = ""  # what the assembler was given
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ def compile_case(case: AuditCase, arch: int) -> Binary:
         assembler_log=log,
         shared_bytes=compiled.metadata.shared,
         tensor_memory_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
+        ptx=compiled.asm["ptx"],
     )
 
 
@@ -139,7 +141,7 @@ def inspect(binary: Binary) -> Inspection:
         raise ValueError("the disassembly has no instructions")
     count = Counter(instruction.mnemonic for instruction in binary.instructions)
     wide = Counter(i.mnemonic for i in binary.instructions if re.search(r"\.(128|256)\b", i.opcode))
-    bulk_loads, bulk_stores = (sum(count[name] for name in names) for names in (_BULK_LOADS, _BULK_STORES))
+    bulk_loads, bulk_stores = (sum(count[name] for name in names) for names in (BULK_LOADS, BULK_STORES))
     return Inspection(
         registers=int(registers[1]),
         spill_bytes=max(int(size) for pair in spills for size in pair),
@@ -147,10 +149,10 @@ def inspect(binary: Binary) -> Inspection:
         tensor_memory_columns=binary.tensor_memory_columns,
         instructions=len(binary.instructions),
         tensor_cores=dict(Counter(_matrix_form(i) for i in binary.instructions if i.mnemonic in TENSOR_CORE_OPCODES)),
-        global_loads=sum(count[name] for name in _GLOBAL_LOADS) + bulk_loads,
-        wide_loads=sum(wide[name] for name in _GLOBAL_LOADS) + bulk_loads,
-        global_stores=sum(count[name] for name in _GLOBAL_STORES) + bulk_stores,
-        wide_stores=sum(wide[name] for name in _GLOBAL_STORES) + bulk_stores,
+        global_loads=sum(count[name] for name in GLOBAL_LOADS) + bulk_loads,
+        wide_loads=sum(wide[name] for name in GLOBAL_LOADS) + bulk_loads,
+        global_stores=sum(count[name] for name in GLOBAL_STORES) + bulk_stores,
+        wide_stores=sum(wide[name] for name in GLOBAL_STORES) + bulk_stores,
         warnings=tuple(sorted({f"{code or 'ptxas'}: {what}" for code, what in _WARNING.findall(binary.assembler_log)})),
     )
 

@@ -12,6 +12,7 @@ and the same for a normalised residual, with its own statistics and the same g. 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -233,6 +234,7 @@ def audit_cases() -> list[AuditCase]:
     cases = []
     for n_rows, n_channels, dtype in recipe_cases():
         for case, key, n_tensors, relu, flops, absent in forms:
+            rows = row_launch(f"grad/{key}", n_rows, n_channels, dtype)
             constexprs: dict[str, Any] = {**dict.fromkeys(absent), "RELU": relu}
             cases.append(
                 AuditCase(
@@ -240,12 +242,14 @@ def audit_cases() -> list[AuditCase]:
                     kernel=kernel,
                     signature=audit_signature(kernel, dtype, full_size, absent),
                     constexprs=constexprs | {"BATCH_STATISTICS": True, "RESIDUAL_BATCH_STATISTICS": True},
-                    config=row_launch(f"grad/{key}", n_rows, n_channels, dtype).config,
+                    config=rows.config,
                     bytes_moved=n_tensors * n_rows * n_channels * dtype.itemsize
                     + vector_bytes(key, n_channels)
                     + 4 * (4 if key == "normalized_residual" else 2) * n_channels,
                     flops=flops * n_rows * n_channels,
                     divisible_by_16=("n_rows", "n_channels", "rows_per_program", "grad_out_stride_n"),
+                    programs=math.prod(rows.grid),
+                    loop_trips=(rows.split.tiles,),
                 )
             )
     return cases

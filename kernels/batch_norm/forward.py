@@ -5,6 +5,7 @@ The package has the maths; `backward` the gradient.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -203,16 +204,19 @@ def audit_cases() -> list[AuditCase]:
     for n_rows, n_channels, dtype in recipe_cases():
         for name, absent_pointers in absent.items():
             n_tensors = 2 if name == "plain" else 3
+            rows = row_launch(f"forward/{name}", n_rows, n_channels, dtype)
             cases.append(
                 AuditCase(
                     name=f"batch_norm_forward/{name}/{TRITON_TYPE[dtype]}/{n_rows}x{n_channels}",
                     kernel=kernel,
                     signature=audit_signature(kernel, dtype, ("x_ptr", "residual_ptr", "out_ptr"), absent_pointers),
                     constexprs={**dict.fromkeys(absent_pointers), "RELU": True},
-                    config=row_launch(f"forward/{name}", n_rows, n_channels, dtype).config,
+                    config=rows.config,
                     bytes_moved=n_tensors * n_rows * n_channels * dtype.itemsize + vector_bytes(name, n_channels),
                     flops=(8 if name == "normalized_residual" else 3 + n_tensors) * n_rows * n_channels,
                     divisible_by_16=("n_rows", "n_channels", "rows_per_program"),
+                    programs=math.prod(rows.grid),
+                    loop_trips=(rows.split.tiles,),
                 )
             )
     return cases

@@ -13,6 +13,7 @@ once, and the second pass reads it in place of the gradients and of the residual
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import product
 from typing import Any
@@ -237,19 +238,23 @@ def audit_cases() -> list[AuditCase]:
                     + vector_bytes(name, n_channels),
                     flops=(flops + n_grads - 1) * n_rows * n_channels,
                     divisible_by_16=("n_rows", "n_channels", "rows_per_program", *strides),
+                    programs=math.prod(rows.grid),
+                    loop_trips=(rows.split.tiles,),
                 )
             )
         rows = row_launch("reduce/plain", n_rows, n_channels, dtype)
+        config = merge_config(rows.split.programs)
         cases.append(
             AuditCase(
                 name=f"batch_norm_reduce_merge/{shape}",
                 kernel=_batch_norm_reduce_merge_kernel,
                 signature=audit_signature(_batch_norm_reduce_merge_kernel, dtype, ()),
                 constexprs={},
-                config=merge_config(rows.split.programs),
+                config=config,
                 bytes_moved=4 * 2 * (rows.split.programs + 1) * n_channels,
                 flops=2 * rows.split.programs * n_channels,
                 divisible_by_16=("n_channels",),
+                programs=2 * triton.cdiv(n_channels, config.blocks["BLOCK_C"]),
             )
         )
     return cases

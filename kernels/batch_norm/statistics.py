@@ -16,6 +16,7 @@ that parts of several devices can be merged by it too.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -329,9 +330,12 @@ def audit_cases() -> list[AuditCase]:
                 bytes_moved=(n_rows + 1) * n_channels * dtype.itemsize + 4 * partials,
                 flops=6 * n_rows * n_channels,
                 divisible_by_16=divisible,
+                programs=math.prod(rows.grid),
+                loop_trips=(rows.split.tiles,),
             )
         )
         if dtype == torch.bfloat16:
+            config = merge_config(rows.split.programs)
             cases.append(
                 AuditCase(
                     name=f"{_OP}_merge/{shape}",
@@ -341,10 +345,11 @@ def audit_cases() -> list[AuditCase]:
                     )
                     | {"num_batches_tracked_ptr": "*i64", "momentum": "fp32"},
                     constexprs={"count_ptr": None, "CUMULATIVE": False},
-                    config=merge_config(rows.split.programs),
+                    config=config,
                     bytes_moved=4 * (partials + 4 * n_channels) + 8 + dtype.itemsize * n_channels,
                     flops=8 * rows.split.programs * n_channels,
                     divisible_by_16=divisible,
+                    programs=triton.cdiv(n_channels, config.blocks["BLOCK_C"]),
                 )
             )
     return cases

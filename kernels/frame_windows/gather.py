@@ -10,6 +10,8 @@ each term, in another layout, and add them.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -91,6 +93,11 @@ def _config(n_channels: int, dtype: torch.dtype) -> LaunchConfig:
     return LaunchConfig(blocks={"BLOCK_N": _TILE_BYTES // (dtype.itemsize * block_c), "BLOCK_C": block_c})
 
 
+def _grid(n_states: int, n_pixels: int, n_channels: int, config: LaunchConfig) -> tuple[int, int, int]:
+    blocks = config.blocks
+    return n_states, triton.cdiv(n_pixels, blocks["BLOCK_N"]), triton.cdiv(n_channels, blocks["BLOCK_C"])
+
+
 def _fake(
     windows: Tensor | None, states: Tensor | None, head: Tensor | None, n_frames: int, context: int, split: bool
 ) -> tuple[Tensor, Tensor]:
@@ -147,10 +154,9 @@ def gather_frames(
             )
     grad_head, grad = _fake(windows, states, head, n_frames, context, split)
     config = _config(D, like.dtype)
-    n_steps = n_frames + 1 if split else n_frames
     launch_kernel(
         _gather_frames_kernel,
-        (B * n_steps, triton.cdiv(P, config.blocks["BLOCK_N"]), triton.cdiv(D, config.blocks["BLOCK_C"])),
+        _grid(B * (n_frames + split), P, D, config),
         config,
         windows_ptr=windows,
         states_ptr=states,
@@ -179,16 +185,18 @@ def audit_cases() -> list[AuditCase]:
             ("sequence", T, T + 1, ("head_ptr",)),
         ]
         for name, read, written, absent in forms:
+            config = _config(D, dtype)
             cases.append(
                 AuditCase(
                     name=f"gather_frames/{name}/{TRITON_TYPE[dtype]}/{B}x{T}x{P}x{D}",
                     kernel=kernel,
                     signature=audit_signature(kernel, dtype, in_dtype, absent),
                     constexprs={**dict.fromkeys(absent), "CONTEXT": c, "SPLIT": name == "sequence"},
-                    config=_config(D, dtype),
+                    config=config,
                     bytes_moved=B * P * D * ((T - c + 1) * c + read + written) * dtype.itemsize,
                     flops=3 * B * P * D * T,
                     divisible_by_16=("n_pixels", "n_channels"),
+                    programs=math.prod(_grid(B * (T + (name == "sequence")), P, D, config)),
                 )
             )
     return cases
