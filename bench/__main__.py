@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "networks": ("bench.networks", "time the encoder and the predictor whole, forward and backward"),
     "layers": ("bench.layers", "networks and batch_norm in one run"),
     "saved": ("bench.saved", "count the bytes a training step keeps for its backward pass, without a GPU"),
+    "traffic": ("bench.traffic.command", "count the bytes and kernels of a step, an evaluation and a rollout"),
     "ceilings": ("bench.ceilings", "time copies, matrix products and cuDNN's convolutions: what the device can do"),
     "checks": ("bench.checks", "check every kernel at small odd sizes, and that a graph equals plain calls"),
     "step": ("bench.step", "time one training step, from the original's to everything at once"),

@@ -96,6 +96,13 @@ def test_without_gradients_there_are_casts_only() -> None:
         weight = _tensor(SharedParameters(layers, "cpu").of_call(), layers.conv.weight)
     assert weight.dtype == torch.bfloat16
     assert not weight.requires_grad
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+    ):  # which keeps casts itself, if it is the caller's
+        assert (
+            SharedParameters(layers, "cpu", callers_autocast=True).of_call()(layers.conv.weight) is layers.conv.weight
+        )
     frozen = Layers().requires_grad_(False)
     assert not _tensor(SharedParameters(frozen, "cpu").of_call(), frozen.conv.weight).requires_grad
 

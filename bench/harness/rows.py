@@ -16,7 +16,8 @@ from typing import Any
 from fastjepa.files.safe_files import write_text_atomic
 
 # exact: within the policy. inexact: the error breaks it, so no speed-up is stated. unjudged: nothing to judge it by.
-STATUSES = ("exact", "inexact", "unjudged", "unavailable", "out of memory", "failed")
+# counted: on shapes alone, without a time.
+STATUSES = ("exact", "inexact", "unjudged", "counted", "unavailable", "out of memory", "failed")
 _TIMED = ("exact", "inexact", "unjudged")
 
 

@@ -69,6 +69,9 @@ def _tables(rows: Sequence[Row]) -> Iterable[str]:
         if suite == "train":
             yield _training_table(in_suite)
             continue
+        if suite == "traffic":
+            yield _traffic_table(in_suite)
+            continue
         for case in dict.fromkeys(row.case for row in in_suite):
             yield f"**{case}**\n\n{_table([row for row in in_suite if row.case == case])}"
 
@@ -102,6 +105,19 @@ def _training_table(rows: Sequence[Row]) -> str:
         [
             row.case, row.variant, f"{row.quality['seconds']:.0f}", f"{row.quality['epoch']:.2f}",
             f"{row.median_ms:.1f}", *(f"{row.quality[name]:.3f}" for name in ("mAP", "AP_0", "chance")),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return _markdown(header, body)
+
+
+def _traffic_table(rows: Sequence[Row]) -> str:
+    header = ["work", "variant", "part", "operators", "GB", "kernels", "GB of all passes", "ms at the H200's ceiling"]
+    body = [
+        [
+            row.case, row.variant, row.phase, f"{row.quality['operators']:.0f}",
+            f"{row.quality['operator_bytes'] / 1e9:.4g}", f"{row.quality['kernels']:.0f}",
+            f"{(row.bytes_moved or 0) / 1e9:.4g}", f"{row.quality['ms_at_ceiling']:.4g}",
         ]
         for row in rows
     ]  # fmt: skip

@@ -152,7 +152,7 @@ class FusedNetwork(nn.Module):
     def shared_parameters(self, device_type: str) -> SharedParameters:
         """The parameters for calls that follow at once."""
         with self._autocast(device_type):
-            return SharedParameters(self, device_type)
+            return SharedParameters(self, device_type, callers_autocast=self.autocast_dtype is None)
 
     def run(self, memory: Recomputation, parameters: SharedParameters, x: Tensor) -> Tensor:
         """`forward` as a part of something larger: the maker of x may be in `memory`."""

@@ -41,11 +41,13 @@ class SharedParameters:
     """The parameters of the convolutions and BatchNorms in `network`, as they are now, for calls that follow at once.
 
     Convolutions get theirs in the dtype of the autocast that is on for `device_type`, if it is; BatchNorms as they are.
-    Nothing is shared, and every module uses its own, under torch.compile, which plans casts and sums itself.
+    Nothing is shared, and every module uses its own, under torch.compile, which plans casts and sums itself; and,
+    without gradients, in an autocast that the caller has opened, which keeps its casts for calls to come.
     """
 
-    def __init__(self, network: nn.Module, device_type: str) -> None:
-        self._active = not torch.compiler.is_compiling()
+    def __init__(self, network: nn.Module, device_type: str, *, callers_autocast: bool = False) -> None:
+        kept_by_autocast = callers_autocast and not torch.is_grad_enabled()
+        self._active = not (torch.compiler.is_compiling() or kept_by_autocast)
         if not self._active:
             return
         convolutions = _parameters(module for module in network.modules() if is_plain_convolution(module))

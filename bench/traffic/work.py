@@ -1,0 +1,149 @@
+"""What is counted: a training step, an evaluation's batch and a step of a rollout, traced on tensors without memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from bench.recipe import COV_COEFF, STD_COEFF, Recipe
+from bench.traffic.counting import Event, TrafficCounter
+from bench.traffic.parts import part_of
+from fastjepa.fused.folding import folded_batch_norm
+from fastjepa.model.context import CONTEXT
+from fastjepa.model.jepa import JEPA, build_jepa
+from fastjepa.model.networks import DetHead, ImageDecoder
+from fastjepa.model.probes import build_probes
+from fastjepa.model.projected_losses import ProjectionPath
+from fastjepa.model.step import TrainStep, build_optimizer
+from fastjepa.moving_mnist import ClipSet
+from fastjepa.training import evaluation as training_evaluation
+
+Model = tuple[JEPA, ImageDecoder, DetHead]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How one variant computes."""
+
+    name: str
+    literal: bool = False
+    bf16: bool = False
+    channels_last: bool = False
+    fused: bool = False
+    recompute: bool = False
+    projection: ProjectionPath = "eager"
+    folded: bool = False  # for inference
+
+
+ORIGINAL = Way("original", literal=True)
+ONCE = Way("each thing once")
+EAGER_BF16 = Way("each thing once, bf16, channels-last", bf16=True, channels_last=True)
+FUSED = Way("fused", bf16=True, channels_last=True, fused=True, projection="fused")
+RECOMPUTED = replace(FUSED, name="fused, recomputed", recompute=True)
+FOLDED = replace(EAGER_BF16, name="bf16, channels-last, BatchNorm folded", folded=True)
+STEP_WAYS = (ORIGINAL, ONCE, EAGER_BF16, RECOMPUTED, FUSED)
+ROLLOUT_WAYS = (replace(ORIGINAL, name="eager"), FOLDED, FUSED)
+
+
+@contextmanager
+def on_shapes_only() -> Iterator[None]:
+    """Inside, tensors are made without memory, and computed without work, in the calling thread alone."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # fake tensors belong to one thread
+    try:
+        # A truncated normal is drawn by looking at values, which a fake tensor does not have. Real weights may meet
+        # fake data: folding copies weights, and a fake one cannot be copied.
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True),
+            patch("torch.nn.init.trunc_normal_", lambda tensor, **_: tensor),
+        ):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def build_model(recipe: Recipe, way: Way) -> Model:
+    """The JEPA and its probes, with BatchNorm folded if the way says so."""
+    jepa = build_jepa(
+        dobs=1, henc=recipe.henc, hpre=recipe.hpre, dstc=recipe.dstc, std_coeff=STD_COEFF, cov_coeff=COV_COEFF
+    )
+    if way.channels_last:
+        for layer in (*jepa.encoder.modules(), *jepa.predictor.modules()):
+            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):  # not by Module.to, which swaps what a fake cannot
+                layer.weight = nn.Parameter(layer.weight.detach().contiguous(memory_format=torch.channels_last))
+    if way.fused:
+        from fastjepa.fused.networks import FusedResNet5, FusedStateOnlyPredictor
+
+        jepa.encoder = FusedResNet5.from_eager(jepa.encoder, recompute=way.recompute)
+        jepa.predictor = FusedStateOnlyPredictor.from_eager(jepa.predictor, recompute=way.recompute)
+    if way.folded:
+        jepa.encoder, jepa.predictor = (folded_batch_norm(network.eval()) for network in (jepa.encoder, jepa.predictor))
+    return jepa, *build_probes(dobs=1, dstc=recipe.dstc)
+
+
+def training_step(recipe: Recipe, way: Way) -> list[Event]:
+    """One training step, the optimizer's included, whose state is there before."""
+    with on_shapes_only():
+        model = build_model(recipe, way)
+        # What the trainer uses on a GPU; the original's own default there is multi-tensor.
+        kind: dict[str, Any] = {"foreach": True} if way.literal else {"fused": True}
+        step = TrainStep(
+            *model, build_optimizer(*model, 1e-3, **kind), steps=recipe.steps, literal=way.literal,
+            projection="auto" if way.literal else way.projection, autocast_dtype=torch.bfloat16 if way.bf16 else None,
+        )  # fmt: skip
+        for module in model:
+            for parameter in module.parameters():
+                parameter.grad = torch.empty_like(parameter)
+        assert step.optimizer is not None
+        step.optimizer.step()
+        video = torch.empty(recipe.batch, 1, recipe.frames, recipe.pixels, recipe.pixels)
+        digit_location = torch.empty(recipe.batch, recipe.frames, DetHead.CELLS, DetHead.CELLS)
+        with torch.autograd.set_detect_anomaly(True, check_nan=False), TrafficCounter(part_of) as counter:
+            step(video, digit_location)
+    return counter.events
+
+
+def rollout_step(recipe: Recipe, way: Way) -> list[Event]:
+    """One step of a rollout: a window of states in, the next state out, in eval mode."""
+    predictor: Any = build_model(recipe, way)[0].predictor.eval()
+    with on_shapes_only(), torch.no_grad():
+        window = torch.empty(recipe.batch, recipe.pixels, recipe.pixels, CONTEXT * recipe.dstc).permute(0, 3, 1, 2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=way.bf16):
+            predictor.predictor(window)  # the first step casts weights, which autocast keeps for the others
+            with TrafficCounter(part_of) as counter:
+                predictor.predictor(window)
+    return counter.events
+
+
+def evaluation(recipe: Recipe, way: Way) -> list[Event]:
+    """One evaluation of one batch, up to the probabilities that average precision ranks."""
+    model = build_model(recipe, way if way.literal else replace(way, folded=not way.fused))
+    with on_shapes_only():
+        video = torch.empty(recipe.batch, recipe.frames, recipe.pixels, recipe.pixels, dtype=torch.uint8)
+        maps = torch.empty(recipe.batch, recipe.frames, DetHead.CELLS, DetHead.CELLS, dtype=torch.uint8)
+        is_folded = patch.object(training_evaluation, "folded_batch_norm", lambda network: network)
+        no_ranking = patch.object(training_evaluation, "average_precision", lambda p, _: p.new_empty(()))
+        # In the end it reads its results, and shapes have no values.
+        reads_results = contextlib.suppress(DataDependentOutputException)
+        with is_folded, no_ranking, reads_results, TrafficCounter(part_of) as counter:
+            training_evaluation.evaluate(
+                *model, ClipSet(video, maps), recipe.batch, literal=way.literal,
+                autocast_dtype=torch.bfloat16 if way.bf16 else None,
+            )  # fmt: skip
+    return counter.events
+
+
+Work = Callable[[Recipe, Way], list[Event]]
+WORKS: dict[str, tuple[Work, tuple[Way, ...]]] = {
+    "training step": (training_step, STEP_WAYS),
+    "evaluation of a batch": (evaluation, (ORIGINAL, ONCE, EAGER_BF16, FUSED)),
+    "rollout step": (rollout_step, ROLLOUT_WAYS),
+}
