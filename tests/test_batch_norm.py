@@ -226,6 +226,18 @@ def test_variance_keeps_its_precision(
     assert_close_to_truth(running[1], x.double().var(0), "unbiased var", limit=1e-6)
 
 
+@pytest.mark.parametrize("n_rows", [16, 32, 512, 500])
+def test_whole_tiles_need_no_mask(n_rows: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program whose tiles are all whole reads them without masks, and its last tile a second time, which it drops."""
+    cut_into(monkeypatch, 3)
+    assert batch_norm_tiling.row_launch("statistics", n_rows, 8, torch.float32).even == (n_rows % 16 == 0)
+    torch.manual_seed(0)
+    x = torch.randn(n_rows, 8).to(device)
+    mean, var = batch_norm_statistics(x)
+    assert_close_to_truth(mean, x.double().mean(0), "mean")
+    assert_close_to_truth(var, x.double().var(0, unbiased=False), "var", limit=1e-6)
+
+
 def test_an_outlier_in_the_first_row(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first row is what everything is measured from, so it is the worst place for a value unlike the others."""
     cut_into(monkeypatch, 3)

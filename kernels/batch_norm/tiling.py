@@ -28,6 +28,7 @@ class Tiling:
 
     tile_bytes: int
     max_programs: int
+    prefer_even: bool = False  # up to half the programs, if the tiles then divide evenly
 
 
 # A program has 128 threads, so 4096 tile bytes are two 128-bit loads in flight per thread and tensor. Where sums are
@@ -35,7 +36,7 @@ class Tiling:
 # comment) allow on each, rounded down, so that no second wave runs half empty; and at most MAX_PARTIALS.
 # Where none are kept, smaller programs even out the end of the launch. Chosen from compiled code, not yet measured.
 TILINGS = {
-    "statistics": Tiling(tile_bytes=4096, max_programs=896),  # 72 registers: 7 per SM
+    "statistics": Tiling(tile_bytes=4096, max_programs=896, prefer_even=True),  # 72 registers: 7 per SM
     "forward/plain": Tiling(tile_bytes=8192, max_programs=4096),  # 68
     "forward/residual": Tiling(tile_bytes=8192, max_programs=4096),  # 80; triton 3.9 spills at half the tile
     "forward/normalized_residual": Tiling(tile_bytes=4096, max_programs=4096),  # 74
@@ -72,6 +73,7 @@ class RowLaunch:
     config: LaunchConfig
     grid: tuple[int, int]
     split: RowSplit
+    even: bool  # whole tiles only: nothing needs a mask
 
 
 def row_launch(key: str, n_rows: int, n_channels: int, dtype: torch.dtype) -> RowLaunch:
@@ -88,9 +90,11 @@ def row_launch(key: str, n_rows: int, n_channels: int, dtype: torch.dtype) -> Ro
     block_c = min(triton.next_power_of_2(n_channels), 64)
     block_n = tiling.tile_bytes // (dtype.itemsize * block_c)
     channel_blocks = triton.cdiv(n_channels, block_c)
-    split = RowSplit.of(n_rows, block_n, max(1, tiling.max_programs // channel_blocks))
+    max_programs = max(1, tiling.max_programs // channel_blocks)
+    split = RowSplit.of(n_rows, block_n, max_programs, prefer_even=tiling.prefer_even)
     config = LaunchConfig(num_warps=4, blocks={"BLOCK_N": block_n, "BLOCK_C": block_c})
-    return RowLaunch(config, (split.programs, channel_blocks), split)
+    even = bool(tiling.prefer_even and split.even and n_channels % block_c == 0)
+    return RowLaunch(config, (split.programs, channel_blocks), split, even)
 
 
 def merge_config(n_partials: int) -> LaunchConfig:
