@@ -64,7 +64,7 @@ class Evaluate:
         self.model = build_model(recipe, device, dtype)
         settle(self.model[0], recipe)
         if way.fused:
-            accelerate(self.model[0], backend="fused", verbose=False)
+            accelerate(self.model[0], backend="fused", purpose="inference", verbose=False)
         self.detections: list[Tensor] = []
         self.model[2].register_forward_hook(lambda module, inputs, out: self.detections.append(out.flatten()))
 

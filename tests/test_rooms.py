@@ -44,7 +44,7 @@ ROOMS: dict[str, set[str]] = {
         "files", "kernels", "config", "environment", "profiling", "optional_packages", "model", "storage", "refusal",
         "moving_mnist", "calibration", "fused", "graphs", "figures",
     },
-    "calibrate": {"config", "refusal", "entry", "calibration"},
+    "calibrate": {"config", "refusal", "entry", "calibration", "fused"},
     "evaluate": {
         "entry",
         "files", "kernels", "config", "optional_packages", "model", "storage", "refusal", "moving_mnist", "calibration",
