@@ -57,7 +57,8 @@ class Config:
     """Fused kernels (a GPU only), plain PyTorch, or auto: what was measured to be fastest on this GPU, which the first
     run does for up to a minute (python -m fastjepa.calibrate; FASTJEPA_CALIBRATE=0 leaves it out)."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """Whole training steps in one launch (a GPU only): on, off, or auto: where that was measured to be faster."""
+    """Whole training steps, up to ten in one launch (a GPU only): on, off, or auto: where that was measured to be
+    faster."""
     recompute: Literal["auto", "on", "off"] = "auto"
     """Fused networks compute activations again in the backward pass, for less memory and more time: on, off, or auto:
     where memory asks for it, by counted bytes, or where that was measured to be faster. The same numbers, bit for
