@@ -48,7 +48,7 @@ ROOMS: dict[str, set[str]] = {
     "evaluate": {
         "entry",
         "files", "kernels", "config", "optional_packages", "model", "storage", "refusal", "moving_mnist", "calibration",
-        "fused", "training",
+        "fused", "graphs", "training",
     },
     "rollout": {
         "config", "environment", "model", "refusal", "entry", "moving_mnist", "calibration", "graphs", "figures",

@@ -19,7 +19,7 @@ from fastjepa.config import Config, resolve_device, resolve_precision
 from fastjepa.environment import run_environment
 from fastjepa.files.safe_files import CheckpointError, write_atomic, write_text_atomic
 from fastjepa.fused.swap import accelerate
-from fastjepa.graphs import GraphedTrainStep
+from fastjepa.graphs import GraphedRollout, GraphedTrainStep
 from fastjepa.model.jepa import build_jepa
 from fastjepa.model.probes import build_probes
 from fastjepa.model.step import StepLosses, TrainStep, build_optimizer
@@ -133,6 +133,8 @@ class Trainer:
         if choice.cuda_graph:
             sums = (self.epoch_losses, self.interval_losses)
             self.graphed_step = GraphedTrainStep(self.step, self.train_clips, accumulators=sums)
+        # Of evaluations: recorded at the first, and replayed in those after it.
+        self.graphed_rollout = GraphedRollout(self.jepa, fold_batch_norm=True) if choice.cuda_graph else None
         # A trace is of single steps.
         several = self.graphed_step is not None and not config.profile
         self.steps_per_launch = steps_per_launch(config.log_every, config.checkpoint_every) if several else 1
@@ -282,7 +284,7 @@ class Trainer:
     def _evaluate(self, board: Board) -> Evaluation:
         evaluation = evaluate(
             self.jepa, self.image_decoder, self.detection_head, self.val_clips, self.config.batch_size,
-            autocast_dtype=self.autocast_dtype,
+            autocast_dtype=self.autocast_dtype, rollout=self.graphed_rollout,
         )  # fmt: skip
         for name, value in evaluation.as_row().items():
             board.add_scalar(f"val/{name}", value, self.global_step)
