@@ -20,6 +20,7 @@ from bench.harness.variants import Computation, Tensors, Variant, always, needs_
 from bench.recipe import Recipe, arithmetic, build_model, make_clips
 from bench.recipe_suite import run_suite
 from fastjepa.fused.swap import accelerate
+from fastjepa.graphs import GraphedRollout
 from fastjepa.moving_mnist import ClipSet
 from fastjepa.optional_packages import require_packages
 from fastjepa.training.evaluation import evaluate
@@ -35,6 +36,7 @@ class Way:
     literal: bool = False
     precision: str = "fp32"
     fused: bool = False
+    graph: bool = False  # the rollout of a batch in one launch
 
 
 def make_inputs(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Tensors:
@@ -64,7 +66,8 @@ class Evaluate:
         self.model = build_model(recipe, device, dtype)
         settle(self.model[0], recipe)
         if way.fused:
-            accelerate(self.model[0], backend="fused", verbose=False)
+            accelerate(self.model[0], backend="fused", purpose="inference", verbose=False)
+        self.rollout = GraphedRollout(self.model[0], fold_batch_norm=True) if way.graph else None
         self.detections: list[Tensor] = []
         self.model[2].register_forward_hook(lambda module, inputs, out: self.detections.append(out.flatten()))
 
@@ -78,6 +81,7 @@ class Evaluate:
                 self.recipe.batch,
                 autocast_dtype=torch.bfloat16 if self.way.precision == "bf16" else None,
                 literal=self.way.literal,
+                rollout=self.rollout,
             )
         losses = {"recon_loss": found.recon_loss, "det_loss": found.det_loss}
         scalars = {name: torch.tensor(value, dtype=torch.float32) for name, value in losses.items()}
@@ -131,13 +135,15 @@ def make_case(recipe: Recipe, note: str = "") -> Case:
 
 
 def make_variants(recipe: Recipe) -> list[Variant]:
-    """The original's evaluation, the de-duplicated one, and that one with less precision and fused kernels."""
+    """The original's evaluation, the de-duplicated one, and that one with less precision, fused kernels and graphs."""
     ways: list[tuple[str, Way, Callable[[torch.device], str | None]]] = [
         (LITERAL, Way(literal=True), always),
         ("each thing once", Way(), always),
         ("TF32", Way(precision="tf32"), needs_cuda),
         ("bf16", Way(precision="bf16"), needs_cuda),
+        ("bf16, rollouts as a graph", Way(precision="bf16", graph=True), needs_cuda),
         ("fused bf16", Way(precision="bf16", fused=True), needs_kernels),
+        ("fused bf16, rollouts as a graph", Way(precision="bf16", fused=True, graph=True), needs_kernels),
     ]
     return [Variant(name, partial(build, recipe, way), way.precision, available=found) for name, way, found in ways]
 

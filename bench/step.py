@@ -45,6 +45,7 @@ class Way:
     channels_last: bool = False
     compile: bool = False
     fused_blocks: bool = False
+    recompute: bool = True  # of fused blocks
     graph: bool = False
     fastest: bool = False  # cuDNN's fastest algorithms, not the trainer's deterministic ones
 
@@ -66,7 +67,7 @@ class Step:
             for network in networks:
                 network.to(memory_format=torch.channels_last)
         if way.fused_blocks:
-            accelerate(jepa, backend="fused", verbose=False)
+            accelerate(jepa, backend="fused", recompute="on" if way.recompute else "off", verbose=False)
         half = way.precision == "bf16"
         self.step = TrainStep(
             *model,
@@ -185,6 +186,7 @@ def make_variants(recipe: Recipe, device: torch.device) -> list[Variant]:
         ("fused losses", replace(half, projection="fused"), needs_kernels, ""),
         ("fused blocks", blocks, needs_kernels, ""),
         (GRAPH, replace(blocks, graph=True), needs_kernels, ""),
+        (f"{GRAPH}, activations kept", replace(blocks, graph=True, recompute=False), needs_kernels, ""),
         (f"{GRAPH}, cuDNN's fastest", replace(blocks, graph=True, fastest=True), needs_kernels, ""),
         ("original, cuDNN's fastest", Way(literal=True, fastest=True), needs_cuda, _FASTEST),
         (COMPILED, replace(half, compile=True), needs_cuda, _PLAIN),

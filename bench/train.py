@@ -96,7 +96,7 @@ def train(
         trainer.note(
             evaluate(
                 trainer.jepa, trainer.image_decoder, trainer.detection_head, trainer.val_clips, config.batch_size,
-                autocast_dtype=trainer.autocast_dtype,
+                autocast_dtype=trainer.autocast_dtype, rollout=trainer.graphed_rollout,
             )
         )  # fmt: skip
         return trainer, False

@@ -20,10 +20,12 @@ from typing import get_args
 
 import torch
 
+from fastjepa.calibration.memory import Memory, recompute_first
 from fastjepa.calibration.setting import CONTEXT, ROLLOUT_STEPS, setting_of_config, setting_of_rollout
 from fastjepa.calibration.store import MEASURED, read_rows, rows_folder
-from fastjepa.calibration.verdict import Verdict, resolve
+from fastjepa.calibration.verdict import Verdict, resolve, switched_off
 from fastjepa.config import Config, Precision, resolve_device, resolve_precision
+from fastjepa.fused.step_memory import memory_on
 from fastjepa.refusal import CommandParser, refusals
 
 _SIZES = ("batch_size", "n_frames", "canvas", "henc", "hpre", "dstc", "steps")
@@ -53,8 +55,15 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m fastjepa.cali
             setting = setting_of_rollout(config, device, precision, config.batch_size)
         else:
             setting = setting_of_config(config, device, precision)
-        verdict = resolve(setting, device, cache_dir=options.cache_dir, redo=options.redo)
-    print(verdict.report(verdict.best()))
+        memory = "" if switched_off() else memory_on(setting, device)
+        allowed = memory.allows if isinstance(memory, Memory) else lambda _: True
+        verdict = resolve(
+            setting, device, allowed=allowed, recompute=recompute_first(memory), cache_dir=options.cache_dir,
+            redo=options.redo,
+        )  # fmt: skip
+    print(verdict.report(verdict.best(allowed)))
+    if str(memory):
+        print(f"  {memory}")
     return 0
 
 

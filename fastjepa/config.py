@@ -57,7 +57,12 @@ class Config:
     """Fused kernels (a GPU only), plain PyTorch, or auto: what was measured to be fastest on this GPU, which the first
     run does for up to a minute (python -m fastjepa.calibrate; FASTJEPA_CALIBRATE=0 leaves it out)."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """Whole training steps in one launch (a GPU only): on, off, or auto: where that was measured to be faster."""
+    """Whole training steps, up to ten in one launch (a GPU only): on, off, or auto: where that was measured to be
+    faster."""
+    recompute: Literal["auto", "on", "off"] = "auto"
+    """Fused networks compute activations again in the backward pass, for less memory and more time: on, off, or auto:
+    where memory asks for it, by counted bytes, or where that was measured to be faster. The same numbers, bit for
+    bit."""
     device: str = "auto"
     """"auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N"."""
 
@@ -164,7 +169,7 @@ def _is_projector(sizes: Any, dstc: int) -> bool:
 # Options that may change when a run is resumed: they decide where and how long it runs, not what is computed.
 MAY_CHANGE_ON_RESUME = (
     "epochs", "max_steps", "device", "data_path", "digits", "cache_dir", "out", "resume", "eval_every",
-    "checkpoint_every", "log_every", "preset", "cuda_graph", "profile",
+    "checkpoint_every", "log_every", "preset", "cuda_graph", "recompute", "profile",
 )  # fmt: skip
 
 # "full" is the original's examples/video_jepa/cfgs/default.yaml. "readme" is the command in that example's README until

@@ -21,6 +21,7 @@ from fastjepa.calibration.choice import EAGER, Choice
 from fastjepa.config import Config, resolve_device
 from fastjepa.files.safe_files import CheckpointError, write_text_atomic
 from fastjepa.fused.swap import accelerate
+from fastjepa.graphs import CudaGraphChoice, GraphedRollout, use_cuda_graph
 from fastjepa.kernels.checks import unavailable_reason
 from fastjepa.model.jepa import JEPA, build_jepa
 from fastjepa.model.networks import DetHead, ImageDecoder
@@ -51,6 +52,8 @@ class Options:
     """Clips per batch; default: as in training. AP per batch depends on it a little, pooled AP does not."""
     literal: bool = False
     """Repeat the work as the original does."""
+    cuda_graph: CudaGraphChoice = "auto"
+    """Roll a batch out in one launch (a GPU only): on, off, or auto: where the run was trained with graphs."""
     cache_dir: Path | None = None
     """Folder of the data; default: as in training."""
     json: Path | None = None
@@ -66,6 +69,12 @@ def load_run(checkpoint: Path, device: torch.device) -> tuple[Config, JEPA, Imag
     Raises:
         CheckpointError: missing, damaged, or not the checkpoint of a run.
     """
+    _, config, jepa, decoder, head = load_run_and_choice(checkpoint, device)
+    return config, jepa, decoder, head
+
+
+def load_run_and_choice(checkpoint: Path, device: torch.device) -> tuple[Choice, Config, JEPA, ImageDecoder, DetHead]:
+    """`load_run`, and what the run resolved."""
     state, path = load_run_checkpoint(checkpoint)
     try:
         config = Config.from_json(state["config"])
@@ -89,7 +98,7 @@ def load_run(checkpoint: Path, device: torch.device) -> tuple[Config, JEPA, Imag
     )
     if networks != EAGER:
         accelerate(jepa, choice=networks, purpose="inference", verbose=False)
-    return config, jepa, decoder.to(device), head.to(device)
+    return choice, config, jepa, decoder.to(device), head.to(device)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m fastjepa.evaluate") -> None:
@@ -100,12 +109,17 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m fastjepa.eval
             raise ValueError(f"--batch_size must be at least 1, got {options.batch_size}")
         require_packages("evaluation", "torchmetrics")
         device = resolve_device(options.device)
-        config, jepa, decoder, head = load_run(options.checkpoint, device)
+        if options.literal and options.cuda_graph == "on":
+            raise ValueError("--cuda_graph on cannot be served with --literal, which rolls out as the original does")
+        use_cuda_graph(options.cuda_graph, device)  # refuses what cannot be served, before anything is read
+        choice, config, jepa, decoder, head = load_run_and_choice(options.checkpoint, device)
         set_precision(config.precision)
+        graph = use_cuda_graph(options.cuda_graph, device, measured_faster=choice.cuda_graph) and not options.literal
         _, clips = load_run_clips(config, options.cache_dir)
         result = evaluate(
             jepa, decoder, head, clips.to(device), options.batch_size or config.batch_size,
             autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None, literal=options.literal,
+            rollout=GraphedRollout(jepa, fold_batch_norm=True) if graph else None,
         )  # fmt: skip
         if options.json is not None:
             write_text_atomic(options.json, json.dumps(result.as_row(), indent=2) + "\n")

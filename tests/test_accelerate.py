@@ -14,6 +14,7 @@ import fastjepa
 from calibration_standins import some_setting, trial
 from compare import assert_near
 from fastjepa.calibration.choice import Choice
+from fastjepa.calibration.memory import Memory
 from fastjepa.calibration.setting import Setting
 from fastjepa.calibration.trial import Trial
 from fastjepa.calibration.verdict import Verdict
@@ -478,7 +479,7 @@ def test_fused_where_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None
 def decided(monkeypatch: pytest.MonkeyPatch, *rows: Trial, origin: str = "pretended", **options: Any) -> Any:
     """What "auto" decides on a GPU where a calibration gives these rows."""
     monkeypatch.setattr(decision, "setting_of_jepa", lambda *_, **kw: some_setting(purpose=kw["purpose"]))
-    monkeypatch.setattr(decision, "resolve", lambda setting, _: Verdict(setting, rows, origin))
+    monkeypatch.setattr(decision, "resolve", lambda setting, _, **__: Verdict(setting, rows, origin))
     arguments = {"precision": "keep", "example": None, "purpose": "train", "choice": None, **options}
     return decision.decide(tiny_jepa(), torch.device("cuda"), "auto", **arguments)
 
@@ -538,13 +539,93 @@ def test_memory_that_is_set_aside_is_given_to_who_measures(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: order.append("empty_cache"))
     monkeypatch.setattr(decision, "setting_of_jepa", lambda *_, **__: some_setting())
 
-    def pretended(setting: Setting, device: torch.device) -> Verdict:
+    def pretended(setting: Setting, device: torch.device, **_: Any) -> Verdict:
         order.append("resolve")
         return Verdict(setting, (), "pretended")
 
     monkeypatch.setattr(decision, "resolve", pretended)
     decision.decide(tiny_jepa(), torch.device("cuda"), "auto", "keep", None, "train", None)
     assert order == ["empty_cache", "resolve"]
+
+
+# ---- recomputation ----
+
+PLENTY, SCARCE = Memory(keeping=3, recomputing=2, free=9), Memory(keeping=3, recomputing=2, free=2)
+
+
+def counted_and_decided(
+    monkeypatch: pytest.MonkeyPatch, memory: Memory | None, rows: tuple[Trial, ...] = (), **options: Any
+) -> decision.Decision:
+    """What is wanted on a pretended GPU with such memory, where such rows were measured."""
+
+    def counted(setting: Setting, device: torch.device) -> Memory | str:
+        if setting.purpose == "inference":
+            return ""
+        assert memory is not None, "it counts"
+        assert setting.batch == 5
+        return memory
+
+    def measured(setting: Setting, device: torch.device, *, allowed: Any, recompute: bool) -> Verdict:
+        assert all(allowed(row.choice) for row in rows if row.choice.recompute == recompute)
+        return Verdict(setting, rows, "pretended")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(decision, "setting_of_jepa", lambda *_, purpose, **__: some_setting(batch=5, purpose=purpose))
+    monkeypatch.setattr(decision, "memory_on", counted)
+    monkeypatch.setattr(decision, "resolve", measured)
+    arguments = {"backend": "fused", "precision": "bf16", "example": None, "purpose": "train", "choice": None}
+    return decision.decide(tiny_jepa(), torch.device("cuda"), **{**arguments, **options})
+
+
+FUSED, KEEPING = Choice(batch_norm=True, losses="fused", recompute=True), Choice(batch_norm=True, losses="fused")
+
+
+def test_a_fused_model_recomputes_where_memory_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for memory, expected in ((PLENTY, KEEPING), (SCARCE, FUSED)):
+        found = counted_and_decided(monkeypatch, memory)
+        assert found.choice == expected
+        assert found.calibration == str(memory)
+    assert counted_and_decided(monkeypatch, None, recompute="on").choice == FUSED
+    assert counted_and_decided(monkeypatch, None, recompute="off").choice == KEEPING
+    assert counted_and_decided(monkeypatch, None, purpose="inference").choice == KEEPING  # which keeps nothing
+    # What is not of the published form has no count.
+    monkeypatch.setattr(decision, "setting_of_jepa", lambda *_, **__: "its encoder strides")
+    found = decision.decide(tiny_jepa(), torch.device("cuda"), "fused", "keep", None, "train", None)
+    assert found.choice == FUSED
+    assert found.calibration == "the memory of a step is not known (its encoder strides): recomputation"
+
+
+def test_auto_takes_what_was_measured_of_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = (trial(KEEPING, 2.0), trial(FUSED, 3.0))
+    for options, memory, expected in (
+        ({}, PLENTY, KEEPING), ({}, SCARCE, FUSED), ({"recompute": "on"}, None, FUSED),
+        ({"recompute": "off"}, None, KEEPING),
+    ):  # fmt: skip
+        found = counted_and_decided(monkeypatch, memory, rows, backend="auto", **options)
+        assert found.choice == expected
+        assert found.calibration.endswith(f": 5.00× eager, 2.00 ms instead of 10.00\n    {rows[1]}\n  {PLENTY}") == (
+            memory is PLENTY
+        )
+    assert (
+        counted_and_decided(monkeypatch, None, backend="auto", recompute="on").choice == FUSED
+    )  # served, though never measured
+    with pytest.raises(RuntimeError, match="recompute='on' cannot be served: nothing with it works here, for example"):
+        counted_and_decided(monkeypatch, None, (trial(FUSED, status="wrong"),), backend="auto", recompute="on")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "eager"}, "recompute='on' is for fused networks in training: backend='eager' has none"),
+        ({}, "recompute='on' is for fused networks in training: auto takes none on a CPU; use 'auto' or 'off'"),
+        ({"purpose": "inference"}, "in training: a rollout keeps nothing"),
+        ({"choice": Choice()}, "a choice says which parts are swapped, and so does recompute='on'; give one of them"),
+        ({"recompute": "maybe"}, "recompute must be one of auto, on, off; got 'maybe'"),
+    ],
+)
+def test_recomputation_that_cannot_be_served(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fastjepa.accelerate(tiny_jepa(), **{"recompute": "on", **options})
 
 
 def test_a_choice_is_served_laid_out_and_undone(device: str) -> None:

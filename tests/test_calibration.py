@@ -12,6 +12,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ import torch
 from calibration_standins import BOTH, CHANNELS_LAST, LIMITS, MANY_BEST, some_setting, trial
 from fastjepa.calibration import children
 from fastjepa.calibration.choice import EAGER, Choice
-from fastjepa.calibration.search import everything, neighbours, next_choice, single_parts
+from fastjepa.calibration.memory import Memory
+from fastjepa.calibration.search import among, everything, neighbours, next_choice, single_parts
 from fastjepa.calibration.setting import Purpose
 from fastjepa.calibration.store import read_rows, rows_folder, rows_path, write_rows
 from fastjepa.calibration.trial import Trial, settled
@@ -39,11 +41,11 @@ class Rehearsal:
         return next(row for row in self.verdict.rows if row.choice == choice)
 
 
-def rehearse(cache: Path, makers: str, **options: bool) -> Rehearsal:
+def rehearse(cache: Path, makers: str, **options: Any) -> Rehearsal:
     said: list[str] = []
     verdict = resolve(
         some_setting(), CPU, cache_dir=cache, makers=f"calibration_standins:{makers}", limits=LIMITS, say=said.append,
-        **options,  # type: ignore[arg-type]
+        **options,
     )  # fmt: skip
     return Rehearsal(verdict, said, cache)
 
@@ -307,6 +309,52 @@ def test_everything_comes_first_and_then_each_part_is_left_out(purpose: Purpose)
     assert set(single_parts(purpose)).isdisjoint(order[: len(list(neighbours(purpose, top)))])
     if purpose == "inference":
         assert not any(choice.recompute or choice.losses != "eager" for choice in order)
+
+
+@pytest.mark.parametrize(
+    ("memory", "expected"),
+    [
+        (Memory(keeping=3, recomputing=2, free=9), [False, True]),
+        (Memory(keeping=3, recomputing=2, free=2), [True]),
+        (Memory(keeping=3, recomputing=2, free=1), [True, False]),
+    ],
+)
+def test_recomputation_is_tried_as_counted_memory_says(memory: Memory, expected: list[bool]) -> None:
+    """Both ways where both fit, and only recomputation where nothing else does; the likelier first."""
+    trials: list[Trial] = []
+
+    def following() -> Choice | None:
+        return next_choice("train", among(memory.allows, trials), memory.recompute)
+
+    while (choice := following()) is not None:
+        trials.append(trial(choice, 5.0 if choice.needs_kernels else 10.0))
+    fused = [t.choice.recompute for t in trials if t.choice.batch_norm]
+    assert list(dict.fromkeys(fused)) == expected
+    assert trials[0].choice == everything("train", recompute=expected[0])
+
+
+def test_where_a_count_was_wrong_recomputation_is_tried_all_the_same() -> None:
+    top = everything("train", recompute=False)
+    plain = dataclasses.replace(top, cuda_graph=False)
+    trials = [trial(top, status="out of memory"), trial(plain, status="out of memory")]
+    assert next_choice("train", trials, recompute=False) == everything("train", recompute=True)
+    # One that needed a second process has said enough.
+    assert next_choice("train", trials[:1], recompute=False) == plain
+    trials = [trial(top, status="crashed"), trial(plain, status="crashed")]
+    assert next_choice("train", trials, recompute=False) == Choice(losses="fused")
+
+
+def test_children_begin_with_what_memory_allows(tmp_path: Path) -> None:
+    """Over two starts, between which memory has become scarce: what was measured before is not forgotten."""
+    plenty, scarce = Memory(3, 2, 9), Memory(3, 2, 2)
+    first = rehearse(tmp_path, "many", allowed=plenty.allows, recompute=plenty.recompute)
+    assert first.verdict.rows[0].choice == everything("train", recompute=False)
+    assert first.verdict.best(plenty.allows) == MANY_BEST
+    second = rehearse(tmp_path, "many", allowed=scarce.allows, recompute=scarce.recompute)
+    assert second.verdict.rows[: len(first.verdict.rows)] == first.verdict.rows
+    new = [row.choice for row in second.verdict.rows[len(first.verdict.rows) :]]
+    assert all(choice.recompute or not choice.batch_norm for choice in new)
+    assert second.verdict.best(scarce.allows) == dataclasses.replace(MANY_BEST, recompute=True)
 
 
 @pytest.mark.parametrize("status", ["crashed", "hung", "wrong", "unavailable", "failed"])

@@ -17,6 +17,7 @@ from fastjepa import calibrate
 from fastjepa.calibration import setting as setting_module
 from fastjepa.calibration import store
 from fastjepa.calibration.choice import Choice
+from fastjepa.calibration.memory import Memory
 from fastjepa.calibration.setting import Setting, setting_of_config, setting_of_jepa, sources_hash
 from fastjepa.calibration.store import (
     MEASURED,
@@ -315,9 +316,14 @@ def test_what_the_command_asks_on_a_gpu(
     monkeypatch.setattr("fastjepa.calibration.setting.device_name", lambda _: "Some GPU")
     monkeypatch.setattr("fastjepa.calibration.setting.driver_version", lambda _: "1")
     monkeypatch.setattr(calibrate, "resolve", pretended)
+    scarce = Memory(keeping=3, recomputing=2, free=2)
+    monkeypatch.setattr(calibrate, "memory_on", lambda setting, _: "" if setting.purpose == "inference" else scarce)
     assert calibrate.main(flags) == 0
     assert {name: asked[name] for name in expected} == expected
-    assert "2.50× eager" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "2.50× eager" in told
+    assert told.endswith(f"\n  {scarce}\n") == (asked["purpose"] == "train")
+    assert asked["allowed"](Choice(batch_norm=True)) == (asked["purpose"] == "inference")
 
 
 def test_a_rollout_has_no_steps_of_training(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import re
 import shlex
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import fastjepa
 from absence import python, run_as_main, without
@@ -18,7 +21,10 @@ from bench import train as bench_train
 from fastjepa import compare_steps, evaluate
 from fastjepa.__main__ import COMMANDS
 from fastjepa.__main__ import main as command
+from fastjepa.graphs import GraphedRollout
 from fastjepa.training.command_line import parse_config
+from fastjepa.training.evaluation import Evaluation
+from fastjepa.training.evaluation import evaluate as evaluation
 from fastjepa.training.handed_on import refuse_flags, split_at_dashes
 from fastjepa.training.trainer import Trainer
 
@@ -57,6 +63,57 @@ def test_evaluating_again_gives_the_metrics_of_the_run(
         ranks = "ap_" in name or "map" in name
         assert again[name] == pytest.approx(float(row[name]), rel=1e-2 if ranks and options else 1e-5), name
     assert "AP_0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "trained_with_graphs", "expected"),
+    [("", False, False), ("", True, True), ("--cuda_graph off", True, False), ("--cuda_graph on", False, True),
+     ("--literal", True, False)],
+)  # fmt: skip
+def test_evaluating_with_rollouts_in_one_launch(
+    run: Path, flags: str, trained_with_graphs: bool, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a pretended GPU: auto does as the run did."""
+    load = evaluate.load_run_and_choice
+
+    def loaded(checkpoint: Path, device: torch.device) -> tuple[Any, ...]:
+        choice, *rest = load(checkpoint, device)
+        return dataclasses.replace(choice, cuda_graph=trained_with_graphs), *rest
+
+    def chosen(choice: str, _: torch.device, *, measured_faster: bool = False) -> bool:
+        return choice == "on" or (choice == "auto" and measured_faster)
+
+    rollouts = []
+
+    def noted(*arguments: Any, rollout: GraphedRollout | None, **options: Any) -> Evaluation:
+        rollouts.append(rollout)
+        return evaluation(*arguments, rollout=rollout, **options)
+
+    monkeypatch.setattr(evaluate, "load_run_and_choice", loaded)
+    monkeypatch.setattr(evaluate, "use_cuda_graph", chosen)
+    monkeypatch.setattr(evaluate, "evaluate", noted)
+    evaluate.main(["--checkpoint", str(run), "--device", "cpu", "--json", str(tmp_path / "a.json"), *flags.split()])
+    (rollout,) = rollouts
+    assert (rollout is not None) == expected
+    assert rollout is None or rollout.recordings_made == 2  # of three clips, and of the two that are left
+    (row,) = csv.DictReader((run / "metrics.csv").open())
+    assert json.loads((tmp_path / "a.json").read_text())["pooled_map"] == pytest.approx(
+        float(row["pooled_map"]), rel=1e-2
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--cuda_graph on", "--cuda_graph on needs a CUDA device, and this runs on cpu"),
+        ("--cuda_graph on --literal", "--cuda_graph on cannot be served with --literal"),
+    ],
+)
+def test_a_graph_that_cannot_be_served(run: Path, flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(["--checkpoint", str(run), "--device", "cpu", *flags.split()])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_evaluating_what_is_not_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,9 +6,12 @@ from sklearn.metrics import average_precision_score
 
 from fastjepa.fused.folding import folded_batch_norm
 from fastjepa.fused.swap import accelerate
+from fastjepa.graphs import GraphedRollout
 from fastjepa.model.step import TrainStep
 from fastjepa.moving_mnist import ClipSet
+from fastjepa.training import evaluation
 from fastjepa.training.evaluation import average_precision, eval_mode, evaluate, horizons_of, rollout_tails
+from graph_cases import EVERY_DEVICE
 from tiny import tiny_batch, tiny_model
 
 
@@ -104,6 +107,60 @@ def test_pooled_ap_and_losses_do_not_depend_on_the_batch_size() -> None:
     assert one.recon_loss == pytest.approx(two.recon_loss, rel=1e-6)
     assert one.ap == pytest.approx(one.pooled_ap)  # one batch is the whole set
     assert one.ap != two.ap
+
+
+# ---- rolled out in one launch ----
+
+
+@EVERY_DEVICE
+@pytest.mark.parametrize("autocast_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("fold", [False, True])
+def test_a_rollout_in_one_launch_gives_the_same_numbers(
+    device: str, autocast_dtype: torch.dtype | None, fold: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit without folding; with it, but for the layout in which a CPU convolves. The last batch is ragged.
+    Recordings serve the next evaluation too, after the weights have changed in place.
+    """
+    jepa, decoder, head = (module.to(device) for module in trained(torch.float32))
+    data = clips(5).to(device)
+    if not fold:
+        monkeypatch.setattr(evaluation, "folded_batch_norm", lambda network: network)
+    rollout = GraphedRollout(jepa, fold_batch_norm=fold)
+    before = None
+    for _ in range(2):
+        expected = evaluate(jepa, decoder, head, data, 2, autocast_dtype=autocast_dtype)
+        found = evaluate(jepa, decoder, head, data, 2, autocast_dtype=autocast_dtype, rollout=rollout)
+        assert found != before
+        if not fold and device == "cpu":
+            assert found == expected
+        assert found.as_row() == pytest.approx(expected.as_row(), rel=1e-5 if autocast_dtype is None else 0.1)
+        before = found
+        with torch.no_grad():
+            for module in (jepa.predictor, head):
+                for parameter in module.parameters():
+                    parameter.mul_(1.5)
+    assert rollout.recordings_made == 2  # full and ragged
+
+
+def test_a_fused_model_is_rolled_out_in_one_launch(device: str) -> None:
+    jepa, decoder, head = (module.to(device) for module in trained(torch.float32))
+    accelerate(jepa, backend="fused", verbose=False)
+    data, rollout = clips(3, frames=4, size=8).to(device), GraphedRollout(jepa, fold_batch_norm=True)
+    expected = evaluate(jepa, decoder, head, data, 2)
+    found = evaluate(jepa, decoder, head, data, 2, rollout=rollout)
+    if device == "cpu":
+        assert found == expected
+    assert found.as_row() == pytest.approx(expected.as_row(), rel=1e-5)
+
+
+def test_a_rollout_that_is_of_no_use_is_refused() -> None:
+    model, other = trained(torch.float32), trained(torch.float32)
+    with pytest.raises(ValueError, match="`rollout` is of another predictor than that of `jepa`"):
+        evaluate(*model, clips(2), 2, rollout=GraphedRollout(other[0]))
+    with pytest.raises(ValueError, match="a literal evaluation rolls every frame out at every step"):
+        evaluate(*model, clips(2), 2, literal=True, rollout=GraphedRollout(model[0]))
+    with pytest.raises(ValueError, match="there are no clips to evaluate"):
+        evaluate(*model, clips(0), 2)
 
 
 def test_evaluation_changes_nothing() -> None:

@@ -76,6 +76,36 @@ def test_tails_are_those_of_the_evaluation(device: str, steps: int) -> None:
     assert rollout.recordings_made == 1
 
 
+@pytest.mark.parametrize("size", [(16, 16), (9, 7)])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("autocast_dtype", [None, torch.bfloat16])
+def test_on_a_cpu_tails_are_those_of_the_evaluation_bit_for_bit(
+    size: tuple[int, int], channels_last: bool, autocast_dtype: torch.dtype | None
+) -> None:
+    """And lie in memory as those do: frame by frame in the order of the clips, in the layout of the network."""
+    jepa, states = trained_jepa(), some_states(batch=3, frames=7, size=size)
+    if channels_last:
+        jepa = jepa.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with torch.autocast("cpu", dtype=autocast_dtype, enabled=autocast_dtype is not None):
+        states = states if autocast_dtype is None else states.to(autocast_dtype)
+        with eval_mode(jepa):
+            expected = list(rollout_tails(jepa.predictor, states, 4))
+        tails = GraphedRollout(jepa).tails(states, 4, copy=False)
+    for tail, wanted in zip(tails, expected, strict=True):
+        assert torch.equal(tail, wanted)
+        assert tail.dtype == wanted.dtype
+        assert tail.stride() == wanted.stride()
+
+
+def test_a_rollout_says_whose_it_is() -> None:
+    jepa, other = trained_jepa(), trained_jepa()
+    rollout = GraphedRollout(jepa)
+    assert rollout.predictor is jepa.predictor
+    jepa.predictor = other.predictor
+    assert rollout.predictor is other.predictor
+    assert GraphedRollout(other.predictor).predictor is other.predictor
+
+
 @pytest.mark.parametrize("context", [1, 3])
 def test_other_context_lengths(context: int) -> None:
     torch.manual_seed(0)

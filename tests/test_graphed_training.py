@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import csv
 import json
+import random
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fastjepa.config import Config
-from fastjepa.graphs import make_capturable
+from fastjepa.graphs import GraphedRollout, make_capturable
 from fastjepa.storage.checkpoint import load_checkpoint
 from fastjepa.storage.run_folder import CHECKPOINT_NAME
+from fastjepa.training import launches
+from fastjepa.training import trainer as trainer_module
 from fastjepa.training.command_line import parse_config
+from fastjepa.training.stop_signals import Interrupted
 from fastjepa.training.trainer import NonFiniteLossError, Trainer
 
 # 3 steps an epoch, the last batch ragged.
@@ -62,8 +70,11 @@ def test_a_graphed_run_is_the_plain_run_and_resumes_exactly(
     run = trainer(cache, tmp_path / "whole", device=device)
     run.run()
     assert run.graphed_step is not None
-    assert run.graphed_step.recordings_made == 2  # full and ragged; evaluations and checkpoints in between cost none
+    # Two full ones, one, and the ragged one; evaluations and checkpoints in between cost none.
+    assert run.graphed_step.recordings_made == 3
     assert run.epoch_losses.count_nonzero() == 0
+    assert run.graphed_rollout is not None
+    assert run.graphed_rollout.recordings_made == 1  # the same for both evaluations
 
     trainer(cache, tmp_path / "stopped", "--max_steps", "4", device=device).run()
     resumed = Trainer(parse_config(["--resume", str(tmp_path / "stopped"), "--max_steps", "100"]))
@@ -73,10 +84,118 @@ def test_a_graphed_run_is_the_plain_run_and_resumes_exactly(
 
     monkeypatch.setattr("fastjepa.training.resolution.use_cuda_graph", lambda *_: False)
     plain = trainer(cache, tmp_path / "plain", device=device)
+    assert plain.graphed_rollout is None
     make_capturable(plain.optimizer)  # the same Adam
+    if device == "cuda":  # and the same evaluation, to the last rounding, of which a rank may depend
+        plain.graphed_rollout = GraphedRollout(plain.jepa, fold_batch_norm=True)
     plain.run()
     assert plain.graphed_step is None
     assert_same_run(tmp_path / "plain", tmp_path / "whole")
+
+
+# ---- several steps in one launch -------------------------------------------------------------------------------------
+
+
+class Watched:
+    """A run whose every checkpoint is kept, and the size of every launch."""
+
+    def __init__(self, cache: Path, folder: Path, flags: str, most: int, patch: pytest.MonkeyPatch) -> None:
+        self.folder, self.checkpoints, self.launches = folder, list[dict[str, Any]](), list[int]()
+        save, step = trainer_module.save_checkpoint, Trainer._step
+
+        def kept(path: Path, state: dict[str, Any]) -> None:
+            self.checkpoints.append(copy.deepcopy(state))
+            save(path, state)
+
+        def counted(trainer: Trainer, indices: torch.Tensor) -> None:
+            self.launches.append(1 if indices.dim() == 1 else len(indices))
+            step(trainer, indices)
+
+        random.seed(0)  # its state, which is in a checkpoint, is the process's
+        with patch.context() as during:
+            during.setattr(launches, "MOST_STEPS", most)
+            during.setattr(trainer_module, "save_checkpoint", kept)
+            during.setattr(Trainer, "_step", counted)
+            trainer(cache, folder, *flags.split()).run()
+
+    def metrics(self) -> list[dict[str, str]]:
+        return [row for row in csv.DictReader((self.folder / "metrics.csv").open()) if row.pop("seconds")]
+
+
+def assert_equal(a: Any, b: Any, where: str = "") -> None:
+    """Bit for bit, but for the seconds that steps took and the folder."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a.keys() - {"seconds", "out"}:
+            assert_equal(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}/{i}")
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
+
+
+# 6 full batches an epoch and a ragged one, unless told otherwise; the sizes of the launches.
+SEVERAL = {
+    "--log_every 4 --checkpoint_every 8": [4, 1, 1, 1, 1, 4, 1, 1],
+    "--log_every 3 --checkpoint_every 5": [3, *[1] * 11],  # of which neither divides the other
+    "--log_every 50 --checkpoint_every 70": [3, 3, 1, 3, 3, 1],
+    "--log_every 50 --checkpoint_every 70 --n_train 18": [3, 3, 3, 3],  # no ragged batch
+    "--log_every 50 --checkpoint_every 70 --max_steps 11": [3, 3, 1, 3, 1],
+    "--log_every 1": [1] * 14,
+    "--batch_size 25": [1, 1],  # no full batch
+}
+
+
+@pytest.mark.parametrize("flags", SEVERAL)
+def test_launches_of_several_steps_change_nothing(
+    cache: Path, tmp_path: Path, graphs: None, monkeypatch: pytest.MonkeyPatch, flags: str
+) -> None:
+    """Every checkpoint on the way, and metrics.csv, are those of single steps, bit for bit."""
+    most = 3 if "50" in flags else 10
+    flags = flags if "n_train" in flags else f"{flags} --n_train 20"
+    several = Watched(cache, tmp_path / "several", flags, most, monkeypatch)
+    single = Watched(cache, tmp_path / "single", flags, 1, monkeypatch)
+    assert several.launches == SEVERAL[flags.removesuffix(" --n_train 20")]
+    assert single.launches == [1] * sum(several.launches)
+    assert [c["progress"]["global_step"] for c in several.checkpoints] == [
+        c["progress"]["global_step"] for c in single.checkpoints
+    ]
+    assert_equal(several.checkpoints, single.checkpoints)
+    assert several.metrics() == single.metrics()
+
+
+def test_a_stop_signal_waits_for_the_launch_and_the_run_goes_on_exactly(
+    cache: Path, tmp_path: Path, graphs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = "--log_every 4 --checkpoint_every 50 --n_train 20"
+    single = Watched(cache, tmp_path / "single", flags, 1, monkeypatch)
+    step = Trainer._step
+
+    def signalled(run: Trainer, indices: torch.Tensor) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        step(run, indices)
+
+    with monkeypatch.context() as once:
+        once.setattr(Trainer, "_step", signalled)
+        with pytest.raises(Interrupted):
+            trainer(cache, tmp_path / "stopped", *flags.split()).run()
+    assert load_checkpoint(tmp_path / "stopped" / CHECKPOINT_NAME)["progress"]["global_step"] == 4
+    # Stopped once more, at a step that no launch of 4 ends with, and with other intervals from there on.
+    Trainer(parse_config(["--resume", str(tmp_path / "stopped"), "--max_steps", "9"])).run()
+    Trainer(parse_config(["--resume", str(tmp_path / "stopped"), "--max_steps", "99", "--log_every", "3"])).run()
+    assert_same_run(tmp_path / "stopped", tmp_path / "single")
+    assert_equal(load_checkpoint(tmp_path / "stopped" / CHECKPOINT_NAME)["rows"], single.checkpoints[-1]["rows"])
+
+
+def test_a_trace_is_of_single_steps(cache: Path, tmp_path: Path, graphs: None) -> None:
+    assert trainer(cache, tmp_path / "plain").steps_per_launch == 2
+    assert trainer(cache, tmp_path / "profiled", "--profile").steps_per_launch == 1
+
+
+def test_without_a_graph_steps_are_launched_one_by_one(cache: Path, tmp_path: Path) -> None:
+    assert trainer(cache, tmp_path / "run").steps_per_launch == 1
 
 
 def test_a_run_may_go_on_without_graphs(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

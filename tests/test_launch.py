@@ -13,6 +13,7 @@ from bench.audit.command import kernel_modules
 from fastjepa.environment import ROOT
 from fastjepa.kernels import launch
 from fastjepa.kernels.batch_norm.fused import batch_norm_act
+from fastjepa.kernels.frame_windows.fused import first_windows
 from fastjepa.kernels.projected_losses.fused import projected_losses
 from projector_cases import loss_and_gradients, make_case
 
@@ -114,6 +115,7 @@ def test_every_launch_is_by_keyword_in_the_order_of_the_kernels_signature(
     for residual_bn in (None, norms[1]):
         x, residual = (torch.rand(40, 6, device=device, requires_grad=True) for _ in range(2))
         batch_norm_act(x, norms[0], residual, residual_bn).sum().backward()
+    first_windows(torch.rand(1, 2, 3, 2, 2, device=device, requires_grad=True), 2)[0].sum().backward()
     kernels = {kernel for name in kernel_modules() for kernel in kernels_of(name)}
     assert launched.keys() == kernels  # none is left out
 

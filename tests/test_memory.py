@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import saved
+from fastjepa.fused import step_memory
 from fastjepa.fused.networks import FusedResidualBlock, FusedResNet5, FusedResUNet
 from fastjepa.fused.swap import accelerate
 from fastjepa.model.networks import ResidualBlock, ResNet5, ResUNet
@@ -19,7 +19,7 @@ from tiny import tiny_batch, tiny_model
 def kept_bytes(function: Callable[[], Tensor], *modules: nn.Module) -> int:
     """Bytes that autograd keeps, without parameters and buffers."""
     owned = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    return saved.kept_bytes(function, owned)
+    return step_memory.kept_bytes(function, owned)
 
 
 def input_of(channels: int, device: str) -> Tensor:
@@ -70,7 +70,7 @@ def test_a_step_keeps_at_most_half(device: str) -> None:
     def of(fused: bool) -> int:
         jepa, *heads = (module.to(device) for module in tiny_model(projector="4-16-16"))
         if fused:
-            accelerate(jepa, backend="fused", verbose=False)
+            accelerate(jepa, backend="fused", recompute="on", verbose=False)
         step = TrainStep(jepa, *heads, steps=2, projection="auto" if fused else "eager")
         video, digit_location = (t.to(device) for t in tiny_batch(1, 4, (16, 16)))
         return kept_bytes(lambda: step.losses(video, digit_location).total, jepa, *heads)

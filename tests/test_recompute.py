@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 from fastjepa.fused.recompute import Maker, Recomputation, recompute_activations
+from fastjepa.fused.swap import accelerate
 from fastjepa.model.networks import ResUNet
+from fastjepa.model.step import TrainStep, build_optimizer
+from tiny import tiny_batch, tiny_model
 
 
 def test_a_maker_is_made_once_for_its_users_and_then_freed() -> None:
@@ -81,6 +84,29 @@ def test_gradients_are_bitwise_those_of_kept_activations(device: str) -> None:
     kept = torch.autograd.grad((keeping(x) * weight).sum(), parameters)
     for again in found:
         assert all(torch.equal(a, b) for a, b in zip(again, kept, strict=True))
+
+
+@pytest.mark.usefixtures("ordered_sums")
+@pytest.mark.parametrize("autocast_dtype", [None, torch.bfloat16])
+def test_a_training_step_is_bitwise_the_same(device: str, autocast_dtype: torch.dtype | None) -> None:
+    """Losses, gradients, buffers and weights of the published step, also of the second, which begins where the first
+    has moved them.
+    """
+    found = []
+    for recompute in ("on", "off"):
+        model = [module.to(device) for module in tiny_model()]
+        accelerate(model[0], backend="fused", recompute=recompute, verbose=False)  # type: ignore[arg-type]
+        assert model[0].encoder.recompute == (recompute == "on")
+        step = TrainStep(*model, build_optimizer(*model, 1e-3), steps=2, autocast_dtype=autocast_dtype)  # type: ignore[arg-type]
+        tensors: list[Tensor] = []
+        for seed in (1, 2):
+            losses = step(*(t.to(device) for t in tiny_batch(2, 4, (8, 8), seed)))
+            gradients = [p.grad for module in model for p in module.parameters() if p.grad is not None]
+            state = [value for module in model for value in module.state_dict().values()]
+            tensors += [value.clone() for value in (*losses, *gradients, *state)]
+        found.append(tensors)
+    assert len(found[0]) == len(found[1]) > 100
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_without_recomputation_nothing_is_remembered() -> None:

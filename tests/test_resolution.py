@@ -14,6 +14,7 @@ import torch
 from calibration_standins import LIMITS, some_setting, trial
 from fastjepa import evaluate
 from fastjepa.calibration.choice import Choice
+from fastjepa.calibration.memory import Memory
 from fastjepa.calibration.search import among, everything, next_choice
 from fastjepa.calibration.setting import Setting
 from fastjepa.calibration.store import read_rows, rows_folder, write_rows
@@ -38,6 +39,12 @@ PLAIN = dataclasses.replace(ALL, cuda_graph=False)
 MIXED = dataclasses.replace(PLAIN, recompute=False)
 EAGER_GRAPH = Choice(cuda_graph=True, channels_last=True)
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless a test says what."""
+    monkeypatch.setattr(resolution, "memory_on", lambda *_: "")
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +131,9 @@ def test_on_a_gpu_the_best_that_flags_allow(
     )  # fmt: skip
     asked = []
 
-    def pretended(setting: Any, device: torch.device, *, allowed: Any, cache_dir: Path | None) -> Verdict:
+    def pretended(
+        setting: Any, device: torch.device, *, allowed: Any, recompute: bool, cache_dir: Path | None
+    ) -> Verdict:
         asked.append((setting, cache_dir))
         return Verdict(some_setting(), rows, "pretended")
 
@@ -167,7 +176,7 @@ def test_a_search_tries_what_flags_allow(
     """And so finds the best of it, where a search among everything would walk elsewhere."""
     found: list[Trial] = []
 
-    def searched(setting: Any, device: torch.device, *, allowed: Any, cache_dir: Any) -> Verdict:
+    def searched(setting: Any, device: torch.device, *, allowed: Any, recompute: bool, cache_dir: Any) -> Verdict:
         found.extend(rows_of_a_search(allowed, {}))
         assert all(allowed(row.choice) for row in found)
         return Verdict(some_setting(), tuple(found), "searched")
@@ -258,6 +267,154 @@ def test_a_graph_that_was_found_not_to_work_is_no_different(monkeypatch: pytest.
     monkeypatch.setattr(resolution, "use_cuda_graph", lambda *_: True)
     with pytest.raises(ValueError, match="--cuda_graph on cannot be served here: nothing with it works, for example"):
         resolve_run(Config(precision="bf16", cuda_graph="on"), GPU)
+
+
+# ---- recomputation ---------------------------------------------------------------------------------------------------
+
+PLENTY, SCARCE = Memory(keeping=3, recomputing=2, free=9), Memory(keeping=3, recomputing=2, free=2)
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """A GPU with such memory, on which such rows were measured; gives what the calibration is asked."""
+
+    def pretend(memory: Memory | str | None, rows: tuple[Trial, ...] = ()) -> list[Any]:
+        asked: list[Any] = []
+
+        def counted(setting: Any, device: torch.device, clips: int) -> Memory | str:
+            assert memory is not None, "it counts"
+            assert (setting, device) == ("bf16", GPU)
+            asked.append(clips)
+            return memory
+
+        def measured(setting: Any, device: torch.device, **options: Any) -> Verdict:
+            asked.append(options)
+            return Verdict(some_setting(), rows, "pretended")
+
+        monkeypatch.setattr(resolution, "unavailable_reason", lambda _: None)
+        monkeypatch.setattr(resolution, "setting_of_config", lambda *arguments: arguments[-1])
+        monkeypatch.setattr(resolution, "memory_on", counted)
+        monkeypatch.setattr(resolution, "resolve", measured)
+        monkeypatch.setattr(resolution, "use_cuda_graph", lambda choice, _: choice == "on")
+        return asked
+
+    return pretend
+
+
+@pytest.mark.parametrize("graph", ["on", "off"])
+@pytest.mark.parametrize(
+    ("flag", "memory", "expected"),
+    [
+        ("auto", PLENTY, False),
+        ("auto", SCARCE, True),
+        ("auto", "it is not known", True),
+        ("on", None, True),
+        ("off", None, False),
+    ],
+)
+def test_where_nothing_is_measured_memory_is_counted(
+    pretend: Any, graph: str, flag: Any, memory: Any, expected: bool
+) -> None:
+    asked = pretend(memory)
+    found = resolve_run(Config(precision="bf16", backend="fused", cuda_graph=graph, recompute=flag), GPU)  # type: ignore[arg-type]
+    assert found.choice == dataclasses.replace(PLAIN, recompute=expected, cuda_graph=graph == "on")
+    assert found.report == str(memory or "")
+    assert asked == ([] if memory is None else [20_000 * 10 * (64 * 64 + 8 * 8)])  # the clips of the recipe
+
+
+@pytest.mark.parametrize(
+    ("flags", "memory", "expected", "first"),
+    [
+        ({}, PLENTY, dataclasses.replace(ALL, recompute=False), False),
+        ({}, SCARCE, ALL, True),
+        ({"recompute": "on"}, None, ALL, True),
+        ({"recompute": "off"}, None, dataclasses.replace(ALL, recompute=False), False),
+        ({"recompute": "on", "cuda_graph": "off"}, None, PLAIN, True),
+        ({"backend": "fused"}, SCARCE, ALL, True),
+        ({"backend": "eager"}, None, EAGER_GRAPH, True),
+        ({"backend": "eager", "recompute": "off"}, None, EAGER_GRAPH, False),
+    ],
+)
+def test_where_it_is_measured_memory_and_flags_say_what_is_tried(
+    pretend: Any, flags: dict[str, Any], memory: Memory | None, expected: Choice, first: bool
+) -> None:
+    keeping = dataclasses.replace(ALL, recompute=False)
+    rows = (trial(keeping, 2.0), trial(ALL, 2.5), trial(MIXED, 3.0), trial(PLAIN, 3.5), trial(EAGER_GRAPH, 6.0))
+    asked = pretend(memory, rows)
+    found = resolve_run(Config(precision="bf16", **flags), GPU)
+    assert found.choice == expected
+    assert asked[-1]["recompute"] == first
+    assert asked[-1]["allowed"](expected)
+    if expected == ALL:
+        assert not asked[-1]["allowed"](keeping)
+    assert found.report.endswith("" if memory is None else f"\n  {memory}")
+
+
+def test_recomputation_that_is_asked_for_is_served_unmeasured(pretend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By fused networks, which it asks for too; and fails where it is known not to work."""
+    pretend(None)
+    assert resolve_run(Config(precision="bf16", recompute="on"), GPU).choice == PLAIN
+    pretend(None, (trial(PLAIN, status="wrong"), trial(Choice(channels_last=True), 5.0)))
+    with pytest.raises(ValueError, match="--recompute on cannot be served here: nothing with it works, for example "):
+        resolve_run(Config(precision="bf16", recompute="on"), GPU)
+    pretend(None)
+    monkeypatch.setenv("FASTJEPA_CALIBRATE", "0")  # and auto is eager, whatever memory there is
+    assert resolve_run(Config(precision="bf16"), GPU).choice == Choice(channels_last=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--backend eager --recompute on", "--recompute on is for fused networks, and --backend eager has none"),
+        ("--recompute on", "--recompute on is for fused networks, which auto never takes on cpu; use auto or off"),
+        ("--recompute maybe", "--recompute must be one of auto, on, off; got 'maybe'"),
+    ],
+)
+@pytest.mark.packages("tyro")
+def test_recomputation_without_fused_networks_is_refused(
+    flags: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse_config([*TINY, *flags.split()])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    if "maybe" not in flags:
+        with pytest.raises(ValueError, match="--recompute on is for fused networks"):
+            resolve_run(dataclasses.replace(parse_config(TINY), recompute="on"), CPU)
+
+
+@pytest.mark.packages("tyro")
+def test_no_recomputation_is_always_served_and_recomputation_by_kernels(interpreted: None) -> None:
+    for flags in ("--recompute off", "--backend eager --recompute off", "--backend fused --recompute off"):
+        config = parse_config([*TINY, *flags.split()])
+        assert not resolve_run(config, CPU).choice.recompute
+    assert resolve_run(parse_config([*TINY, "--backend", "fused", "--recompute", "on"]), CPU).choice == PLAIN
+
+
+@pytest.mark.packages("tyro")
+def test_recomputation_where_kernels_cannot_run(needs_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastjepa.kernels.launch.INTERPRET", False)
+    config = dataclasses.replace(parse_config(TINY), backend="fused", recompute="on")
+    with pytest.raises(ValueError, match="--recompute on is for fused networks, which cannot be served: Triton kernel"):
+        resolve_run(config, CPU)
+
+
+def test_a_resumed_run_may_recompute_or_not(run: Path, tmp_path: Path, interpreted: None) -> None:
+    """Which changes no number; and keeps to what it began with unless told otherwise."""
+    fused = copy_of(run, tmp_path / "fused", batch_norm=True, recompute=True)
+    assert resume(fused).jepa.encoder.recompute
+    other = resume(fused, "--recompute", "off")
+    assert not other.jepa.encoder.recompute
+    other.save()
+    other._run_folder.release()
+    assert not resume(fused).jepa.encoder.recompute
+    resolved = {"resolved": {"precision": "fp32", **Choice(batch_norm=True).to_json()}}
+    again = Config(precision="fp32", recompute="on")
+    assert resolution_of(resolved, again, CPU, tmp_path).choice == Choice(batch_norm=True, recompute=True)
+    with pytest.raises(ValueError, match=r"began without \(closed-form losses \+ channels-last\); use auto or off"):
+        resolution_of(load_checkpoint(run / CHECKPOINT_NAME), again, CPU, run / CHECKPOINT_NAME)
+    with pytest.raises(ValueError, match=r"began without \(channels-last\); use auto or off"):
+        resolution_of({}, dataclasses.replace(again, precision="bf16"), GPU, run / CHECKPOINT_NAME)
 
 
 # ---- saved, and gone on with -----------------------------------------------------------------------------------------

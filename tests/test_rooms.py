@@ -44,11 +44,11 @@ ROOMS: dict[str, set[str]] = {
         "files", "kernels", "config", "environment", "profiling", "optional_packages", "model", "storage", "refusal",
         "moving_mnist", "calibration", "fused", "graphs", "figures",
     },
-    "calibrate": {"config", "refusal", "entry", "calibration"},
+    "calibrate": {"config", "refusal", "entry", "calibration", "fused"},
     "evaluate": {
         "entry",
         "files", "kernels", "config", "optional_packages", "model", "storage", "refusal", "moving_mnist", "calibration",
-        "fused", "training",
+        "fused", "graphs", "training",
     },
     "rollout": {
         "config", "environment", "model", "refusal", "entry", "moving_mnist", "calibration", "graphs", "figures",

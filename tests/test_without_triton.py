@@ -120,8 +120,8 @@ def test_the_benchmarks_that_need_kernels_say_so_in_one_line() -> None:
     counted = run_as_main(BLOCKED, "bench", "saved", "--batch", "1")
     assert counted.returncode == 0, counted.stderr
     lines = {line.split("  ")[1]: line for line in counted.stdout.splitlines()[1:]}
-    assert lines["eager fp32"].endswith(" GB")
-    assert "unavailable: kernels need Triton" in lines["fused bf16"]
+    assert lines["eager, fp32"].endswith(" GB")
+    assert "unavailable: kernels need Triton" in lines["fused, bf16"]
 
 
 def test_tests_of_the_plain_path_run_and_those_of_kernels_are_skipped_with_the_reason() -> None:

@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ def measure(
     *,
     known: Sequence[Trial] = (),
     allowed: Callable[[Choice], bool] = lambda _: True,
+    recompute: bool = True,
     keep: Callable[[tuple[Trial, ...]], None] = lambda _: None,
     limits: Limits | None = None,
     makers: str | None = None,
@@ -56,6 +57,7 @@ def measure(
         say: gets a line for each.
         known: what came of candidates before; the search goes on from those that are settled, and tries others again.
         allowed: whether a choice is to be tried at all.
+        recompute: whether fused networks are first tried with recomputation (`search.next_choice`).
         keep: gets all trials whenever one was added, so that what was measured survives whatever ends this process.
         limits: of time.
         makers: "module:function" that makes candidates in place of the real ones, for the rehearsals in tests.
@@ -67,13 +69,17 @@ def measure(
     trials = _Trials(known, allowed, keep)
     with tempfile.TemporaryDirectory(prefix="fastjepa-calibration-", ignore_cleanup_errors=True) as folder:
         number = 0
-        while (choice := next_choice(setting.purpose, trials.of_search())) is not None:
+        while (choice := next_choice(setting.purpose, trials.of_search(), recompute)) is not None:
             left = limits.total - (time.monotonic() - begun_at)
             if left < 1.0:
                 break
             number += 1
             child = _Child(Path(folder) / str(number), limits, say, begun_at, trials.add)
-            ended = child.run(setting, device, trials.of_search(), left, makers)
+            request = {
+                "setting": setting.to_json(), "device": device, "recompute": recompute, "makers": makers,
+                "trials": [trial.to_json() for trial in trials.of_search()],
+            }  # fmt: skip
+            ended = child.run(request, left)
             if child.begun is not None or not child.started:
                 blamed = _blame(child.begun or choice, ended, child.too_slow, child.started)
                 trials.add(blamed)
@@ -147,12 +153,8 @@ class _Child:
         self._read = 0  # bytes of the results that were understood
         self._since, self._allowed = time.monotonic(), limits.start
 
-    def run(self, setting: Setting, device: str, trials: list[Trial], seconds: float, makers: str | None) -> Ended:
-        """Start it and wait for its end, for at most `seconds`."""
-        request = {
-            "setting": setting.to_json(), "device": device, "trials": [trial.to_json() for trial in trials],
-            "makers": makers,
-        }  # fmt: skip
+    def run(self, request: Mapping[str, Any], seconds: float) -> Ended:
+        """Start it and wait for its end, for at most `seconds`; `request` is what `fastjepa.trials` reads."""
         question, answers = self.folder / "request.json", self.folder / "results.jsonl"
         question.write_text(json.dumps(request), encoding="utf-8")
         answers.touch()

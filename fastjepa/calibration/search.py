@@ -3,28 +3,32 @@
 Everything at once comes first, because that is what usually wins, and a time limit then costs least. If it works, each
 part is left out (or put in) in turn, which is also the verdict on that part. If it does not, each part is tried alone,
 those that are exact and faster are put together, and their neighbours are tried as before. Where flags allow some
-choices only, no other is tried.
+choices only, no other is tried. Fused networks first keep activations where memory was counted to be enough for that
+(`calibration.memory`), and else make them again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import get_args
 
 from fastjepa.calibration.choice import EAGER, Choice, Losses
 from fastjepa.calibration.setting import Purpose
-from fastjepa.calibration.trial import Trial, scores
+from fastjepa.calibration.trial import Status, Trial, scores
 
 BROKEN = ("wrong", "failed", "unavailable", "crashed", "hung")
 
 
-def next_choice(purpose: Purpose, trials: Sequence[Trial]) -> Choice | None:
-    """The candidate to try after `trials`, None if there is nothing left that could help."""
+def next_choice(purpose: Purpose, trials: Sequence[Trial], recompute: bool = True) -> Choice | None:
+    """The candidate to try after `trials`, None if there is nothing left that could help.
+
+    `recompute`: whether fused networks are first tried with recomputation, which is surer to fit in memory.
+    """
     tried = {trial.choice for trial in trials}
     broken = broken_parts(purpose, trials)
-    for choice in _wanted(purpose, trials):
+    for choice in _wanted(purpose, trials, recompute):
         if choice not in tried and choice != EAGER and not any(contains(choice, part) for part in broken):
             return choice
     return None
@@ -51,16 +55,16 @@ def every_choice() -> Iterator[Choice]:
                 yield Choice(batch_norm, losses, graph, recompute, channels_last)
 
 
-def everything(purpose: Purpose) -> Choice:
-    """All parts at once."""
+def everything(purpose: Purpose, recompute: bool = True) -> Choice:
+    """All parts at once. Inference keeps nothing that could be computed again."""
     if purpose == "train":
-        return Choice(batch_norm=True, losses="fused", cuda_graph=True, recompute=True, channels_last=True)
+        return Choice(batch_norm=True, losses="fused", cuda_graph=True, recompute=recompute, channels_last=True)
     return Choice(batch_norm=True, cuda_graph=True, channels_last=True)
 
 
-def single_parts(purpose: Purpose) -> tuple[Choice, ...]:
+def single_parts(purpose: Purpose, recompute: bool = True) -> tuple[Choice, ...]:
     """Each part alone, by expected value."""
-    blocks = Choice(batch_norm=True, recompute=purpose == "train")
+    blocks = Choice(batch_norm=True, recompute=recompute and purpose == "train")
     rest = (Choice(cuda_graph=True), Choice(channels_last=True))
     if purpose == "train":
         return (Choice(losses="fused"), blocks, Choice(losses="closed_form"), *rest)
@@ -69,7 +73,7 @@ def single_parts(purpose: Purpose) -> tuple[Choice, ...]:
 
 def broken_parts(purpose: Purpose, trials: Sequence[Trial]) -> list[Choice]:
     """The parts that did not work alone: nothing that contains one is worth trying."""
-    alone = single_parts(purpose)
+    alone = {*single_parts(purpose, recompute=True), *single_parts(purpose, recompute=False)}
     return [trial.choice for trial in trials if trial.choice in alone and trial.status in BROKEN]
 
 
@@ -79,13 +83,14 @@ def contains(choice: Choice, part: Choice) -> bool:
     return all(getattr(part, n) in (getattr(EAGER, n), getattr(choice, n)) for n in names)
 
 
-def neighbours(purpose: Purpose, choice: Choice) -> Iterator[Choice]:
+def neighbours(purpose: Purpose, choice: Choice, recompute: bool = True) -> Iterator[Choice]:
     """The choices that differ in one thing, by expected value."""
     yield dataclasses.replace(choice, cuda_graph=not choice.cuda_graph)
     if choice.batch_norm and purpose == "train":
         yield dataclasses.replace(choice, recompute=not choice.recompute)
     with_blocks = not choice.batch_norm
-    yield dataclasses.replace(choice, batch_norm=with_blocks, recompute=with_blocks and purpose == "train")
+    again = with_blocks and recompute and purpose == "train"
+    yield dataclasses.replace(choice, batch_norm=with_blocks, recompute=again)
     if purpose == "train":
         for losses in ("fused", "closed_form", "eager"):
             if losses != choice.losses:
@@ -93,23 +98,35 @@ def neighbours(purpose: Purpose, choice: Choice) -> Iterator[Choice]:
     yield dataclasses.replace(choice, channels_last=not choice.channels_last)
 
 
-def _wanted(purpose: Purpose, trials: Sequence[Trial]) -> Iterator[Choice]:
-    top = everything(purpose)
-    plain = dataclasses.replace(top, cuda_graph=False)
-    yield top
+def _wanted(purpose: Purpose, trials: Sequence[Trial], recompute: bool) -> Iterator[Choice]:
     status = {trial.choice: trial.status for trial in trials}
-    if status.get(top) not in ("hung", "unavailable"):  # the same without a graph would end as that did
-        yield plain
+    yield from _at_once(purpose, recompute, status)
+    if not recompute and "out of memory" in map(status.get, _with_and_without_graph(purpose, recompute)):
+        recompute = True  # memory was not enough for activations, whatever was counted
+        yield from _at_once(purpose, recompute, status)
     times = scores(trials)
-    if not (top in times or plain in times):
-        yield from single_parts(purpose)
-        helpful = _put_together([part for part in single_parts(purpose) if _helps(part, trials)])
+    if not times.keys() & {*_with_and_without_graph(purpose, True), *_with_and_without_graph(purpose, recompute)}:
+        parts = single_parts(purpose, recompute)
+        yield from parts
+        helpful = _put_together([part for part in parts if _helps(part, trials)])
         yield helpful
         yield dataclasses.replace(helpful, cuda_graph=False)
     by_time = sorted(times, key=lambda choice: times[choice])
     for ranking in (by_time, [choice for choice in by_time if not choice.cuda_graph]):
         if ranking:  # the best, and the best for those who cannot use a graph
-            yield from neighbours(purpose, ranking[0])
+            yield from neighbours(purpose, ranking[0], recompute)
+
+
+def _at_once(purpose: Purpose, recompute: bool, status: Mapping[Choice, Status]) -> Iterator[Choice]:
+    top, plain = _with_and_without_graph(purpose, recompute)
+    yield top
+    if status.get(top) not in ("hung", "unavailable"):  # the same without a graph would end as that did
+        yield plain
+
+
+def _with_and_without_graph(purpose: Purpose, recompute: bool) -> tuple[Choice, Choice]:
+    top = everything(purpose, recompute)
+    return top, dataclasses.replace(top, cuda_graph=False)
 
 
 def _helps(part: Choice, trials: Sequence[Trial]) -> bool:

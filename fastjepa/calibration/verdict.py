@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from fastjepa.calibration.store import (
     rows_folder,
     write_rows,
 )
-from fastjepa.calibration.trial import scores, settled, typical_reference
+from fastjepa.calibration.trial import Trial, scores, settled, typical_reference
 from fastjepa.files.safe_files import CheckpointError
 
 VARIABLE = "FASTJEPA_CALIBRATE"
@@ -114,6 +114,7 @@ def resolve(
     device: torch.device,
     *,
     allowed: Allowed = lambda _: True,
+    recompute: bool = True,
     cache_dir: Path | None = None,
     measuring: bool = True,
     redo: bool = False,
@@ -131,6 +132,7 @@ def resolve(
         setting: the question.
         device: where candidates run.
         allowed: which choices can be taken: no other is measured.
+        recompute: whether fused networks are first tried with recomputation (`search.next_choice`).
         cache_dir: default: the user's, `storage.cache_folder.default_cache_dir()`.
         measuring: False only looks up.
         redo: measure even if there are rows.
@@ -143,36 +145,47 @@ def resolve(
     """
     if switched_off():
         return Verdict(setting, (), f"{VARIABLE}=0 is set: eager, and nothing was measured")
-    folder = rows_folder(cache_dir)
+    folder, scope = rows_folder(cache_dir), _Scope(allowed, recompute)
     found = None if redo else find_rows(setting, folder, say)
-    if found is not None and (not measuring or _complete(setting, *found, allowed)):
-        return _looked_up(setting, *found, allowed)
+    if found is not None and (not measuring or _complete(setting, *found, scope)):
+        return _looked_up(setting, *found, scope)
     if not measuring:
         return Verdict(setting, (), "it was not measured on this GPU at these sizes")
     try:
         with only_one_process(folder, _LOCK_SECONDS, say):
             found = None if redo else find_rows(setting, folder, lambda _: None)
-            if found is not None and _complete(setting, *found, allowed):
-                return _looked_up(setting, *found, allowed)
+            if found is not None and _complete(setting, *found, scope):
+                return _looked_up(setting, *found, scope)
             kept, known = _Kept(setting, folder, redo), found[0] if found else ()
-            return _measure(setting, device, known, allowed, kept, limits or Limits(), makers, say)
+            return _measure(setting, device, known, scope, kept, limits or Limits(), makers, say)
     except LockTimeoutError as error:
         return Verdict(
             setting, found[0] if found else (), f"{error}; {'as far as known' if found else 'eager for now'}"
         )
 
 
-def _complete(setting: Setting, rows: Rows, path: Path, allowed: Allowed) -> bool:
+@dataclasses.dataclass(frozen=True)
+class _Scope:
+    """What a search may try, and with what it begins."""
+
+    allowed: Allowed
+    recompute: bool
+
+    def ends(self, setting: Setting, known: Iterable[Trial]) -> bool:
+        """Whether nothing is left to try."""
+        return next_choice(setting.purpose, among(self.allowed, list(known)), self.recompute) is None
+
+
+def _complete(setting: Setting, rows: Rows, path: Path, scope: _Scope) -> bool:
     """Whether the search has come to its end, so that no start goes on with it.
 
     What is shipped is not tried again: who made it has seen to that.
     """
-    known = rows if path.parent == MEASURED else settled(rows)
-    return next_choice(setting.purpose, among(allowed, known)) is None
+    return scope.ends(setting, rows if path.parent == MEASURED else settled(rows))
 
 
-def _looked_up(setting: Setting, rows: Rows, path: Path, allowed: Allowed) -> Verdict:
-    unfinished = "" if _complete(setting, rows, path, allowed) else ", not all of it yet"
+def _looked_up(setting: Setting, rows: Rows, path: Path, scope: _Scope) -> Verdict:
+    unfinished = "" if _complete(setting, rows, path, scope) else ", not all of it yet"
     return Verdict(setting, rows, f"measured before{unfinished}: {path}")
 
 
@@ -201,7 +214,7 @@ def _measure(
     setting: Setting,
     device: torch.device,
     known: Rows,
-    allowed: Allowed,
+    scope: _Scope,
     kept: _Kept,
     limits: Limits,
     makers: str | None,
@@ -215,8 +228,9 @@ def _measure(
     if device.type == "cuda" and device.index is None:  # a child's current device is another matter
         device = torch.device("cuda", torch.cuda.current_device())
     rows = measure(
-        setting, str(device), say, known=known, allowed=allowed, keep=kept.write, limits=limits, makers=makers
-    )
+        setting, str(device), say, known=known, allowed=scope.allowed, recompute=scope.recompute, keep=kept.write,
+        limits=limits, makers=makers,
+    )  # fmt: skip
     kept.write(rows)
     if not any(row.measured for row in rows):
         # Perhaps another program has the GPU, or its memory: the next start may do better.
@@ -228,8 +242,7 @@ def _measure(
             f"measured now, but not kept: {kept.error}; so every start will measure again, unless --cache_dir (of "
             f"commands) or XDG_CACHE_HOME names a folder that can be written, or {VARIABLE}=0 is set",
         )  # fmt: skip
-    complete = next_choice(setting.purpose, among(allowed, settled(rows))) is None
-    then = "" if complete else "; the next start goes on with the rest"
+    then = "" if scope.ends(setting, settled(rows)) else "; the next start goes on with the rest"
     return Verdict(
         setting, rows, f"measured now, kept in {kept.path}{then}; python -m fastjepa.calibrate --redo measures again"
     )

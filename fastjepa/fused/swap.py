@@ -11,7 +11,7 @@ from torch import nn
 
 from fastjepa.calibration.choice import Choice
 from fastjepa.calibration.setting import Purpose
-from fastjepa.fused.decision import Backend, SwapPrecision, decide
+from fastjepa.fused.decision import Backend, Recompute, SwapPrecision, decide
 from fastjepa.fused.plan import in_bf16, plan
 from fastjepa.kernels.checks import unavailable_reason
 
@@ -65,6 +65,7 @@ def accelerate(
     example: Sequence[int] | None = None,
     purpose: Purpose = "train",
     choice: Choice | None = None,
+    recompute: Recompute = "auto",
     strict: bool = True,
     verbose: bool = True,
 ) -> Jepa:
@@ -80,27 +81,37 @@ def accelerate(
             out and swaps nothing.
         precision: "bf16" runs the encoder and predictor in bf16 autocast, with inputs and outputs as before; "keep"
             leaves precision to the caller's own autocast (where "auto" measures, it does so in the one in force now).
-        example: the shape (B, C, T, H, W) of a video at which "auto" measures on a GPU; default: that of the recipe.
+        example: the shape (B, C, T, H, W) of a video at which "auto" measures, and counts memory, on a GPU; default:
+            that of the recipe.
         purpose: what "auto" measures there: "train", a training step, or "inference", a rollout.
         choice: these parts, as a calibration has chosen them before, in place of asking again; with backend "auto".
             Its CUDA graph is the caller's to make (`fastjepa.graphs`).
-        strict: with backend "fused" or a `choice`, a part that cannot be swapped exactly is an error; False leaves it
-            and says why.
+        recompute: whether fused networks compute activations again in the backward pass, for less memory and more time,
+            with the same numbers bit for bit. "auto" does so on a GPU where the bytes that a step of the recipe's
+            prediction steps keeps at `example`, counted before anything runs, leave no other way, or where it was
+            measured to be faster; and where nothing can be counted: for a model that is not of the published form, and
+            in Triton's interpreter. "on" and "off" are served or fail.
+        strict: with backend "fused", a `choice` or recompute "on", a part that cannot be swapped exactly is an error;
+            False leaves it and says why.
         verbose: print the report. It is also kept as `jepa.acceleration`.
 
     Returns:
         The same object.
 
     Raises:
-        ValueError: an unknown backend, precision or purpose; an `example` that is no such shape; a `choice` beside an
-            explicit backend; a part missing; with `strict`, a part of another structure.
-        RuntimeError: backend "fused", or kernels in `choice`, where kernels cannot run; `jepa` is accelerated already.
+        ValueError: an unknown backend, precision, purpose or recompute; an `example` that is no such shape; a `choice`
+            beside an explicit backend or recompute; recompute "on" where there are no fused networks; a part missing;
+            with `strict`, a part of another structure.
+        RuntimeError: backend "fused", recompute "on", or kernels in `choice`, where kernels cannot run, or were found
+            not to work; `jepa` is accelerated already.
     """
     _check_choice("backend", backend, get_args(Backend))
     _check_choice("precision", precision, get_args(SwapPrecision))
     _check_choice("purpose", purpose, get_args(Purpose))
-    if choice is not None and backend != "auto":
-        raise ValueError(f"a choice says which parts are swapped, and so does backend={backend!r}; give one of them")
+    _check_choice("recompute", recompute, get_args(Recompute))
+    for name, value in (("backend", backend), ("recompute", recompute)):
+        if choice is not None and value != "auto":
+            raise ValueError(f"a choice says which parts are swapped, and so does {name}={value!r}; give one of them")
     for name in ("encoder", "predictor", "regularizer", "predcost"):
         if not isinstance(getattr(jepa, name, None), nn.Module):
             raise ValueError(f"jepa has no module {name!r}; accelerate takes a JEPA of fastjepa or eb_jepa")
@@ -112,10 +123,10 @@ def accelerate(
     if needs_kernels and (unavailable := unavailable_reason(device)) is not None:
         raise RuntimeError(f"{demanded} cannot be served: {unavailable}")
 
-    decision = decide(jepa, device, backend, precision, example, purpose, choice)
+    decision = decide(jepa, device, backend, precision, example, purpose, choice, recompute)
     parts = plan(jepa, decision, torch.bfloat16 if precision == "bf16" else None)
     problems = [f"{part.name}: {part.reason}" for part in parts if part.make is None and part.wanted]
-    if (backend == "fused" or choice is not None) and strict and problems:
+    if (backend == "fused" or choice is not None or recompute == "on") and strict and problems:
         raise ValueError("not everything can be swapped exactly (strict=False leaves it): " + "; ".join(problems))
     if precision == "bf16":
         parts = [in_bf16(part) for part in parts]

@@ -73,6 +73,13 @@ class GraphedRollout:
         """How many recordings were ever made; constant in a loop that repeats its signatures."""
         return self._cache.made
 
+    @property
+    def predictor(self) -> nn.Module:
+        """Whose rollouts these are: that of the JEPA now, if one was given."""
+        self._follow_jepa()
+        predictor: nn.Module = self._predictor
+        return predictor
+
     def __call__(self, states: Tensor, steps: int | None = None, *, copy: bool = True) -> Tensor:
         """Predict `steps` frames beyond the given ones, each from the last c states (predicted ones included).
 
@@ -217,9 +224,14 @@ class _Recorded:
     def allocate_windows(self, count: int, states: Tensor) -> Tensor:
         """(count, B, c·D, H, W), laid out as the network reads them, so that each is read where it lies."""
         B, D, _, H, W = states.shape
+        return self.allocate_maps(count, B, self.context * D, H, W, like=states)
+
+    def allocate_maps(self, *shape: int, like: Tensor) -> Tensor:
+        """Feature maps (…, C, H, W), laid out as the network's are."""
         if _is_channels_last(self.network):
-            return states.new_empty(count, B, H, W, self.context * D).permute(0, 1, 4, 2, 3)
-        return states.new_empty(count, B, self.context * D, H, W)
+            *batch, C, H, W = shape
+            return like.new_empty(*batch, H, W, C).movedim(-1, -3)
+        return like.new_empty(shape)
 
     def allocate(self, states: Tensor) -> None:
         raise NotImplementedError
@@ -265,7 +277,10 @@ class _RecordedTails(_Recorded):
         B, D, T, H, W = states.shape
         self.D, self.T = D, T
         self.windows = self.allocate_windows(T - self.context, states)
-        self.tails = [states.new_empty(T - self.context - s, B, D, H, W) for s in range(self.steps)]
+        # Frames of one clip lie together, as in the plain rollout: who reads them frame by frame copies nothing.
+        self.tails = [
+            self.allocate_maps(B, T - self.context - s, D, H, W, like=states).transpose(0, 1) for s in range(self.steps)
+        ]
         self.results = [tail.permute(1, 2, 0, 3, 4) for tail in self.tails]
 
     def fill(self, states: Tensor) -> None:

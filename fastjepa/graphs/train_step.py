@@ -18,6 +18,8 @@ from fastjepa.model.step import StepLosses, TrainStep
 from fastjepa.moving_mnist import ClipSet
 from fastjepa.profiling import span
 
+WARMUP_RUNS_OF_SEVERAL = 2  # of several steps in one launch: the first run is as many steps already
+
 
 class GraphedTrainStep:
     """Training steps as CUDA graphs on a GPU, and the same code plainly on a CPU; the contract is that of
@@ -38,7 +40,7 @@ class GraphedTrainStep:
         clips: where batches come from, on the device of the parameters.
         accumulators: float64 tensors (9,) to which every step adds its losses, in the order of `StepLosses`.
         dtype: of the video.
-        warmup_runs, pool: see `fastjepa.graphs.capture.Recording`.
+        warmup_runs, pool: see `fastjepa.graphs.capture.Recording`; K steps in one launch warm up in 2 runs by default.
         max_recordings: how many shapes are kept; the least recently used goes first.
 
     Raises:
@@ -156,8 +158,11 @@ class _RecordedStep:
         dtype = torch.promote_types(next(owner.step.jepa.parameters()).dtype, torch.float32)
         self.losses = torch.empty(*indices.shape[:-1], len(StepLosses._fields), dtype=dtype, device=indices.device)
         self._gradients: list[tuple[nn.Parameter, Tensor | None]] = []
+        options = dict(owner._recording_options)
+        if options["warmup_runs"] is None and indices.device.type == "cuda" and indices.dim() == 2:
+            options["warmup_runs"] = WARMUP_RUNS_OF_SEVERAL
         self._recording = Recording(
-            self._body, indices.device, name="the training step", no_trace=self._no_trace, **owner._recording_options
+            self._body, indices.device, name="the training step", no_trace=self._no_trace, **options
         )
         self._watch: Watch | None = None
 

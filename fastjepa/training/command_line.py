@@ -29,6 +29,7 @@ from fastjepa.storage.checkpoint import check_same_config
 from fastjepa.storage.run_folder import read_run_config
 from fastjepa.training.eb_jepa_start import defaults_from_eb_jepa
 from fastjepa.training.flags import check_flags
+from fastjepa.training.resolution import refuse_recompute
 from fastjepa.training.stop_signals import Interrupted
 from fastjepa.training.summary import describe, summary
 from fastjepa.training.trainer import NonFiniteLossError, Trainer
@@ -107,6 +108,7 @@ def parse_config(argv: Sequence[str] | None = None, prog: str = "train.py") -> C
         if config.backend == "fused" and (reason := unavailable_reason(device)) is not None:
             raise ValueError(f"--backend fused cannot be served: {reason}; use auto or eager")
         use_cuda_graph(config.cuda_graph, device)
+        refuse_recompute(config, device)
     return config
 
 

@@ -5,7 +5,7 @@ Shapes: video (B, C, T, H, W), state (B, D, T, H, W), digit maps and probabiliti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastjepa.fused.folding import folded_batch_norm
+from fastjepa.graphs import GraphedRollout
 from fastjepa.model.jepa import JEPA
 from fastjepa.model.modes import eval_mode
 from fastjepa.model.networks import DetHead, ImageDecoder
@@ -119,14 +120,34 @@ def evaluate(
     *,
     autocast_dtype: torch.dtype | None = None,
     literal: bool = False,
+    rollout: GraphedRollout | None = None,
 ) -> Evaluation:
     """Evaluate on `clips`, in eval mode, on the device where they lie. The modules' modes are left as they were.
 
-    `literal=True` encodes for each metric and rolls every frame out at every step, as the original does; the default
-    does each once, with BatchNorm folded into the convolutions.
+    Args:
+        jepa, image_decoder, detection_head: the model.
+        clips: at least one.
+        batch_size: clips at a time; the last batch may be smaller.
+        autocast_dtype: torch.bfloat16 runs everything in bf16 autocast.
+        literal: encode for each metric and roll every frame out at every step, as the original does; the default does
+            each once, with BatchNorm folded into the convolutions.
+        rollout: of this JEPA; predicts what is rolled out of a batch in one launch, by the same code. Kept from one
+            evaluation to the next, it records once for each size of a batch; weights that have changed in place are
+            seen, also where it folds BatchNorm.
+
+    Raises:
+        ValueError: no clips, or clips of fewer than 3 frames; a rollout of another predictor, or of a literal
+            evaluation.
+        MissingPackageError: torchmetrics is not installed.
     """
     if len(clips) == 0:
         raise ValueError("there are no clips to evaluate")
+    if rollout is not None:
+        if literal:
+            raise ValueError("a literal evaluation rolls every frame out at every step; `rollout` is for the other")
+        if rollout.predictor is not jepa.predictor:
+            raise ValueError("`rollout` is of another predictor than that of `jepa`")
+        rollout.refresh()
     horizons = horizons_of(clips.video.shape[1])
     recon, det, positives = [], [], []
     probabilities: list[list[Tensor]] = [[] for _ in range(horizons)]
@@ -135,7 +156,8 @@ def evaluate(
     with span("evaluation"), eval_mode(jepa, image_decoder, detection_head):
         encoder, predictor = jepa.encoder, jepa.predictor
         if not literal:
-            encoder, predictor = folded_batch_norm(encoder), folded_batch_norm(predictor)
+            encoder = folded_batch_norm(encoder)
+            predictor = folded_batch_norm(predictor) if rollout is None else predictor  # or that of the rollout
             if clips.device.type == "cpu":  # the layout in which a CPU convolves fastest; a fused network has it
                 for folded, original in ((encoder, jepa.encoder), (predictor, jepa.predictor)):
                     if folded is not original:  # which keeps its layout
@@ -153,9 +175,11 @@ def evaluate(
                     steps, _ = jepa.unroll(
                         video, None, nsteps=video.shape[2] - 2, compute_loss=False, return_all_steps=True
                     )
-                    tails: Iterator[Tensor] = (steps[s][:, :, s:] for s in range(horizons))
-                else:
+                    tails: Iterable[Tensor] = (steps[s][:, :, s:] for s in range(horizons))
+                elif rollout is None:
                     tails = rollout_tails(predictor, state, horizons)
+                else:
+                    tails = rollout.tails(state, horizons, copy=False)  # read before the next batch overwrites them
                 for s, tail in enumerate(tails):
                     probabilities[s].append(detection_head(tail))
                     targets[s].append(digit_location[:, 2 + s :])

@@ -13,8 +13,8 @@ PROGRESS_PACKAGES = ("tqdm",)
 class Bar(Protocol):
     """The two methods of a progress bar that the trainer calls."""
 
-    def update(self) -> object:
-        """One more is done."""
+    def update(self, count: int, /) -> object:
+        """So many more are done."""
 
     def set_postfix(self, values: dict[str, Any], /) -> object:
         """Show these beside the bar."""
@@ -23,7 +23,7 @@ class Bar(Protocol):
 class _NoBar:
     """Shows nothing."""
 
-    def update(self) -> None:
+    def update(self, count: int, /) -> None:
         pass
 
     def set_postfix(self, values: dict[str, Any], /) -> None:

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 
 from fastjepa.calibration.choice import EAGER, Choice
+from fastjepa.calibration.memory import Memory, recompute_first
 from fastjepa.calibration.setting import setting_of_config
-from fastjepa.calibration.verdict import VARIABLE, resolve
+from fastjepa.calibration.verdict import VARIABLE, resolve, switched_off
 from fastjepa.config import Config
 from fastjepa.files.safe_files import CheckpointError
+from fastjepa.fused.step_memory import memory_on
 from fastjepa.graphs import use_cuda_graph
 from fastjepa.kernels.checks import unavailable_reason
+from fastjepa.model.networks import DetHead
 
 
 @dataclass(frozen=True)
@@ -34,16 +37,19 @@ class Resolution:
 
 def resolve_run(config: Config, device: torch.device) -> Resolution:
     """How a new run computes; `config.precision` is resolved already. On a GPU, what its flags leave to "auto" is
-    calibrated.
+    calibrated, or, of recomputation, counted.
 
     Raises:
         ValueError: a flag that this device cannot serve, or whose every candidate was found not to work on it;
             FASTJEPA_CALIBRATE is neither 0 nor 1.
     """
     assert config.precision != "auto"
-    usual = _without_measuring(config, device)
+    refuse_recompute(config, device)
+    memory = _count_memory(config, device)
+    recompute = recompute_first(memory) if config.recompute == "auto" else config.recompute == "on"
+    usual = _without_measuring(config, device, recompute)
     if device.type != "cuda" or (config.backend != "auto" and config.cuda_graph != "auto"):
-        return Resolution(config.precision, usual)
+        return Resolution(config.precision, usual, str(memory))
 
     def allowed(choice: Choice) -> bool:
         of_backend = {
@@ -51,38 +57,70 @@ def resolve_run(config: Config, device: torch.device) -> Resolution:
             "eager": not choice.batch_norm and choice.losses == "eager",
             "fused": choice.batch_norm and choice.losses == "fused",
         }[config.backend]
-        return of_backend and config.cuda_graph in ("auto", "on" if choice.cuda_graph else "off")
+        return (
+            of_backend
+            and config.cuda_graph in ("auto", "on" if choice.cuda_graph else "off")
+            and config.recompute in ("auto", "on" if choice.recompute else "off")
+            and (isinstance(memory, str) or memory.allows(choice))
+        )
 
     setting = setting_of_config(config, device, config.precision)
-    verdict = resolve(setting, device, allowed=allowed, cache_dir=config.cache_dir)
+    verdict = resolve(setting, device, allowed=allowed, recompute=recompute, cache_dir=config.cache_dir)
     if not allowed(EAGER) and (problem := verdict.broken(allowed)) is not None:
         asked = " ".join(
             f"--{name} {value}"
-            for name, value in (("backend", config.backend), ("cuda_graph", config.cuda_graph))
-            if value != "auto"
+            for name in ("backend", "cuda_graph", "recompute")
+            if (value := getattr(config, name)) != "auto"
         )
         raise ValueError(
             f"{asked} cannot be served here: nothing with it works, for example {problem}; leave it to auto, or set "
             f"{VARIABLE}=0 to run it unchecked ({verdict.origin})"
         )
     chosen = verdict.best(allowed, usual)
-    return Resolution(config.precision, chosen, verdict.report(chosen))
+    report = verdict.report(chosen) + (f"\n  {memory}" if str(memory) else "")
+    return Resolution(config.precision, chosen, report)
+
+
+def refuse_recompute(config: Config, device: torch.device) -> None:
+    """Raises ValueError for --recompute on where there are no fused networks, which alone can do it."""
+    if config.recompute != "on":
+        return
+    if config.backend == "eager":
+        raise ValueError("--recompute on is for fused networks, and --backend eager has none; use auto or off")
+    if config.backend == "auto" and device.type != "cuda":
+        raise ValueError(f"--recompute on is for fused networks, which auto never takes on {device}; use auto or off")
+    if (reason := unavailable_reason(device)) is not None:
+        raise ValueError(f"--recompute on is for fused networks, which cannot be served: {reason}; use auto or off")
+
+
+def _count_memory(config: Config, device: torch.device) -> Memory | str:
+    """What a step needs with and without recomputation; or why that is not known, "" where it does not matter."""
+    never_fused = config.backend == "eager" or (config.backend == "auto" and switched_off())
+    if device.type != "cuda" or never_fused or config.recompute != "auto":
+        return ""
+    assert config.precision != "auto"
+    setting = setting_of_config(config, device, config.precision)
+    frames = (config.n_train + config.n_val) * config.n_frames
+    clips = frames * (config.canvas**2 + DetHead.CELLS**2)  # uint8
+    return memory_on(setting, device, clips)
 
 
 def resolution_of(state: Mapping[str, Any], config: Config, device: torch.device, path: Path) -> Resolution:
-    """How a resumed run goes on: exactly as it began, but for a graph that a flag asks for or refuses.
+    """How a resumed run goes on: exactly as it began, but for a graph or recomputation that a flag asks for or refuses.
 
     A run from before this was recorded computes as such runs did.
 
     Raises:
         CheckpointError: the record is damaged.
-        ValueError: what was resolved cannot be served here; the message says why.
+        ValueError: what was resolved, or a flag, cannot be served here; the message says why.
     """
     if "resolved" not in state:
-        return Resolution(config.precision, _without_measuring(config, device))
+        began = _without_measuring(dataclasses.replace(config, recompute="auto"), device, recompute=True)
+        return Resolution(config.precision, _with_recomputation(began, config, path))
     choice = read_choice(state, path)
     if state["resolved"]["precision"] != config.precision:
         raise CheckpointError(f"{path} was resolved to {state['resolved']['precision']!r}, not {config.precision!r}")
+    choice = _with_recomputation(choice, config, path)
     if config.cuda_graph != "auto":
         choice = dataclasses.replace(choice, cuda_graph=use_cuda_graph(config.cuda_graph, device))
     elif choice.cuda_graph:
@@ -98,6 +136,16 @@ def resolution_of(state: Mapping[str, Any], config: Config, device: torch.device
     return Resolution(config.precision, choice, "as the run began")
 
 
+def _with_recomputation(began: Choice, config: Config, path: Path) -> Choice:
+    """The choice of a resumed run, but with recomputation as its flag says."""
+    if config.recompute == "on" and not began.batch_norm:
+        raise ValueError(
+            f"--recompute on is for fused networks, and the run in {path.parent} began without ({began}); use auto or "
+            "off"
+        )
+    return began if config.recompute == "auto" else dataclasses.replace(began, recompute=config.recompute == "on")
+
+
 def read_choice(state: Mapping[str, Any], path: Path) -> Choice:
     """The choice in a checkpoint, eager if it records none. Raises CheckpointError if the record is damaged."""
     values = state.get("resolved", {"precision": "", **Choice().to_json()})
@@ -109,14 +157,15 @@ def read_choice(state: Mapping[str, Any], path: Path) -> Choice:
         raise CheckpointError(f"{path}: what the run resolved is damaged: {error}") from error
 
 
-def _without_measuring(config: Config, device: torch.device) -> Choice:
-    """What flags and device alone say."""
-    fused, on_cpu = config.backend == "fused", device.type == "cpu"
+def _without_measuring(config: Config, device: torch.device, recompute: bool) -> Choice:
+    """What flags, device and counted memory alone say."""
+    on_cpu = device.type == "cpu"
+    fused = config.backend == "fused" or config.recompute == "on"  # which asks for fused networks too
     return Choice(
         batch_norm=fused,
         losses="fused" if fused else "closed_form" if on_cpu and config.backend == "auto" else "eager",
         cuda_graph=use_cuda_graph(config.cuda_graph, device),
-        recompute=fused,
+        recompute=fused and recompute,
         # On a CPU this makes steps of the demo about a fifth shorter; on a GPU it is the layout of the tensor cores,
         # which fp32 does not use.
         channels_last=on_cpu or config.precision != "fp32",

@@ -11,7 +11,7 @@ from fastjepa.training.progress import say
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run has been saved
-    """SIGINT or SIGTERM was received, the step finished and the checkpoint written."""
+    """SIGINT or SIGTERM was received, the step (or the launch of steps) finished and the checkpoint written."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal.Signals(signal_number).name)

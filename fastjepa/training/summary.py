@@ -14,7 +14,7 @@ def describe(trainer: Trainer) -> str:
     config, parameters = trainer.config, sum(p.numel() for p in trainer.jepa.parameters())
     small = " (small, for a CPU; --preset full is the published recipe)" if config.preset == "demo" else ""
     resolution = trainer.resolution
-    how = f"computes with: {resolution.choice} (--backend, --cuda_graph)"
+    how = f"computes with: {resolution.choice} (--backend, --cuda_graph, --recompute)"
     if resolution.report:
         how += f"\n{resolution.report}"
     return (

@@ -7,7 +7,7 @@ import dataclasses
 import io
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from fastjepa.config import Config, resolve_device, resolve_precision
 from fastjepa.environment import run_environment
 from fastjepa.files.safe_files import CheckpointError, write_atomic, write_text_atomic
 from fastjepa.fused.swap import accelerate
-from fastjepa.graphs import GraphedTrainStep
+from fastjepa.graphs import GraphedRollout, GraphedTrainStep
 from fastjepa.model.jepa import build_jepa
 from fastjepa.model.probes import build_probes
 from fastjepa.model.step import StepLosses, TrainStep, build_optimizer
@@ -34,6 +34,7 @@ from fastjepa.storage.run_folder import CHECKPOINT_NAME, RunFolder
 from fastjepa.training.board import BOARD_NAME, Board, open_board
 from fastjepa.training.eb_jepa_start import continue_from, read_start
 from fastjepa.training.evaluation import Evaluation, evaluate
+from fastjepa.training.launches import next_launch, steps_per_launch
 from fastjepa.training.left_out import PICTURES, WEIGHTS, left_out, say_what_is_left_out
 from fastjepa.training.picture_arrays import rollout_arrays
 from fastjepa.training.progress import Bar, progress_bar, say
@@ -132,6 +133,11 @@ class Trainer:
         if choice.cuda_graph:
             sums = (self.epoch_losses, self.interval_losses)
             self.graphed_step = GraphedTrainStep(self.step, self.train_clips, accumulators=sums)
+        # Of evaluations: recorded at the first, and replayed in those after it.
+        self.graphed_rollout = GraphedRollout(self.jepa, fold_batch_norm=True) if choice.cuda_graph else None
+        # A trace is of single steps.
+        several = self.graphed_step is not None and not config.profile
+        self.steps_per_launch = steps_per_launch(config.log_every, config.checkpoint_every) if several else 1
         self.rows: list[dict[str, float]] = []
         self.cut_short: dict[str, float] | None = None
         if saved is not None:
@@ -216,14 +222,13 @@ class Trainer:
         batches = epoch_indices(len(self.train_clips), config.batch_size, config.seed, self.epoch, self.device)
         started = time.perf_counter()
         with progress_bar(f"epoch {self.epoch + 1}/{config.epochs}", len(batches), self.batch) as bar:
-            for indices in batches[self.batch :]:
-                if self.finished:
-                    break
-                self._step(indices)
+            while self.batch < len(batches) and not self.finished:
+                count = self._steps_of_next_launch(batches)
+                self._step(torch.stack(batches[self.batch : self.batch + count]) if count > 1 else batches[self.batch])
                 step_done()
-                self.batch += 1
-                self.global_step += 1
-                bar.update()
+                self.batch += count
+                self.global_step += count
+                bar.update(count)
                 if self.global_step % config.log_every == 0:
                     self._log(board, bar, config.log_every)
                 if received or self.global_step % config.checkpoint_every == 0:
@@ -235,8 +240,20 @@ class Trainer:
         self.seconds += time.perf_counter() - started
         return self.batch == len(batches)
 
+    def _steps_of_next_launch(self, batches: Sequence[Tensor]) -> int:
+        if self.steps_per_launch == 1:
+            return 1
+        config, done = self.config, self.global_step
+        full = len(batches) - (len(batches[-1]) < config.batch_size)
+        steps_left = [full - self.batch, *(n - done % n for n in (config.log_every, config.checkpoint_every))]
+        if config.max_steps is not None:
+            steps_left.append(config.max_steps - done)
+        return next_launch(self.steps_per_launch, *steps_left)
+
     def _step(self, indices: Tensor) -> None:
-        """One step on these clips, its losses added to the sums; nothing here waits for the device."""
+        """One step on these clips (B,), or several in one launch (K, B), their losses added to the sums; nothing here
+        waits for the device.
+        """
         if self.graphed_step is not None:
             self.graphed_step(indices, copy=False)
         else:
@@ -267,7 +284,7 @@ class Trainer:
     def _evaluate(self, board: Board) -> Evaluation:
         evaluation = evaluate(
             self.jepa, self.image_decoder, self.detection_head, self.val_clips, self.config.batch_size,
-            autocast_dtype=self.autocast_dtype,
+            autocast_dtype=self.autocast_dtype, rollout=self.graphed_rollout,
         )  # fmt: skip
         for name, value in evaluation.as_row().items():
             board.add_scalar(f"val/{name}", value, self.global_step)

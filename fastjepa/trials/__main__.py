@@ -31,7 +31,7 @@ def main(request: Path, results: Path) -> None:
     contest = Contest(setting, device, _maker(question["makers"]))
     contest.prepare()
     with results.open("a", encoding="utf-8") as file:
-        while (choice := next_choice(setting.purpose, trials)) is not None:
+        while (choice := next_choice(setting.purpose, trials, question["recompute"])) is not None:
             print(json.dumps({"begin": choice.to_json()}), file=file, flush=True)
             trials.append(contest.try_out(choice))
             print(json.dumps(trials[-1].to_json()), file=file, flush=True)
