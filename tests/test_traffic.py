@@ -16,8 +16,8 @@ from bench.recipe import TINY, Recipe
 from bench.traffic import command, totals, work
 from bench.traffic.counting import Event, TrafficCounter, bytes_of
 from bench.traffic.parts import ACCUMULATION, ACTIVATIONS, CONVOLUTIONS, LAYOUT, LOSSES, OPTIMIZER, PROBES
-from bench.traffic.work import on_shapes_only
 from fastjepa.environment import ROOT
+from fastjepa.fused.step_memory import fake_tensors
 from fastjepa.kernels.launch import TRITON_TYPE, AuditCase
 
 COMMITTED = ROOT / "bench" / "results" / "counted" / "traffic.jsonl"
@@ -60,7 +60,7 @@ def test_distinct_tensors() -> None:
 
 
 def test_convolutions_on_shapes_are_laid_out_as_cudnn_does() -> None:
-    with on_shapes_only():
+    with fake_tensors():
         x = torch.empty(2, 3, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
         weight = torch.empty(4, 3, 3, 3, requires_grad=True)
         with TrafficCounter(lambda *_: "all"):
@@ -71,7 +71,7 @@ def test_convolutions_on_shapes_are_laid_out_as_cudnn_does() -> None:
 
 
 def launches(function: Callable[[], object]) -> list[tuple[str, int]]:
-    with on_shapes_only():
+    with fake_tensors():
         events = counted(function)
     return [(event.name, event.moved) for event in events if event.is_kernel and event.name.startswith("_")]
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from bench.recipe import COV_COEFF, STD_COEFF, Recipe
 from bench.traffic.counting import Event, TrafficCounter
 from bench.traffic.parts import part_of
 from fastjepa.fused.folding import folded_batch_norm
+from fastjepa.fused.step_memory import fake_tensors
 from fastjepa.model.context import CONTEXT
 from fastjepa.model.jepa import JEPA, build_jepa
 from fastjepa.model.networks import DetHead, ImageDecoder
@@ -53,23 +53,6 @@ STEP_WAYS = (ORIGINAL, ONCE, EAGER_BF16, RECOMPUTED, FUSED)
 ROLLOUT_WAYS = (replace(ORIGINAL, name="eager"), FOLDED, FUSED)
 
 
-@contextmanager
-def on_shapes_only() -> Iterator[None]:
-    """Inside, tensors are made without memory, and computed without work, in the calling thread alone."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # fake tensors belong to one thread
-    try:
-        # A truncated normal is drawn by looking at values, which a fake tensor does not have. Real weights may meet
-        # fake data: folding copies weights, and a fake one cannot be copied.
-        with (
-            FakeTensorMode(allow_non_fake_inputs=True),
-            patch("torch.nn.init.trunc_normal_", lambda tensor, **_: tensor),
-        ):
-            yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def build_model(recipe: Recipe, way: Way) -> Model:
     """The JEPA and its probes, with BatchNorm folded if the way says so."""
     jepa = build_jepa(
@@ -91,7 +74,7 @@ def build_model(recipe: Recipe, way: Way) -> Model:
 
 def training_step(recipe: Recipe, way: Way) -> list[Event]:
     """One training step, the optimizer's included, whose state is there before."""
-    with on_shapes_only():
+    with fake_tensors(beside_real_ones=True):
         model = build_model(recipe, way)
         # What the trainer uses on a GPU; the original's own default there is multi-tensor.
         kind: dict[str, Any] = {"foreach": True} if way.literal else {"fused": True}
@@ -114,7 +97,7 @@ def training_step(recipe: Recipe, way: Way) -> list[Event]:
 def rollout_step(recipe: Recipe, way: Way) -> list[Event]:
     """One step of a rollout: a window of states in, the next state out, in eval mode."""
     predictor: Any = build_model(recipe, way)[0].predictor.eval()
-    with on_shapes_only(), torch.no_grad():
+    with fake_tensors(beside_real_ones=True), torch.no_grad():
         window = torch.empty(recipe.batch, recipe.pixels, recipe.pixels, CONTEXT * recipe.dstc).permute(0, 3, 1, 2)
         with torch.autocast("cpu", torch.bfloat16, enabled=way.bf16):
             predictor.predictor(window)  # the first step casts weights, which autocast keeps for the others
@@ -126,7 +109,7 @@ def rollout_step(recipe: Recipe, way: Way) -> list[Event]:
 def evaluation(recipe: Recipe, way: Way) -> list[Event]:
     """One evaluation of one batch, up to the probabilities that average precision ranks."""
     model = build_model(recipe, way if way.literal else replace(way, folded=not way.fused))
-    with on_shapes_only():
+    with fake_tensors(beside_real_ones=True):
         video = torch.empty(recipe.batch, recipe.frames, recipe.pixels, recipe.pixels, dtype=torch.uint8)
         maps = torch.empty(recipe.batch, recipe.frames, DetHead.CELLS, DetHead.CELLS, dtype=torch.uint8)
         is_folded = patch.object(training_evaluation, "folded_batch_norm", lambda network: network)

@@ -130,7 +130,7 @@ def count_step(
         from fastjepa.fused.networks import FusedResNet5, FusedStateOnlyPredictor  # now, and not among fake tensors
     if projection == "fused":
         import fastjepa.kernels.projected_losses.fused  # noqa: F401
-    with _fake_tensors():
+    with fake_tensors():
         jepa = build_jepa(
             dobs=sizes.dobs, henc=sizes.henc, hpre=sizes.hpre, dstc=sizes.dstc, projector=sizes.projector,
             std_coeff=10.0, cov_coeff=100.0,
@@ -189,9 +189,11 @@ def free_bytes(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def _fake_tensors() -> Iterator[None]:
+def fake_tensors(*, beside_real_ones: bool = False) -> Iterator[None]:
     """Inside, new tensors have a shape and no memory, on the CPU, whatever the caller has set. Kernels are let through
     although they could not run there: of them, only what tells the shapes of their results is called.
+
+    `beside_real_ones`: real tensors, weights say, may meet fake ones.
     """
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     torch.set_default_dtype(torch.float32)
@@ -203,7 +205,7 @@ def _fake_tensors() -> Iterator[None]:
             torch.enable_grad(),
             torch.autocast("cpu", enabled=False),
             torch.device("cpu"),
-            FakeTensorMode(),
+            FakeTensorMode(allow_non_fake_inputs=beside_real_ones),
             # A truncated normal is drawn by looking at values, which fake tensors do not have.
             patch("torch.nn.init.trunc_normal_", lambda tensor, **_: tensor),
             patch.object(checks, "unavailable_reason", lambda device: None),
