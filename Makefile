@@ -41,7 +41,8 @@ audit: setup
 COMPAT ?= 2.11-3.6 2.15-3.9
 # The kernels' ops, torch.compile and torch.export, CUDA graphs, and what is told of the versions.
 COMPAT_TESTS := $(wildcard $(patsubst %,tests/test_%*.py, \
-	audit batch_norm compile export fused_networks graph launch moments projected_losses recompute symbolic_sizes))
+	audit batch_norm compile export fused_networks graph launch moments projected_losses recompute step_memory \
+	symbolic_sizes))
 
 # Those tests and the audit with each pair, in environments of some gigabytes each under .compat/.
 compat: $(COMPAT:%=compat-%)
