@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compare import assert_near
 from fastjepa.fused.networks import FusedResUNet, FusedStateOnlyPredictor
-from fastjepa.fused.shared_parameters import SharedParameters, is_plain_convolution
+from fastjepa.fused.shared_parameters import SharedParameters, _copy_all, is_plain_convolution
 from fastjepa.model.jepa import parallel_unroll
 from fastjepa.model.networks import ResUNet, StateOnlyPredictor
 
@@ -77,6 +77,22 @@ def test_the_casts_are_those_of_autocast_and_gradients_come_back_in_fp32() -> No
     assert torch.equal(layers.conv.weight.grad, torch.full_like(layers.conv.weight, 3.0))
     assert layers.up.weight.grad is not None  # one tensor is the gradient of all
     assert not layers.up.weight.grad.any()
+
+
+def test_one_copy_for_each_dtype_and_one_for_what_lies_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+    together = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda a, b: (copied.append(len(a)), together(a, b))[1])
+    shapes = [(2, 3), (4, 2, 1, 1), (4, 3, 3, 3), (5,)]
+    sources = [torch.randn(shape) for shape in shapes]
+    sources[1] = sources[1].as_strided((4, 2, 1, 1), (2, 1, 2, 2))  # the same memory, in other words
+    sources[2] = sources[2].contiguous(memory_format=torch.channels_last)
+    sources[3] = sources[3].to(torch.bfloat16)
+    targets = [torch.zeros(shape) for shape in shapes]
+    _copy_all(zip(targets, sources, strict=True))
+    assert copied == [2, 1]
+    for target, source in zip(targets, sources, strict=True):
+        assert torch.equal(target, source.float())
 
 
 def test_calls_add_up_in_fp32() -> None:
@@ -152,6 +168,23 @@ def test_an_unroll_of_its_own_is_the_unroll(size: tuple[int, int], recompute: bo
     (results, gradients), (expected, wanted) = run(fused), run(eager)
     assert_near(results, expected, 1e-5 * steps)
     assert_near(gradients, wanted, GRADIENT)
+
+
+@pytest.mark.parametrize("wrapped", ["hook", "compiled"])
+def test_what_waits_for_calls_of_the_predictor_gets_them(wrapped: str, device: str) -> None:
+    predictor: Any = FusedStateOnlyPredictor.from_eager(StateOnlyPredictor(ResUNet(6, 2, 3)).to(device))
+    calls = []
+    if wrapped == "hook":
+        predictor.register_forward_hook(lambda *_: calls.append(1))
+    else:
+
+        def counting(graph: Any, _: Any) -> Any:
+            return lambda *inputs: (calls.append(1), graph(*inputs))[1]
+
+        predictor = torch.compile(predictor, backend=counting)
+    with torch.no_grad():
+        parallel_unroll(predictor, torch.rand(2, 3, 4, 8, 8, device=device), None, 2)
+    assert len(calls) >= 2
 
 
 def test_gradients_accumulate_over_backward_passes(device: str) -> None:

@@ -1,8 +1,8 @@
 """A network's parameters for one call or several: cast once, and the gradients of a call gathered in one tensor.
 
 In bf16 autocast, eager casts every weight by a kernel of its own, casts every gradient back by another, and adds the
-gradients of K calls by K − 1 kernels for each parameter. Here a multi-tensor kernel casts all weights, another writes
-the gradients of a call, whatever their dtype, one after the other into one tensor in fp32, and autograd adds K tensors.
+gradients of K calls by K − 1 kernels for each parameter. Here a multi-tensor kernel casts all weights, one for each
+dtype writes the gradients of a call one after the other into one tensor in fp32, and autograd adds K tensors.
 
 The way there: all parameters become one *token* (`_Gather`), a tensor that only stands for them; every call turns the
 token into tensors to compute with (`_Spread`), which share memory with the parameters or with their casts. So the
@@ -85,10 +85,29 @@ def _cast(parameters: list[Tensor], device_type: str) -> list[Tensor]:
         return [p.detach() for p in parameters]
     dtype = torch.get_autocast_dtype(device_type)
     casts = [p.detach() if p.dtype in (dtype, torch.float64) else torch.empty_like(p, dtype=dtype) for p in parameters]
-    pairs = [(cast, p) for cast, p in zip(casts, parameters, strict=True) if cast.dtype != p.dtype]
-    if pairs:
-        torch._foreach_copy_([cast for cast, _ in pairs], [p for _, p in pairs])
+    _copy_all((cast, p) for cast, p in zip(casts, parameters, strict=True) if cast.dtype != p.dtype)
     return casts
+
+
+def _copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copy into the first of each pair the second; by one kernel for each dtype of these, where both of a pair lie in
+    memory alike. (A multi-tensor copy of tensors of which one does not fit the others is one kernel for each.)
+    """
+    alike: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in pairs:
+        if _lie_alike(target, source):
+            targets, sources = alike.setdefault(source.dtype, ([], []))
+            targets.append(target)
+            sources.append(source.as_strided(target.shape, target.stride()))
+        else:
+            target.copy_(source)
+    for targets, sources in alike.values():
+        torch._foreach_copy_(targets, sources)
+
+
+def _lie_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether the strides that count are the same: those of sizes beyond 1."""
+    return all(size == 1 or s == t for size, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
 class _Layout:
@@ -98,8 +117,8 @@ class _Layout:
         self._places = []
         self.size = 0
         for p in parameters:
-            laid = torch.empty_like(p, device="meta")  # dense, and like the parameter if that is
-            self._places.append((p.shape, laid.stride(), self.size, p.dtype))
+            stride = p.stride() if _is_dense(p) else torch.empty(p.shape, device="meta").stride()
+            self._places.append((p.shape, stride, self.size, p.dtype))
             self.size += -(-p.numel() // _ALIGNMENT) * _ALIGNMENT
         self.device = parameters[0].device
         self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
@@ -109,6 +128,10 @@ class _Layout:
 
     def gradients(self, flat: Tensor) -> list[Tensor]:
         return [view.to(place[3]) for view, place in zip(self.views(flat), self._places, strict=True)]
+
+
+def _is_dense(p: Tensor) -> bool:
+    return p.is_contiguous() or (p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last))
 
 
 class _Gather(torch.autograd.Function):
@@ -143,6 +166,5 @@ class _Spread(torch.autograd.Function):
         wanted = [grad for grad, train in zip(grads, ctx.trained, strict=True) if train]
         missing = any(grad is None for grad in wanted)
         flat = (torch.zeros if missing else torch.empty)(layout.size, dtype=layout.dtype, device=layout.device)
-        pairs = [(view, grad) for view, grad in zip(layout.views(flat), wanted, strict=True) if grad is not None]
-        torch._foreach_copy_([view for view, _ in pairs], [grad for _, grad in pairs])
+        _copy_all((view, grad) for view, grad in zip(layout.views(flat), wanted, strict=True) if grad is not None)
         return flat, None, None, None

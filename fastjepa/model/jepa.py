@@ -204,7 +204,8 @@ def parallel_unroll(
     """The steps of a parallel unroll: pᵏ = cat(z[:, :, :c], predictor(pᵏ⁻¹) without its last entry), p⁰ = z, where c is
     the predictor's `context_length` (0 if it has none).
 
-    A predictor with a method `unroll_parallel(state, nsteps)` of its own, as a fused one has, does all steps in that.
+    A predictor with a method `unroll_parallel(state, nsteps)` of its own, as a fused one has, does all steps in that;
+    but not where something waits for its calls: a hook, or what is wrapped around it (torch.compile).
 
     Args:
         state: z (B, D, T, H, W), whose first c frames every step keeps.
@@ -214,9 +215,10 @@ def parallel_unroll(
     Returns:
         z for whatever else it is used for, the losses say, and p¹ … pᴷ, each like z.
     """
-    own_unroll = getattr(predictor, "unroll_parallel", None)
-    if own_unroll is not None:
-        unrolled: tuple[Tensor, list[Tensor]] = own_unroll(state, nsteps)
+    # Asked of the class: a wrapper hands on what it is asked for itself.
+    own_unroll = getattr(type(predictor), "unroll_parallel", None)
+    if own_unroll is not None and not _has_hooks(predictor):
+        unrolled: tuple[Tensor, list[Tensor]] = own_unroll(predictor, state, nsteps)
         return unrolled
     context_length = getattr(predictor, "context_length", 0)
     sequences, current = [], state
@@ -227,6 +229,12 @@ def parallel_unroll(
             current = torch.cat((state[:, :, :context_length], prediction), dim=2)
         sequences.append(current)
     return state, sequences
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a call of this very module does more than its `forward`."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
 
 
 def _check_frames(mode: str, frames: int, nsteps: int, context: int, window: int, compute_loss: bool) -> None:

@@ -24,7 +24,7 @@ from fastjepa.model.networks import DetHead
 
 @dataclass(frozen=True)
 class Resolution:
-    """The precision and the choice of a run; `report` says how it was found, "" where nothing was measured."""
+    """The precision and the choice of a run; `report` says how they were found, "" where by flags alone."""
 
     precision: str
     choice: Choice
@@ -83,6 +83,8 @@ def resolve_run(config: Config, device: torch.device) -> Resolution:
 
 def refuse_recompute(config: Config, device: torch.device) -> None:
     """Raises ValueError for --recompute on where there are no fused networks, which alone can do it."""
+    if config.recompute not in ("auto", "on", "off"):
+        raise ValueError(f"--recompute must be auto, on or off; got {config.recompute!r}")
     if config.recompute != "on":
         return
     if config.backend == "eager":
