@@ -66,7 +66,7 @@ def parts(out: Path, device: torch.device, quick: bool) -> list[Part]:
                    variants=_ROLLOUTS),
         make.suite("projected_losses", 150, *make.only_on_gpu("--batch", "64"), "--seconds", "1", variants=_OPS),
         make.suite("moments", 150, "--seconds", "0.5", variants=_OPS),
-        make.suite("frame_windows", 60, "--seconds", "0.5", variants=_OPS),
+        make.suite("frame_windows", 150, "--seconds", "0.5", variants=_OPS),
         make.suite("layers", 180, "--seconds", "0.5", variants=_OPS),
         make.training(),
         make.calibration(),
