@@ -175,7 +175,7 @@ def plans(quick: bool) -> Iterator[tuple[Case, list[Variant]]]:
     entries = [
         Entry("fastjepa.kernels.projected_losses.forward", "_CONFIGS", half),
         Entry("fastjepa.kernels.projected_losses.backward", "_CONFIGS", half),
-        Entry("fastjepa.kernels.moments.scatter", "_CONFIGS", 16),
+        Entry("fastjepa.kernels.moments.narrow", "NARROW_CONFIGS", 16),
         Entry("fastjepa.kernels.moments.centred_linear", "_CONFIGS", 16),
     ]
     case = replace(

@@ -14,11 +14,12 @@ from fastjepa.environment import ROOT
 from fastjepa.kernels import launch
 from fastjepa.kernels.batch_norm.fused import batch_norm_act
 from fastjepa.kernels.frame_windows.fused import first_windows
+from fastjepa.kernels.moments.fused import merged_sums, moments
 from fastjepa.kernels.projected_losses.fused import projected_losses
 from projector_cases import loss_and_gradients, make_case
 
 # The tiles that a kernel may have, in their order: docs/adding-a-kernel.md has their meanings.
-BLOCKS = ("BLOCK_P", "BLOCK_N", "BLOCK_C", "BLOCK_D", "BLOCK_H")
+BLOCKS = ("BLOCK_P", "BLOCK_E", "BLOCK_N", "BLOCK_C", "BLOCK_M", "BLOCK_D", "BLOCK_H", "BLOCK_O")
 
 
 @pytest.mark.parametrize("n_rows", [1, 63, 64, 65, 640, 641, 2_621_440, 1_474_560, 2**31 + 1])
@@ -111,6 +112,8 @@ def test_every_launch_is_by_keyword_in_the_order_of_the_kernels_signature(
     monkeypatch.setattr(launch, "wrap", Recorded)
     case = make_case((70, 6), 3, hidden=8, out=8, dtype=torch.bfloat16, device=device)
     loss_and_gradients(projected_losses, case)
+    moments([torch.rand(40, 33, device=device)])
+    merged_sums(torch.rand(2, 3, device=device).double())
     norms = [torch.nn.BatchNorm1d(6).to(device) for _ in range(2)]
     for residual_bn in (None, norms[1]):
         x, residual = (torch.rand(40, 6, device=device, requires_grad=True) for _ in range(2))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from compare import assert_as_exact_as_eager, assert_close_to_truth
-from fastjepa.kernels.moments import fused, reference
-from fastjepa.kernels.moments import scatter as scatter_pass
+from fastjepa.kernels.launch import LaunchConfig
+from fastjepa.kernels.moments import fused, narrow, reference
 from fastjepa.kernels.projected_losses import algebra
 from fastjepa.kernels.projected_losses.reference import std_and_cov_loss
 
@@ -114,9 +114,10 @@ def test_offset_constant_and_dead_columns(device: str) -> None:
 
 def test_first_tile_far_from_the_rest(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # One program, centred at its first tile: the worst case of the bound in the package's docstring.
-    monkeypatch.setattr(scatter_pass, "_MAX_PROGRAMS", 1)
+    monkeypatch.setattr(narrow, "_MAX_PROGRAMS", 1)
+    monkeypatch.setitem(narrow.NARROW_CONFIGS, 16, LaunchConfig(blocks={"BLOCK_N": 64, "BLOCK_D": 16}))
     f = rows(330, 16, torch.float32, device)
-    f[:32] += 100.0
+    f[:64] += 100.0
     mean, scatter = (m[0] for m in fused.moments([f]))
     double = f.double()
     # The sum of x − centre is as large as the data's spread, and the mean is as exact as that.

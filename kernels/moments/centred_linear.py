@@ -1,7 +1,8 @@
-"""Pass 2: base − constant − linear·(x − mean) for every row x."""
+"""Pass 2: base − constant − linear·(x − mean) for every row x, of several tensors in one launch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,30 +23,45 @@ from fastjepa.kernels.launch import (
     round_to,
 )
 from fastjepa.kernels.moments.blocks import MAX_D, block_d_for, n_summands, padded, padded_size, summands
+from fastjepa.kernels.moments.tensors import MAX_TENSORS, launches_of, pointers, tensor_of
 
 
 @triton.jit
 def _centred_linear_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,  # (n_rows, D)
-    base_ptr,  # (n_rows, D), read if HAS_BASE; may be out
-    out_ptr,  # (n_rows, D)
-    centre_ptr,  # (n_blocks·BLOCK_D,) fp32
-    constant_ptr,  # (n_blocks·BLOCK_D,) fp32
-    linear_ptr,  # (2 if HALF else 1, n_blocks·BLOCK_D, n_blocks·BLOCK_D) in the dtype of x, transposed: row = input
+    x0_ptr, x1_ptr, x2_ptr, x3_ptr, x4_ptr,  # (n_rows, D), or None
+    base0_ptr, base1_ptr, base2_ptr, base3_ptr, base4_ptr,  # (n_rows, D), or None; the first may have another dtype
+    out0_ptr, out1_ptr, out2_ptr, out3_ptr, out4_ptr,  # (n_rows, D), or None; may be the base
+    centre_ptr,  # (tensors, n_blocks·BLOCK_D) fp32
+    constant_ptr,  # (tensors, n_blocks·BLOCK_D) fp32
+    linear_ptr,  # (tensors, 2 if HALF else 1, n_blocks·BLOCK_D, n_blocks·BLOCK_D) in x's dtype, transposed: row = input
     n_rows,
     D: tl.constexpr,
     N_BLOCKS: tl.constexpr,
     EVEN_N: tl.constexpr,
-    HAS_BASE: tl.constexpr,
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
+    t = tl.program_id(2)
     EVEN_D: tl.constexpr = D == N_BLOCKS * BLOCK_D
     SIZE: tl.constexpr = N_BLOCKS * BLOCK_D
+    x_ptr = tensor_of(x0_ptr, x1_ptr, x2_ptr, x3_ptr, x4_ptr, t)
+    out_ptr = tensor_of(out0_ptr, out1_ptr, out2_ptr, out3_ptr, out4_ptr, t)
+    centre_ptr += t * SIZE
+    constant_ptr += t * SIZE
+    linear_ptr += t * ((2 if HALF else 1) * SIZE * SIZE)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_j = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    if base0_ptr is not None:  # loaded first, so that it is on its way while the product is made
+        if base1_ptr is None:
+            base = load_rows(base0_ptr, offs_n, offs_j, n_rows, D, EVEN_N, EVEN_D).to(tl.float32)
+        else:
+            if t == 0:
+                base = load_rows(base0_ptr, offs_n, offs_j, n_rows, D, EVEN_N, EVEN_D).to(tl.float32)
+            else:
+                base_ptr = tensor_of(base1_ptr, base1_ptr, base2_ptr, base3_ptr, base4_ptr, t)
+                base = load_rows(base_ptr, offs_n, offs_j, n_rows, D, EVEN_N, EVEN_D).to(tl.float32)
     out = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32) - tl.load(constant_ptr + offs_j)[None, :]
     for block_i in range(N_BLOCKS):
         offs_i = block_i * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -55,8 +71,8 @@ def _centred_linear_kernel(  # type: ignore[no-untyped-def]
         if HALF:
             out = dot(x, tl.load(linear_ptrs + SIZE * SIZE), out, PRECISION)
         out = dot(x, tl.load(linear_ptrs), out, PRECISION)
-    if HAS_BASE:
-        out += load_rows(base_ptr, offs_n, offs_j, n_rows, D, EVEN_N, EVEN_D).to(tl.float32)
+    if base0_ptr is not None:
+        out += base
     out = round_to(out, out_ptr.dtype.element_ty)
     ptrs = out_ptr + offs_n[:, None] * D + offs_j[None, :]
     if EVEN_N and EVEN_D:
@@ -100,56 +116,71 @@ def round_operands(mean: Tensor, constant: Tensor | None, linear: Tensor, dtype:
     )
 
 
-def launch_centred_linear(x: Tensor, operands: LinearOperands, t: int, base: Tensor | None, out: Tensor) -> None:
-    """out ← base − constant − linear·(x − mean) for contiguous rows x (N, D) of tensor t; `out` may be `base`."""
-    n_rows, n_channels = x.shape
+def launch_centred_linear(
+    tensors: Sequence[Tensor], operands: LinearOperands, bases: Sequence[Tensor] | None, outs: Sequence[Tensor]
+) -> None:
+    """out ← base − constant − linear·(x − mean) for contiguous rows x (N, D) of each tensor; `outs` may be `bases`.
+
+    `MAX_TENSORS` in each launch. The first base may have another dtype than the others; so may the only out.
+    """
+    n_rows, n_channels = tensors[0].shape
     config = _CONFIGS[block_d_for(n_channels)]
     split = RowSplit.one_tile_each(n_rows, config.blocks["BLOCK_N"])
     n_blocks = padded_size(n_channels) // config.blocks["BLOCK_D"]
-    launch_kernel(
-        _centred_linear_kernel,
-        (split.programs, n_blocks),
-        config,
-        x_ptr=x,
-        base_ptr=out if base is None else base,
-        out_ptr=out,
-        centre_ptr=operands.centre[t],
-        constant_ptr=operands.constant[t],
-        linear_ptr=operands.linear[t],
-        n_rows=n_rows,
-        D=n_channels,
-        N_BLOCKS=n_blocks,
-        EVEN_N=split.even,
-        HAS_BASE=base is not None,
-        HALF=n_summands(x.dtype) == 2,
-        PRECISION=dot_precision(x.dtype),
-    )
+    for some in launches_of(len(tensors)):
+        launch_kernel(
+            _centred_linear_kernel,
+            (split.programs, n_blocks, len(tensors[some])),
+            config,
+            **pointers("x", tensors[some]),
+            **pointers("base", [] if bases is None else bases[some]),
+            **pointers("out", outs[some]),
+            centre_ptr=operands.centre[some],
+            constant_ptr=operands.constant[some],
+            linear_ptr=operands.linear[some],
+            n_rows=n_rows,
+            D=n_channels,
+            N_BLOCKS=n_blocks,
+            EVEN_N=split.even,
+            HALF=n_summands(tensors[0].dtype) == 2,
+            PRECISION=dot_precision(tensors[0].dtype),
+        )
 
 
 def audit_cases() -> list[AuditCase]:
-    """At the projected losses' size (D = 16), the largest block and the largest size, fp32 and bf16."""
+    """A state and four predictions at the projected losses' size (D = 16), and one tensor of up to the largest size.
+
+    Of bf16 rows with the state's base in fp32, as several groups of predictions leave it.
+    """
     n_rows, cases = 64 * 10 * 64 * 64, []
     for dtype in (torch.float32, torch.bfloat16):
-        for d in (16, 64, MAX_D):
+        for d, n_tensors in ((16, MAX_TENSORS), (64, MAX_TENSORS), (MAX_D, 1)):
             size = padded_size(d)
+            names = [(f"x{i}_ptr", f"base{i}_ptr", f"out{i}_ptr") for i in range(MAX_TENSORS)]
+            absent = [name for triple in names[n_tensors:] for name in triple]
+            in_rows_dtype = {name for triple in names for name in triple} | {"linear_ptr"}
+            wide_base = n_tensors > 1
+            signature = audit_signature(
+                _centred_linear_kernel, dtype, in_rows_dtype - ({"base0_ptr"} if wide_base else set()), absent
+            )
+            n_moved = 3 * n_tensors * dtype.itemsize + (4 - dtype.itemsize if wide_base else 0)
             cases.append(
                 AuditCase(
                     name=f"centred_linear/{TRITON_TYPE[dtype]}/D={d}",
                     kernel=_centred_linear_kernel,
-                    signature=audit_signature(
-                        _centred_linear_kernel, dtype, ("x_ptr", "base_ptr", "out_ptr", "linear_ptr")
-                    ),
+                    signature=signature,
                     constexprs={
+                        **dict.fromkeys(absent),
                         "D": d,
                         "N_BLOCKS": size // block_d_for(d),
                         "EVEN_N": True,
-                        "HAS_BASE": True,
                         "HALF": n_summands(dtype) == 2,
                         "PRECISION": dot_precision(dtype),
                     },
                     config=_CONFIGS[block_d_for(d)],
-                    bytes_moved=3 * n_rows * d * dtype.itemsize,
-                    flops=2 * n_rows * d * d * n_summands(dtype),
+                    bytes_moved=n_moved * n_rows * d
+                    + n_tensors * size * (size * n_summands(dtype) * dtype.itemsize + 8),
+                    flops=2 * n_tensors * n_rows * d * d * n_summands(dtype),
                     divisible_by_16=("n_rows",),
                     expects_tensor_cores=True,
                 )

@@ -10,13 +10,14 @@ from torch import Tensor
 from fastjepa.kernels.checks import check_tensor, require_available
 from fastjepa.kernels.moments.blocks import MAX_D, n_summands, padded_size
 from fastjepa.kernels.moments.centred_linear import LinearOperands, launch_centred_linear, round_operands
+from fastjepa.kernels.moments.merge import merge_moments, merge_sums
 from fastjepa.kernels.moments.scatter import scatter_partials
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def moments(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and scatter of T tensors of rows; launches T kernels.
+    """Mean and scatter of T tensors of rows, in one launch for every five of them and one that merges.
 
     Args:
         tensors: T ≥ 1 tensors (N, D) of one shape and dtype, contiguous, fp32 or bf16; N ≥ 1, D ≤ 512.
@@ -30,14 +31,55 @@ def moments(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """
     n_rows, n_channels = _check_rows("moments", {f"tensors[{i}]": x for i, x in enumerate(tensors)})
     partials = scatter_partials(tensors)
-    # In float64: the partials are about different centres, which the exact formula combines.
-    counts, offset = partials.counts, partials.residual.double() / partials.counts
-    program_mean = partials.centre.double() + offset
-    mean = (counts * program_mean).sum(1) / n_rows
-    apart = program_mean - mean.unsqueeze(1)
-    total = partials.scatter.sum(1, dtype=torch.float64)
-    total += (counts * apart).transpose(1, 2) @ apart - (counts * offset).transpose(1, 2) @ offset
-    return mean[:, :n_channels], total[:, :n_channels, :n_channels]
+    rows = (n_rows, partials.rows_per_program)
+    return merge_moments(partials.centre, partials.residual, partials.scatter, rows, n_channels)
+
+
+def merged_moments(mean: Tensor, scatter: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """The moments of all rows from those of P parts of them, each part with its own number of rows: `moments` of each.
+
+    Args:
+        mean: (P, T, D) float64, contiguous.
+        scatter: (P, T, D, D) float64, contiguous, each about its own mean.
+        count: (P,) float64, the rows of each part, 1 or more.
+
+    Returns:
+        mean (T, D) and scatter (T, D, D), float64. The order of the parts is the order of the sum.
+
+    Raises:
+        RuntimeError: kernels cannot run on the tensors' device.
+        TypeError, ValueError: an argument that is not as above; the message names it.
+    """
+    op, wide = "merged_moments", (torch.float64,)
+    check_tensor(op, "mean", mean, shape=(None, None, None), dtypes=wide, contiguous=True)
+    n_parts, n_tensors, n_channels = mean.shape
+    shape = (n_parts, n_tensors, n_channels, n_channels)
+    check_tensor(op, "scatter", scatter, shape=shape, dtypes=wide, device=mean.device, contiguous=True)
+    check_tensor(op, "count", count, shape=(n_parts,), dtypes=wide, device=mean.device, contiguous=True)
+    require_available(op, mean.device)
+    if min(n_parts, n_tensors, n_channels) < 1:
+        raise ValueError(f"{op}: mean has shape {tuple(mean.shape)}; accepted: at least one part, tensor and channel")
+    return merge_moments(mean.transpose(0, 1), None, scatter.transpose(0, 1), count, n_channels)
+
+
+def merged_sums(parts: Tensor) -> Tensor:
+    """Σ over P parts of anything that is a plain sum over rows, in their order.
+
+    Args:
+        parts: (P, ...) float64, contiguous, P ≥ 1, not empty.
+
+    Returns:
+        (...) float64.
+
+    Raises:
+        RuntimeError: kernels cannot run on the tensor's device.
+        TypeError, ValueError: parts that are not as above.
+    """
+    check_tensor("merged_sums", "parts", parts, dtypes=(torch.float64,), contiguous=True)
+    require_available("merged_sums", parts.device)
+    if parts.dim() < 1 or parts.numel() == 0:
+        raise ValueError(f"merged_sums: parts has shape {tuple(parts.shape)}; accepted: (P, ...), not empty")
+    return merge_sums(parts.reshape(1, parts.shape[0], -1)).reshape(parts.shape[1:])
 
 
 def linear_operands(mean: Tensor, constant: Tensor | None, linear: Tensor, dtype: torch.dtype) -> LinearOperands:
@@ -86,7 +128,8 @@ def subtract_centred_linear(x: Tensor, operands: LinearOperands, t: int, base: T
         if tensor is not None:
             rows = (n_rows, n_channels)
             check_tensor(op, name, tensor, shape=rows, dtypes=_DTYPES, device=x.device, contiguous=True)
-    launch_centred_linear(x, operands, t, base, out)
+    of_x = LinearOperands(*(operand[t : t + 1] for operand in operands))
+    launch_centred_linear([x], of_x, None if base is None else [base], [out])
     return out
 
 
