@@ -14,5 +14,7 @@ The closed form never stores the (N, hidden) and (N, out) activations: four pass
     3. Aᵀdy, Σdy and Σdy(x−μ)ᵀ                                (`backward`, on `activations` and `slope`)
     4. dx = Aᵀdy − BatchNorm's correction                     (`kernels.moments`)
 
-Between the passes, matrices of at most 128×128 (`algebra`).
+Between the passes, matrices of at most 128×128 in float64: `algebra` in plain torch, and of the fused path one kernel
+behind each of the first two passes, `hidden_affine` and `losses`, and one before and one behind the third,
+`output_gradients` and `input_gradients`.
 """

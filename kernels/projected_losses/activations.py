@@ -2,7 +2,7 @@
 
     N rows  T = 1+K tensors (t = 0: the state z; t = 1..K: predictions)  D channels  H hidden features
 
-A and the centre of each tensor come from its own batch statistics (`algebra`).
+A and the centre of each tensor come from its own batch statistics (`hidden_affine`).
 
 Precision. bf16 rows enter the dot as they are, with A as the sum of two bf16 matrices, so that r is nearly exact; fp32
 rows are centred first (an exact subtraction where the mean is large) and the dot is "tf32x3". What later dots read is
@@ -14,14 +14,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastjepa.kernels.launch import LaunchConfig, dot, load_rows, round_to
-from fastjepa.kernels.moments.blocks import padded, summands
-from fastjepa.kernels.projected_losses.algebra import HiddenAffine
 
 MAX_D = 64
 MAX_HIDDEN = 128
@@ -59,7 +56,7 @@ def hidden_activations(  # type: ignore[no-untyped-def]
         y = dot(x, tl.load(slope_ptr + offs_dh), y, PRECISION)
     else:
         y = dot(centred, tl.load(slope_ptr + offs_dh), y, PRECISION)
-    return centred, tl.maximum(y, 0.0)
+    return centred, tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as torch's relu
 
 
 class Operands(NamedTuple):
@@ -68,6 +65,11 @@ class Operands(NamedTuple):
     centre: Tensor  # (T, 2, BLOCK_D) fp32: μ as a sum of two
     slope: Tensor  # (T, 2 or 1, BLOCK_D, BLOCK_H) in the rows' dtype: Aᵀ, as a sum of two if that is bf16
     offset: Tensor  # (T, BLOCK_H) fp32: what y is where the dot is 0
+
+    def pointers(self, name: str, tensors: int | slice | None) -> dict[str, Tensor | None]:
+        """`centre_{name}_ptr` and so on: the operands of one tensor, of some, or None."""
+        fields = self._asdict().items()
+        return {f"{field}_{name}_ptr": None if tensors is None else of_all[tensors] for field, of_all in fields}
 
 
 def block_sizes(n_channels: int, n_hidden: int) -> tuple[int, int]:
@@ -80,22 +82,3 @@ def with_block_d(config: LaunchConfig, block_d: int) -> LaunchConfig:
     """An entry of a launch table with BLOCK_D, which follows from the rows, where the kernels' signatures have it."""
     blocks = {"BLOCK_N": config.blocks["BLOCK_N"], "BLOCK_D": block_d, "BLOCK_H": config.blocks["BLOCK_H"]}
     return replace(config, blocks=blocks)
-
-
-def operands(affine: HiddenAffine, mean: Tensor, bn_bias: Tensor, dtype: torch.dtype) -> Operands:
-    """Round the map. The offset is made with the rounded A: its rounding does not shift y."""
-    n_tensors, n_hidden, n_channels = affine.slope.shape
-    block_d, block_h = block_sizes(n_channels, n_hidden)
-    slope = affine.slope.transpose(1, 2)
-    centre = mean.float()
-    centre = torch.stack([centre, (mean - centre.double()).float()], 1)
-    parts = summands(slope, dtype)
-    rounded = sum(part.double() for part in parts)
-    offset = bn_bias.double().expand(n_tensors, -1)
-    if dtype != torch.float32:  # these rows are not centred before the dot: that would round them again
-        offset = offset - torch.einsum("td,tdh->th", mean, rounded)
-    return Operands(
-        padded(centre, (n_tensors, 2, block_d), torch.float32),
-        padded(torch.stack(parts, 1), (n_tensors, len(parts), block_d, block_h), dtype),
-        padded(offset, (n_tensors, block_h), torch.float32),
-    )

@@ -5,7 +5,7 @@
 With u_k = M·c_k(r(p_k) − r(z)):  dr(p_k) = u_k,  dr(z) = G(r(z) − r̄) − Σ_k u_k,  dy = dr·[r > 0].
 G, M and c come from the algebra between the passes. What is written, v = Aᵀdy, is dx before BatchNorm's correction,
 which needs the sums that this pass makes; correcting v afterwards costs less than doing this pass twice. Programs leave
-fp32 partials, which are added in float64 in one order.
+fp32 partials, a record for each tensor, which are merged in float64 in one order.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastjepa.kernels.launch import (
     launch_kernel,
     round_to,
 )
-from fastjepa.kernels.moments.blocks import padded
+from fastjepa.kernels.moments.merge import merge_sums
 from fastjepa.kernels.projected_losses.activations import (
     MAX_PROGRAMS,
     Operands,
@@ -36,24 +36,26 @@ from fastjepa.kernels.projected_losses.activations import (
     hidden_activations,
     with_block_d,
 )
-from fastjepa.kernels.projected_losses.algebra import OutputGradients
+from fastjepa.kernels.projected_losses.output_gradients import OutputGradients
 from fastjepa.kernels.projected_losses.slope import reduce_slope
 
 
 @triton.jit
 def _slope_gradients_kernel(  # type: ignore[no-untyped-def]
-    z_ptr, p0_ptr, p1_ptr, p2_ptr, p3_ptr,  # rows (n_rows, D); the first N_PREDICTIONS of p are read
-    vz_ptr, v0_ptr, v1_ptr, v2_ptr, v3_ptr,  # (n_rows, D), written
-    centre_ptr,  # (1 + N_PREDICTIONS, 2, BLOCK_D) fp32; z is row 0 here and below
-    slope_ptr,  # (1 + N_PREDICTIONS, 2 if HALF else 1, BLOCK_D, BLOCK_H)
-    offset_ptr,  # (1 + N_PREDICTIONS, BLOCK_H) fp32
-    mean_r_ptr,  # (BLOCK_H,) fp32
-    variance_ptr,  # (BLOCK_H, BLOCK_H) in the dtype of z: G, read if FIRST
-    gram_ptr,  # (BLOCK_H, BLOCK_H) in the dtype of z: M
-    coefficient_ptr,  # (N_PREDICTIONS,) fp32: c
-    sum_dy_ptr,  # (programs, BLOCK_H): over all tensors
-    dy_x_ptr,  # (1 + N_PREDICTIONS, programs, BLOCK_H, BLOCK_D)
-    slope_sum_ptr,  # (1 + N_PREDICTIONS, programs, BLOCK_D)
+    z_ptr, p0_ptr, p1_ptr, p2_ptr, p3_ptr,  # rows (n_rows, D); the first N_PREDICTIONS of p, then None
+    vz_ptr, v0_ptr, v1_ptr, v2_ptr, v3_ptr,  # (n_rows, D), written, or None
+    sums_ptr,  # (1 + N_PREDICTIONS, programs, BLOCK_H·BLOCK_D + BLOCK_D + BLOCK_H), z's records first: Σdy(x−μ)ᵀ,
+    # ΣAᵀdy, and Σdy over all tensors of the launch in z's record, 0 in the others
+    centre_z_ptr,  # (2, BLOCK_D) fp32; this and the next two are z's part of `Operands`
+    slope_z_ptr,  # (2 if HALF else 1, BLOCK_D, BLOCK_H)
+    offset_z_ptr,  # (BLOCK_H,) fp32
+    centre_p_ptr,  # (N_PREDICTIONS, 2, BLOCK_D); this and the next two are the predictions', or None
+    slope_p_ptr,
+    offset_p_ptr,
+    mean_r_ptr,  # (BLOCK_H,) fp32, or None: a later group of predictions
+    variance_ptr,  # (BLOCK_H, BLOCK_H) in the dtype of z: G; None with mean_r
+    gram_ptr,  # (BLOCK_H, BLOCK_H) in the dtype of z: M, or None
+    coefficient_ptr,  # (N_PREDICTIONS,) fp32: c, or None
     n_rows,
     zero,  # the integer 0, unknown to the compiler: pointers that depend on it are read again for each tile, which
     # saves the registers that loop-invariant matrices would take
@@ -90,7 +92,7 @@ def _slope_gradients_kernel(  # type: ignore[no-untyped-def]
     for tile in range(TILES):
         reload = tile * zero
         z, r_z = hidden_activations(
-            z_ptr, centre_ptr + reload, slope_ptr + reload, offset_ptr + reload, offs_n, n_rows,
+            z_ptr, centre_z_ptr + reload, slope_z_ptr + reload, offset_z_ptr + reload, offs_n, n_rows,
             D, EVEN_N, HALF, PRECISION, BLOCK_N, BLOCK_D, BLOCK_H,
         )  # fmt: skip
         dr_z = tl.zeros([BLOCK_N, BLOCK_H], dtype=tl.float32)
@@ -103,10 +105,10 @@ def _slope_gradients_kernel(  # type: ignore[no-untyped-def]
                 p_ptr, v_ptr, s, q = p2_ptr, v2_ptr, s2, q2
             else:
                 p_ptr, v_ptr, s, q = p3_ptr, v3_ptr, s3, q3
-            slope_p_ptr = slope_ptr + (reload + (k + 1) * SLOPE)
+            slope_k_ptr = slope_p_ptr + (reload + k * SLOPE)
             p, r = hidden_activations(
-                p_ptr, centre_ptr + (reload + (k + 1) * 2 * BLOCK_D), slope_p_ptr,
-                offset_ptr + (reload + (k + 1) * BLOCK_H), offs_n, n_rows,
+                p_ptr, centre_p_ptr + (reload + k * 2 * BLOCK_D), slope_k_ptr,
+                offset_p_ptr + (reload + k * BLOCK_H), offs_n, n_rows,
                 D, EVEN_N, HALF, PRECISION, BLOCK_N, BLOCK_D, BLOCK_H,
             )  # fmt: skip
             c = tl.load(coefficient_ptr + k)
@@ -120,7 +122,7 @@ def _slope_gradients_kernel(  # type: ignore[no-untyped-def]
                 active = active & (offs_n[:, None] < n_rows)
             dy = tl.where(active, u, 0.0)
             sum_dy, q, s = reduce_slope(
-                dy, p, slope_p_ptr, v_ptr, sum_dy, q, s, offs_n, n_rows,
+                dy, p, slope_k_ptr, v_ptr, sum_dy, q, s, offs_n, n_rows,
                 D, EVEN_N, HALF, False, PRECISION, BLOCK_N, BLOCK_D, BLOCK_H,
             )  # fmt: skip
             if k == 0:
@@ -139,25 +141,25 @@ def _slope_gradients_kernel(  # type: ignore[no-untyped-def]
             active = active & (offs_n[:, None] < n_rows)
         dy = tl.where(active, dr_z, 0.0)
         sum_dy, qz, sz = reduce_slope(
-            dy, z, slope_ptr + reload, vz_ptr, sum_dy, qz, sz, offs_n, n_rows,
+            dy, z, slope_z_ptr + reload, vz_ptr, sum_dy, qz, sz, offs_n, n_rows,
             D, EVEN_N, HALF, not FIRST, PRECISION, BLOCK_N, BLOCK_D, BLOCK_H,
         )  # fmt: skip
         offs_n += BLOCK_N
-    tl.store(sum_dy_ptr + pid * BLOCK_H + offs_h, tl.sum(sum_dy, 0) * 0.0625)  # of 16 equal rows
-    tl.store(slope_sum_ptr + pid * BLOCK_D + offs_d, sz)
-    tl.store(dy_x_ptr + pid * BLOCK_H * BLOCK_D + offs_hd, qz)
-    for k in tl.static_range(N_PREDICTIONS):
-        if k == 0:
-            s, q = s0, q0
-        elif k == 1:
-            s, q = s1, q1
-        elif k == 2:
-            s, q = s2, q2
+    for t in tl.static_range(1 + N_PREDICTIONS):
+        if t == 0:
+            s, q, dy_sum = sz, qz, tl.sum(sum_dy, 0) * 0.0625  # of 16 equal rows
+        elif t == 1:
+            s, q, dy_sum = s0, q0, tl.zeros([BLOCK_H], dtype=tl.float32)
+        elif t == 2:
+            s, q, dy_sum = s1, q1, tl.zeros([BLOCK_H], dtype=tl.float32)
+        elif t == 3:
+            s, q, dy_sum = s2, q2, tl.zeros([BLOCK_H], dtype=tl.float32)
         else:
-            s, q = s3, q3
-        partial = (k + 1) * n_programs + pid
-        tl.store(slope_sum_ptr + partial * BLOCK_D + offs_d, s)
-        tl.store(dy_x_ptr + partial * BLOCK_H * BLOCK_D + offs_hd, q)
+            s, q, dy_sum = s3, q3, tl.zeros([BLOCK_H], dtype=tl.float32)
+        record_ptr = sums_ptr + (t * n_programs + pid).to(tl.int64) * (BLOCK_H * BLOCK_D + BLOCK_D + BLOCK_H)
+        tl.store(record_ptr + (BLOCK_H * BLOCK_D + BLOCK_D) + offs_h, dy_sum)
+        tl.store(record_ptr + BLOCK_H * BLOCK_D + offs_d, s)
+        tl.store(record_ptr + offs_hd, q)
 
 
 # (BLOCK_H, fp32?) → launch config, and the number of predictions that one launch takes (at most 4). More take several
@@ -181,96 +183,90 @@ _SPILL_REASON = (
 _POINTERS = 4  # predictions that the kernel's signature has room for
 
 
+def group_size(block_h: int, dtype: torch.dtype) -> int:
+    """How many predictions of `dtype` a launch takes."""
+    return _CONFIGS[block_h, dtype == torch.float32][1]
+
+
 def slope_gradients(
     tensors: Sequence[Tensor], ops: Operands, mean_r: Tensor, out: OutputGradients
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Aᵀdy of every tensor (N, D); in float64 Σdy over all of them (H,), Σdy(x−μ)ᵀ (T, H, D) and ΣAᵀdy (T, D).
+) -> tuple[list[Tensor], Tensor]:
+    """Aᵀdy of every tensor (N, D), and the sums over their rows: (records, SIZE_H·BLOCK_D + BLOCK_D + SIZE_H) float64.
 
-    Launches one kernel for each group of predictions, and one where there are none. Aᵀdy has the dtype of the rows,
-    except that of z where several launches add to it: fp32.
+    Launches a kernel for each group of predictions, or one where there are none, and one that merges. Each launch
+    leaves a record of z, then one of each of its predictions; the kernel says what is in it. Aᵀdy has the dtype of the
+    rows, except that of z where several launches add to it: fp32.
     """
     z, predictions = tensors[0], tensors[1:]
-    n_rows, n_channels = z.shape
-    n_hidden, dtype = mean_r.shape[0], z.dtype
+    (n_rows, n_channels), dtype = z.shape, z.dtype
     block_d, block_h = ops.centre.shape[2], ops.offset.shape[1]
-    entry, group_size = _CONFIGS[block_h, dtype == torch.float32]
+    entry, group = _CONFIGS[block_h, dtype == torch.float32]
     config = with_block_d(entry, block_d)
     split = RowSplit.of(n_rows, config.blocks["BLOCK_N"], MAX_PROGRAMS, prefer_even=True)
-    results = [torch.empty_like(z, dtype=torch.float32 if len(predictions) > group_size else dtype)]
+    results = [torch.empty_like(z, dtype=torch.float32 if len(predictions) > group else dtype)]
     results += [torch.empty_like(p) for p in predictions]
-    variance, gram = (padded(m, (block_h, block_h), dtype) for m in (out.variance, out.gram))
-    coefficients = out.prediction.float()
-    sum_dys, products, slope_sums = [], [], []
-    for start in range(0, max(1, len(predictions)), group_size):
-        group = list(range(start + 1, min(start + group_size, len(predictions)) + 1))
-        index = [0, *group]
-        places = group + [0] * (_POINTERS - len(group))  # z stands in where there is no further prediction
-        sum_dy = torch.empty(split.programs, block_h, device=z.device, dtype=torch.float32)
-        slope_sum = torch.empty(len(index), split.programs, block_d, device=z.device, dtype=torch.float32)
-        dy_x = torch.empty(len(index), split.programs, block_h, block_d, device=z.device, dtype=torch.float32)
-        coefficient = coefficients[start : start + group_size] if group else mean_r.new_zeros(1, dtype=torch.float32)
+    starts = range(0, max(1, len(predictions)), group)
+    size = block_h * block_d + block_d + block_h
+    sums = torch.empty(len(predictions) + len(starts), split.programs, size, device=z.device, dtype=torch.float32)
+    for launch, start in enumerate(starts):
+        some = slice(start + 1, min(start + group, len(predictions)) + 1)
+        n = len(tensors[some])
         launch_kernel(
             _slope_gradients_kernel,
             (split.programs,),
             config,
             z_ptr=z,
-            **{f"p{k}_ptr": tensors[t] for k, t in enumerate(places)},
+            **{f"p{k}_ptr": tensors[start + 1 + k] if k < n else None for k in range(_POINTERS)},
             vz_ptr=results[0],
-            **{f"v{k}_ptr": results[t] if t else z for k, t in enumerate(places)},
-            centre_ptr=_rows_of(ops.centre, index),
-            slope_ptr=_rows_of(ops.slope, index),
-            offset_ptr=_rows_of(ops.offset, index),
-            mean_r_ptr=padded(mean_r, (block_h,), torch.float32),
-            variance_ptr=variance,
-            gram_ptr=gram,
-            coefficient_ptr=coefficient,
-            sum_dy_ptr=sum_dy,
-            dy_x_ptr=dy_x,
-            slope_sum_ptr=slope_sum,
+            **{f"v{k}_ptr": results[start + 1 + k] if k < n else None for k in range(_POINTERS)},
+            sums_ptr=sums[start + launch : start + launch + 1 + n],
+            **ops.pointers("z", 0),
+            **ops.pointers("p", some if n else None),
+            mean_r_ptr=None if start else mean_r,
+            variance_ptr=None if start else out.variance,
+            gram_ptr=out.gram,
+            coefficient_ptr=None if out.coefficient is None else out.coefficient[start : start + n],
             n_rows=n_rows,
             zero=0,
             D=n_channels,
             TILES=split.tiles,
             EVEN_N=split.even,
-            N_PREDICTIONS=len(group),
+            N_PREDICTIONS=n,
             FIRST=start == 0,
             HALF=dtype != torch.float32,
-            PRECISION=dot_precision(tensors[0].dtype),
+            PRECISION=dot_precision(dtype),
         )
-        sum_dys.append(sum_dy.sum(0, dtype=torch.float64)[:n_hidden])
-        slope_sums.append(slope_sum.sum(1, dtype=torch.float64)[:, :n_channels])
-        products.append(dy_x.sum(1, dtype=torch.float64)[:, :n_hidden, :n_channels])
-    return results, torch.stack(sum_dys).sum(0), _joined(products), _joined(slope_sums)
-
-
-def _joined(groups: list[Tensor]) -> Tensor:
-    """Each group's sums, z first → z's sum over the groups, then every prediction's."""
-    return torch.cat([torch.stack([g[:1] for g in groups]).sum(0), *(g[1:] for g in groups)])
-
-
-def _rows_of(x: Tensor, index: list[int]) -> Tensor:
-    """x[index]; x itself if that is all of it."""
-    return x if len(index) == x.shape[0] else torch.stack([x[t] for t in index])
+    return results, merge_sums(sums)
 
 
 def audit_cases() -> list[AuditCase]:
     """No prediction, one group of them, and a later group, at the default recipe and at the largest sizes."""
-    n_rows, cases = 64 * 10 * 64 * 64, []
+    kernel, n_rows, cases = _slope_gradients_kernel, 64 * 10 * 64 * 64, []
+    theirs = ["centre_p_ptr", "slope_p_ptr", "offset_p_ptr", "gram_ptr", "coefficient_ptr"]
     for dtype in (torch.float32, torch.bfloat16):
         for d, h, k, first in ((16, 64, 2, True), (16, 64, 0, True), (16, 64, 2, False), (64, 128, 1, True)):
             half, (block_d, block_h) = dtype != torch.float32, block_sizes(d, h)
-            entry, group_size = _CONFIGS[block_h, not half]
-            config, k = with_block_d(entry, block_d), min(k, group_size)
+            entry, group = _CONFIGS[block_h, not half]
+            config, k = with_block_d(entry, block_d), min(k, group)
             split = RowSplit.of(n_rows, config.blocks["BLOCK_N"], MAX_PROGRAMS, prefer_even=True)
-            in_rows_dtype = ["slope_ptr", "variance_ptr", "gram_ptr", "z_ptr", *(["vz_ptr"] if first else [])]
+            in_rows_dtype = ["slope_z_ptr", "slope_p_ptr", "variance_ptr", "gram_ptr", "z_ptr"]
             in_rows_dtype += [f"{name}{i}_ptr" for name in ("p", "v") for i in range(_POINTERS)]
+            # Of several groups, z's gradient is in fp32. Of these cases those are the first two and the last.
+            wide = not first or (d == 16 and k > 0)
+            in_rows_dtype += [] if wide else ["vz_ptr"]
+            absent = [f"{name}{i}_ptr" for name in ("p", "v") for i in range(k, _POINTERS)]
+            absent += [*(theirs if k == 0 else []), *([] if first else ["mean_r_ptr", "variance_ptr"])]
+            rows = n_rows * d * ((2 * k + 1) * dtype.itemsize + (4 if wide else dtype.itemsize))
+            small = (1 + k) * (4 * (2 * block_d + block_h) + (2 if half else 1) * dtype.itemsize * block_d * block_h)
+            small += (int(first) + int(k > 0)) * block_h**2 * dtype.itemsize + 4 * (block_h * first + k)
             dots = (k + 1) * (d * h * (4 if half else 3) + h * h)
             cases.append(
                 AuditCase(
                     name=f"slope_gradients/K={k}{'' if first else ' more'}/{TRITON_TYPE[dtype]}/D={d} H={h}",
-                    kernel=_slope_gradients_kernel,
-                    signature=audit_signature(_slope_gradients_kernel, dtype, in_rows_dtype),
+                    kernel=kernel,
+                    signature=audit_signature(kernel, dtype, in_rows_dtype, absent),
                     constexprs={
+                        **dict.fromkeys(absent),
                         "D": d,
                         "TILES": split.tiles,
                         "EVEN_N": split.even,
@@ -280,8 +276,7 @@ def audit_cases() -> list[AuditCase]:
                         "PRECISION": dot_precision(dtype),
                     },
                     config=config,
-                    bytes_moved=2 * (k + 1) * n_rows * d * dtype.itemsize
-                    + (k + 1) * split.programs * block_h * (block_d + 1) * 4,
+                    bytes_moved=rows + small + (k + 1) * split.programs * (block_h * (block_d + 1) + block_d) * 4,
                     flops=2 * n_rows * (dots if first else dots - h * h),
                     divisible_by_16=("n_rows", "zero"),
                     expects_tensor_cores=True,

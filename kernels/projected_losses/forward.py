@@ -2,8 +2,9 @@
 
     N rows  D channels  H hidden features;  r = r(z), s a shift near its mean;  Δ = r(z) − r(p)
 
-One launch for z: Σ(r−s) and Σ(r−s)(r−s)ᵀ. One launch for each prediction: ΣΔΔᵀ, reading z again: that costs 32 bytes a
-row, and keeps one H×H accumulator in registers instead of 1+K. Programs leave fp32 partials, which are added in
+One launch for z: Σ(r−s)(r−s)ᵀ and Σ(r−s). One for every five predictions: ΣΔΔᵀ of each, with z's activations made
+again, which keeps one H×H accumulator in registers instead of 1+K. The programs that share z's rows lie side by side in
+the grid, so that z comes from the L2 cache for all of them but one. Programs leave fp32 partials, which are merged in
 float64 in one order.
 """
 
@@ -27,7 +28,8 @@ from fastjepa.kernels.launch import (
     launch_kernel,
     round_to,
 )
-from fastjepa.kernels.moments.blocks import padded
+from fastjepa.kernels.moments.merge import merge_sums
+from fastjepa.kernels.moments.tensors import MAX_TENSORS, launches_of, pointers, tensor_of
 from fastjepa.kernels.projected_losses.activations import (
     MAX_PROGRAMS,
     Operands,
@@ -39,62 +41,68 @@ from fastjepa.kernels.projected_losses.activations import (
 
 @triton.jit
 def _activation_moments_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,  # (n_rows, D): z
-    y_ptr,  # (n_rows, D): a prediction, read if PAIR
-    centre_x_ptr,  # (2, BLOCK_D) fp32, like centre_y; these six are one tensor's part of `Operands`
-    centre_y_ptr,
-    slope_x_ptr,  # (2 if HALF else 1, BLOCK_D, BLOCK_H), like slope_y
-    slope_y_ptr,
-    offset_x_ptr,  # (BLOCK_H,) fp32, like offset_y
-    offset_y_ptr,
-    shift_ptr,  # (BLOCK_H,) fp32
-    sum_ptr,  # (programs, BLOCK_H), not written if PAIR
-    second_ptr,  # (programs, BLOCK_H, BLOCK_H)
+    z_ptr,  # (n_rows, D)
+    p0_ptr, p1_ptr, p2_ptr, p3_ptr, p4_ptr,  # (n_rows, D): predictions; all None: the moments of r(z)
+    sums_ptr,  # (predictions or 1, programs, BLOCK_H + 1, BLOCK_H): Σ(r−s)(r−s)ᵀ and Σ(r−s), or ΣΔΔᵀ and 0
+    centre_z_ptr,  # (2, BLOCK_D) fp32; this and the next two are z's part of `Operands`
+    slope_z_ptr,  # (2 if HALF else 1, BLOCK_D, BLOCK_H)
+    offset_z_ptr,  # (BLOCK_H,) fp32
+    centre_p_ptr,  # (predictions, 2, BLOCK_D); this and the next two are theirs, or None
+    slope_p_ptr,
+    offset_p_ptr,
+    shift_ptr,  # (BLOCK_H,) fp32: s; None with predictions
     n_rows,
     zero,  # the integer 0, unknown to the compiler, as in the backward pass: the vectors are read again for each tile
     D: tl.constexpr,
     TILES: tl.constexpr,
     EVEN_N: tl.constexpr,
-    PAIR: tl.constexpr,
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_H: tl.constexpr,
-):
-    pid = tl.program_id(0)
+):  # fmt: skip
+    pid = tl.program_id(1)
+    partial = pid
     offs_n = pid.to(tl.int64) * (TILES * BLOCK_N) + tl.arange(0, BLOCK_N)
     offs_h = tl.arange(0, BLOCK_H)
-    shift = tl.load(shift_ptr + offs_h)
+    if p0_ptr is None:
+        shift = tl.load(shift_ptr + offs_h)
+    else:
+        k = tl.program_id(0)
+        partial += k * tl.num_programs(1)
+        p_ptr = tensor_of(p0_ptr, p1_ptr, p2_ptr, p3_ptr, p4_ptr, k)
+        centre_p_ptr += k * (2 * BLOCK_D)
+        slope_p_ptr += k * ((2 if HALF else 1) * BLOCK_D * BLOCK_H)
+        offset_p_ptr += k * BLOCK_H
     # Each row of a tile keeps its own sum where there are registers for that: cheaper than a reduction per tile.
     ROWS: tl.constexpr = BLOCK_N if BLOCK_H == 64 else 1
     total = tl.zeros([ROWS, BLOCK_H], dtype=tl.float32)
     second = tl.zeros([BLOCK_H, BLOCK_H], dtype=tl.float32)
     for tile in range(TILES):
         reload = tile * zero
-        _x, r = hidden_activations(
-            x_ptr, centre_x_ptr + reload, slope_x_ptr, offset_x_ptr + reload, offs_n, n_rows,
+        _z, r = hidden_activations(
+            z_ptr, centre_z_ptr + reload, slope_z_ptr, offset_z_ptr + reload, offs_n, n_rows,
             D, EVEN_N, HALF, PRECISION, BLOCK_N, BLOCK_D, BLOCK_H,
         )  # fmt: skip
-        if PAIR:
-            _y, r_y = hidden_activations(
-                y_ptr, centre_y_ptr + reload, slope_y_ptr, offset_y_ptr + reload, offs_n, n_rows,
+        if p0_ptr is None:
+            r -= shift[None, :]
+        else:
+            _p, r_p = hidden_activations(
+                p_ptr, centre_p_ptr + reload, slope_p_ptr, offset_p_ptr + reload, offs_n, n_rows,
                 D, EVEN_N, HALF, PRECISION, BLOCK_N, BLOCK_D, BLOCK_H,
             )  # fmt: skip
-            r -= r_y
-        else:
-            r -= shift[None, :]
+            r -= r_p
         if not EVEN_N:
             r = tl.where(offs_n[:, None] < n_rows, r, 0.0)
-        if not PAIR:
+        if p0_ptr is None:
             total += r if ROWS > 1 else tl.sum(r, 0, keep_dims=True)
-        r = round_to(r, x_ptr.dtype.element_ty)
+        r = round_to(r, z_ptr.dtype.element_ty)
         second = add_dot(second, tl.trans(r), r, PRECISION, not HALF)
         offs_n += BLOCK_N
-    if not PAIR:
-        tl.store(sum_ptr + pid * BLOCK_H + offs_h, tl.sum(total, 0))
-    offs_hh = offs_h[:, None] * BLOCK_H + offs_h[None, :]
-    tl.store(second_ptr + pid.to(tl.int64) * BLOCK_H * BLOCK_H + offs_hh, second)
+    sums_ptr += partial.to(tl.int64) * ((BLOCK_H + 1) * BLOCK_H)
+    tl.store(sums_ptr + offs_h[:, None] * BLOCK_H + offs_h[None, :], second)
+    tl.store(sums_ptr + BLOCK_H * BLOCK_H + offs_h, tl.sum(total, 0))
 
 
 # (BLOCK_H, fp32?) → launch config. From the static audit with triton 3.6, 3.7 and 3.9: the largest tiles that stay in
@@ -107,46 +115,40 @@ _CONFIGS = {
 }
 
 
-def activation_moments(tensors: Sequence[Tensor], ops: Operands, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (H,) and scatter (H, H) of r(z), and ΣΔΔᵀ (K, H, H), in float64; launches 1 + K kernels."""
-    n_rows, n_channels = tensors[0].shape
+def activation_moments(tensors: Sequence[Tensor], ops: Operands, shift: Tensor) -> Tensor:
+    """Σ(r−s)(r−s)ᵀ of z and ΣΔΔᵀ of each prediction, and below it Σ(r−s) or 0: (T, SIZE_H + 1, SIZE_H) float64.
+
+    From rows (N, D), and of `hidden_affine` the operands and the shift s (SIZE_H,). Launches a kernel for z, one for
+    every five predictions, and one that merges.
+    """
+    (n_rows, n_channels), dtype = tensors[0].shape, tensors[0].dtype
     block_d, block_h = ops.centre.shape[2], ops.offset.shape[1]
-    n_hidden = shift.shape[0]
-    fp32 = tensors[0].dtype == torch.float32
-    config = with_block_d(_CONFIGS[block_h, fp32], block_d)
+    config = with_block_d(_CONFIGS[block_h, dtype == torch.float32], block_d)
     split = RowSplit.of(n_rows, config.blocks["BLOCK_N"], MAX_PROGRAMS, prefer_even=True)
-    rounded_shift = padded(shift, (block_h,), torch.float32)
-    total = torch.empty(split.programs, block_h, device=shift.device, dtype=torch.float32)
-    second = torch.empty(len(tensors), split.programs, block_h, block_h, device=shift.device, dtype=torch.float32)
-    for t, x in enumerate(tensors):
+    size = (block_h + 1) * block_h
+    sums = torch.empty(len(tensors), split.programs, size, device=shift.device, dtype=torch.float32)
+    groups = [slice(some.start + 1, some.stop + 1) for some in launches_of(len(tensors) - 1)]
+    for written in (slice(0, 1), *groups):
+        predictions = tensors[written] if written.start else []
         launch_kernel(
             _activation_moments_kernel,
-            (split.programs,),
+            (max(1, len(predictions)), split.programs),
             config,
-            x_ptr=tensors[0],
-            y_ptr=x,
-            centre_x_ptr=ops.centre[0],
-            centre_y_ptr=ops.centre[t],
-            slope_x_ptr=ops.slope[0],
-            slope_y_ptr=ops.slope[t],
-            offset_x_ptr=ops.offset[0],
-            offset_y_ptr=ops.offset[t],
-            shift_ptr=rounded_shift,
-            sum_ptr=total,
-            second_ptr=second[t],
+            z_ptr=tensors[0],
+            **pointers("p", predictions),
+            sums_ptr=sums[written],
+            **ops.pointers("z", 0),
+            **ops.pointers("p", written if predictions else None),
+            shift_ptr=None if predictions else shift,
             n_rows=n_rows,
             zero=0,
             D=n_channels,
             TILES=split.tiles,
             EVEN_N=split.even,
-            PAIR=t > 0,
-            HALF=not fp32,
-            PRECISION=dot_precision(tensors[0].dtype),
+            HALF=dtype != torch.float32,
+            PRECISION=dot_precision(dtype),
         )
-    moments = second.sum(1, dtype=torch.float64)[:, :n_hidden, :n_hidden]
-    residual = total.sum(0, dtype=torch.float64)[:n_hidden] / n_rows
-    scatter = moments[0] - n_rows * torch.outer(residual, residual)
-    return rounded_shift[:n_hidden].double() + residual, scatter, moments[1:]
+    return merge_sums(sums).view(len(tensors), block_h + 1, block_h)
 
 
 # Bytes per thread, the most over the architectures and the versions of triton, by (BLOCK_H, bf16?).
@@ -154,33 +156,38 @@ _ALLOWED_SPILL = {(64, True): 0, (64, False): 64, (128, True): 4, (128, False): 
 
 
 def audit_cases() -> list[AuditCase]:
-    """z alone and z with a prediction, at the default recipe and at the largest sizes, fp32 and bf16."""
-    n_rows, cases = 64 * 10 * 64 * 64, []
+    """z alone and z with four predictions, at the default recipe and at the largest sizes, fp32 and bf16."""
+    kernel, n_rows, cases = _activation_moments_kernel, 64 * 10 * 64 * 64, []
+    predictions = [f"p{i}_ptr" for i in range(MAX_TENSORS)]
+    theirs = ["centre_p_ptr", "slope_p_ptr", "offset_p_ptr"]
     for dtype in (torch.float32, torch.bfloat16):
         for d, h in ((16, 64), (64, 128)):
             half = dtype != torch.float32
             block_d, block_h = block_sizes(d, h)
             config = with_block_d(_CONFIGS[block_h, not half], block_d)
             split = RowSplit.of(n_rows, config.blocks["BLOCK_N"], MAX_PROGRAMS, prefer_even=True)
-            in_rows_dtype = ("x_ptr", "y_ptr", "slope_x_ptr", "slope_y_ptr")
-            for pair in (False, True):
-                n_inputs = 2 if pair else 1
+            in_rows_dtype = ("z_ptr", *predictions, "slope_z_ptr", "slope_p_ptr")
+            operands = (2 if half else 1) * dtype.itemsize * block_d * block_h + 4 * (2 * block_d + block_h)
+            for n in (0, 4):
+                absent = [*predictions[n:], *(["shift_ptr"] if n else theirs)]
+                dots = max(1, n) * ((2 if n else 1) * d * h * (2 if half else 1) + h * h)
                 cases.append(
                     AuditCase(
-                        name=f"activation_moments/{'pair' if pair else 'z'}/{TRITON_TYPE[dtype]}/D={d} H={h}",
-                        kernel=_activation_moments_kernel,
-                        signature=audit_signature(_activation_moments_kernel, dtype, in_rows_dtype),
+                        name=f"activation_moments/{'pair' if n else 'z'}/{TRITON_TYPE[dtype]}/D={d} H={h}",
+                        kernel=kernel,
+                        signature=audit_signature(kernel, dtype, in_rows_dtype, absent),
                         constexprs={
+                            **dict.fromkeys(absent),
                             "D": d,
                             "TILES": split.tiles,
                             "EVEN_N": split.even,
-                            "PAIR": pair,
                             "HALF": half,
                             "PRECISION": dot_precision(dtype),
                         },
                         config=config,
-                        bytes_moved=n_inputs * n_rows * d * dtype.itemsize + split.programs * block_h**2 * 4,
-                        flops=2 * n_rows * (n_inputs * d * h * (2 if half else 1) + h * h),
+                        bytes_moved=(1 + n) * (n_rows * d * dtype.itemsize + operands)
+                        + 4 * (max(1, n) * split.programs * (block_h + 1) * block_h + (0 if n else block_h)),
+                        flops=2 * n_rows * dots,
                         divisible_by_16=("n_rows", "zero"),
                         expects_tensor_cores=True,
                         allowed_spill_bytes=_ALLOWED_SPILL[block_h, half],

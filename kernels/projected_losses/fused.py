@@ -3,38 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastjepa.kernels.checks import check_tensor, require_available
 from fastjepa.kernels.launch import kernel_op
-from fastjepa.kernels.moments.fused import linear_operands, moments, subtract_centred_linear
-from fastjepa.kernels.projected_losses import algebra
-from fastjepa.kernels.projected_losses.activations import MAX_D, MAX_HIDDEN, operands
-from fastjepa.kernels.projected_losses.algebra import ProjectorParameters, Saved
-from fastjepa.kernels.projected_losses.backward import slope_gradients
+from fastjepa.kernels.moments.blocks import n_summands
+from fastjepa.kernels.moments.centred_linear import launch_centred_linear
+from fastjepa.kernels.moments.fused import moments
+from fastjepa.kernels.projected_losses.activations import MAX_D, MAX_HIDDEN, Operands, block_sizes
+from fastjepa.kernels.projected_losses.algebra import ProjectorParameters
+from fastjepa.kernels.projected_losses.backward import group_size, slope_gradients
 from fastjepa.kernels.projected_losses.forward import activation_moments
+from fastjepa.kernels.projected_losses.hidden_affine import hidden_affine
+from fastjepa.kernels.projected_losses.input_gradients import input_gradients
+from fastjepa.kernels.projected_losses.losses import losses
+from fastjepa.kernels.projected_losses.output_gradients import output_gradients
 from fastjepa.kernels.projected_losses.reference import ProjectedLosses, as_rows, check_shapes
 
 _OP = "projected_losses"
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def _forward_fake(z: Tensor, predictions: list[Tensor], weight1: Tensor, *_: object) -> list[Tensor]:
-    (hidden, channels), n_tensors = weight1.shape, 1 + len(predictions)
-    fp32_shapes: tuple[tuple[int, ...], ...] = ((), (), (len(predictions),), (n_tensors, hidden), (n_tensors, hidden))
-    fp64_shapes: tuple[tuple[int, ...], ...] = (
-        (n_tensors, channels),
-        (n_tensors, channels, channels),
-        (hidden,),
-        (hidden, hidden),
-        (len(predictions), hidden, hidden),
+class Kept(NamedTuple):
+    """What the forward pass leaves for the backward one, besides its inputs."""
+
+    mean: Tensor  # (T, D) fp64, of the rows
+    inv_std: Tensor  # (T, H) fp64; this and the next five are of `hidden_affine`
+    weight1_scatter: Tensor  # (T, H, D) fp64
+    wide_weight2: Tensor  # (OUT, H) fp64
+    centre: Tensor  # (T, 2, BLOCK_D) fp32; this and the next two are `Operands`
+    slope: Tensor  # (T, 2 or 1, BLOCK_D, SIZE_H) in the rows' dtype
+    offset: Tensor  # (T, SIZE_H) fp32
+    mean_r: Tensor  # (SIZE_H,) fp32; this and the next two are of `losses`
+    covariance: Tensor  # (OUT, OUT) fp64
+    projected: Tensor  # (T, OUT, H) fp64
+
+
+def _forward_fake(
+    z: Tensor,
+    predictions: list[Tensor],
+    weight1: Tensor,
+    bias1: Tensor,
+    bn_weight: Tensor,
+    bn_bias: Tensor,
+    weight2: Tensor,
+    eps: float,
+) -> list[Tensor]:
+    (hidden, channels), n_out, n_tensors = weight1.shape, weight2.shape[0], 1 + len(predictions)
+    block_d, size_h = block_sizes(channels, hidden)
+    narrow, wide = torch.float32, torch.float64
+    results = ProjectedLosses(
+        *(z.new_empty(shape, dtype=narrow) for shape in ((), (), (n_tensors - 1,), *[(n_tensors, hidden)] * 2))
     )
-    return [z.new_empty(s, dtype=torch.float32) for s in fp32_shapes] + [
-        z.new_empty(s, dtype=torch.float64) for s in fp64_shapes
-    ]
+    kept = Kept(
+        mean=z.new_empty((n_tensors, channels), dtype=wide),
+        inv_std=z.new_empty((n_tensors, hidden), dtype=wide),
+        weight1_scatter=z.new_empty((n_tensors, hidden, channels), dtype=wide),
+        wide_weight2=z.new_empty((n_out, hidden), dtype=wide),
+        centre=z.new_empty((n_tensors, 2, block_d), dtype=narrow),
+        slope=z.new_empty((n_tensors, n_summands(z.dtype), block_d, size_h)),
+        offset=z.new_empty((n_tensors, size_h), dtype=narrow),
+        mean_r=z.new_empty((size_h,), dtype=narrow),
+        covariance=z.new_empty((n_out, n_out), dtype=wide),
+        projected=z.new_empty((n_tensors, n_out, hidden), dtype=wide),
+    )
+    return [*results, *kept]
 
 
 @kernel_op("fastjepa::projected_losses", _forward_fake)
@@ -48,43 +84,38 @@ def _forward(
     weight2: Tensor,
     eps: float,
 ) -> list[Tensor]:
-    """Rows (N, D) in; the fields of `ProjectedLosses`, then those of `algebra.Saved`, which the backward op needs."""
+    """Rows (N, D) in; the fields of `ProjectedLosses`, then those of `Kept`, which the backward op needs."""
     params = ProjectorParameters(weight1, bias1, bn_weight, bn_bias, weight2)
     tensors, n_rows = [z, *predictions], z.shape[0]
     mean, scatter = moments(tensors)
-    affine = algebra.hidden_affine(params, mean, scatter, n_rows, eps)
-    mean_r, scatter_r, delta_moments = activation_moments(
-        tensors, operands(affine, mean, bn_bias, z.dtype), affine.shift
-    )
-    cov = algebra.covariance(weight2, scatter_r, n_rows)
-    std_loss, cov_loss = algebra.std_and_cov_from_moments(cov.diagonal(), cov)
-    prediction = algebra.prediction_losses(weight2, delta_moments, n_rows)
-    results = ProjectedLosses(std_loss, cov_loss, prediction, affine.hidden_mean, affine.hidden_var)
-    saved = Saved(mean, scatter, mean_r, scatter_r, delta_moments)
-    # A padded matrix is cut to size by a view; outputs own their memory, contiguous as the fake op says.
-    return [
-        *(x.float().contiguous() for x in results),
-        *(x.clone(memory_format=torch.contiguous_format) for x in saved),
-    ]
+    affine = hidden_affine(params, mean, scatter, n_rows, eps, z.dtype)
+    sums = activation_moments(tensors, affine.operands, affine.shift)
+    found = losses(sums, affine.shift, affine.wide_weight2, n_rows)
+    results = ProjectedLosses(*found[:3], affine.batch_mean, affine.batch_var)
+    kept = Kept(
+        mean, affine.inv_std, affine.weight1_scatter, affine.wide_weight2, *affine.operands,
+        found.mean_r, found.covariance, found.projected,
+    )  # fmt: skip
+    return [*results, *kept]
 
 
 def _backward_fake(
-    grad_std: Tensor,
-    grad_cov: Tensor,
-    grad_prediction: Tensor,
+    grad_std: Tensor | None,
+    grad_cov: Tensor | None,
+    grad_prediction: Tensor | None,
     z: Tensor,
     predictions: list[Tensor],
-    *params_eps_saved: Any,
+    *params_kept: Any,
 ) -> list[Tensor]:
-    params = params_eps_saved[: len(ProjectorParameters._fields)]
-    return [torch.empty_like(x) for x in (*params, z, *predictions)]
+    params = params_kept[: len(ProjectorParameters._fields)]
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (*params, z, *predictions)]
 
 
 @kernel_op("fastjepa::projected_losses_backward", _backward_fake)
 def _backward(
-    grad_std: Tensor,
-    grad_cov: Tensor,
-    grad_prediction: Tensor,
+    grad_std: Tensor | None,
+    grad_cov: Tensor | None,
+    grad_prediction: Tensor | None,
     z: Tensor,
     predictions: list[Tensor],
     weight1: Tensor,
@@ -92,41 +123,43 @@ def _backward(
     bn_weight: Tensor,
     bn_bias: Tensor,
     weight2: Tensor,
-    eps: float,
-    saved: list[Tensor],
+    kept: list[Tensor],
 ) -> list[Tensor]:
-    """Gradients of `ProjectorParameters`, of z and of each prediction, in their dtypes; `saved` are `Saved`."""
+    """Gradients of `ProjectorParameters`, of z and of each prediction, in their dtypes; `kept` are `Kept`."""
     params = ProjectorParameters(weight1, bias1, bn_weight, bn_bias, weight2)
-    mean, scatter, mean_r, scatter_r, delta_moments = Saved(*saved)
-    tensors, n_rows = [z, *predictions], z.shape[0]
-    out = algebra.output_gradients(weight2, scatter_r, delta_moments, n_rows, grad_std, grad_cov, grad_prediction)
-    affine = algebra.hidden_affine(params, mean, scatter, n_rows, eps)
-    slopes, sum_dy, dy_x, slope_sum = slope_gradients(tensors, operands(affine, mean, bn_bias, z.dtype), mean_r, out)
-    grad = algebra.input_gradients(params, affine, scatter, sum_dy, dy_x, slope_sum, n_rows)
-    grad_params = ProjectorParameters(grad.weight1, grad.bias1, grad.bn_weight, grad.bn_bias, out.weight2)
-    correction = linear_operands(mean, grad.constant, grad.linear, z.dtype)
-    grad_tensors = [
-        subtract_centred_linear(x, correction, t, v, v if v.dtype == x.dtype else torch.empty_like(x))
-        for t, (x, v) in enumerate(zip(tensors, slopes, strict=True))
-    ]
-    return [*(g.to(p.dtype) for g, p in zip(grad_params, params, strict=True)), *grad_tensors]
+    saved = Kept(*kept)
+    tensors, n_rows, dtype = [z, *predictions], z.shape[0], z.dtype
+    size_h = saved.offset.shape[1]
+    out = output_gradients(
+        grad_std, grad_cov, grad_prediction, saved.covariance, saved.projected, saved.wide_weight2, n_rows, size_h,
+        dtype, weight2.dtype,
+    )  # fmt: skip
+    ops = Operands(saved.centre, saved.slope, saved.offset)
+    slopes, sums = slope_gradients(tensors, ops, saved.mean_r, out)
+    grad = input_gradients(
+        params, sums, group_size(size_h, dtype), saved.mean, saved.inv_std, saved.weight1_scatter, n_rows, dtype
+    )
+    outs = [v if v.dtype == dtype else torch.empty_like(x) for x, v in zip(tensors, slopes, strict=True)]
+    launch_centred_linear(tensors, grad.correction, slopes, outs)
+    return [grad.weight1, grad.bias1, grad.bn_weight, grad.bn_bias, out.weight2, *outs]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    z, predictions, *params, eps = inputs
-    ctx.n_predictions, ctx.eps = len(predictions), eps
-    saved = Saved(*output[len(ProjectedLosses._fields) :])
-    ctx.save_for_backward(z, *predictions, *ProjectorParameters(*params), *saved)
+    z, predictions, *params, _eps = inputs
+    ctx.n_predictions = len(predictions)
+    kept = output[len(ProjectedLosses._fields) :]
+    # Nothing flows through the batch statistics, nor through what is kept: no zeros are made for them.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(z, *predictions, *ProjectorParameters(*params), *Kept(*kept))
 
 
-def _autograd_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+def _autograd_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     n_predictions, n_params = ctx.n_predictions, len(ProjectorParameters._fields)
     z, *rest = ctx.saved_tensors
     predictions, rest = rest[:n_predictions], rest[n_predictions:]
-    params, saved = ProjectorParameters(*rest[:n_params]), rest[n_params:]
-    # Nothing flows through the batch statistics, nor through what was saved.
+    params, kept = ProjectorParameters(*rest[:n_params]), rest[n_params:]
     grad_std, grad_cov, grad_prediction, *_ = grads
-    found = _backward(grad_std, grad_cov, grad_prediction, z, predictions, *params, ctx.eps, saved)
+    found = _backward(grad_std, grad_cov, grad_prediction, z, predictions, *params, kept)
     grad_params, grad_z, grad_predictions = (
         ProjectorParameters(*found[:n_params]),
         found[n_params],
@@ -192,13 +225,14 @@ def projected_losses(
     ):
         if not 1 <= size <= limit:
             raise ValueError(f"{_OP}: {name} is {size}; the fused kernels accept 1 to {limit}")
-    vectors = {}
+    parameters = {"weight1": weight1, "weight2": weight2}
     for name, vector, fill in (("bias1", bias1, 0.0), ("bn_weight", bn_weight, 1.0), ("bn_bias", bn_bias, 0.0)):
         if vector is None:
             vector = weight1.new_full((hidden,), fill)
         check_tensor(_OP, name, vector, shape=(hidden,), dtypes=param_dtypes, device=z.device)
-        vectors[name] = vector
-    params = ProjectorParameters(weight1=weight1, weight2=weight2, **vectors)
+        parameters[name] = vector
+    # The kernels read parameters as they lie in memory.
+    params = ProjectorParameters(**{name: parameter.contiguous() for name, parameter in parameters.items()})
     rows = [as_rows(x).contiguous() for x in (z, *predictions)]
     found = _forward(rows[0], rows[1:], *params, float(eps))
     std_loss, cov_loss, prediction_losses, batch_means, batch_vars = found[: len(ProjectedLosses._fields)]
