@@ -151,19 +151,20 @@ def losses(sums: Tensor, shift: Tensor, wide_weight2: Tensor, n_rows: int) -> Lo
 
 
 def audit_cases() -> list[AuditCase]:
-    """At the default recipe, and at the largest sizes."""
-    kernel, n_tensors, cases = _losses_kernel, 5, []
+    """At the default recipe, without predictions too, and at the largest sizes."""
+    kernel, cases = _losses_kernel, []
     wide = ("covariance_ptr", "projected_ptr", "transposed_ptr", "sums_ptr", "wide_weight2_ptr")
-    for h in (64, 128):
+    for h, k in ((64, 4), (64, 0), (128, 4)):
+        absent = () if k else ("prediction_ptr",)
         cases.append(
             AuditCase(
-                name=f"losses/H={h}",
+                name=f"losses/K={k}/H={h}",
                 kernel=kernel,
-                signature=audit_signature(kernel, torch.float32, ()) | dict.fromkeys(wide, "*fp64"),
-                constexprs={"H": h, "OUT": h},
+                signature=audit_signature(kernel, torch.float32, (), absent) | dict.fromkeys(wide, "*fp64"),
+                constexprs={**dict.fromkeys(absent), "H": h, "OUT": h},
                 config=_config(h, h),
-                bytes_moved=8 * (n_tensors * (2 * h + 1) * h + 3 * h * h) + 4 * (2 * h + n_tensors + 1),
-                flops=2 * (n_tensors + 1) * h**3,
+                bytes_moved=8 * ((1 + k) * (2 * h + 1) * h + 3 * h * h) + 4 * (2 * h + k + 2),
+                flops=2 * (k + 2) * h**3,
                 divisible_by_16=("n_rows",),
             )
         )

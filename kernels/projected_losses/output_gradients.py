@@ -104,14 +104,15 @@ def weight2_rows(  # type: ignore[no-untyped-def]
     diagonal = on_diagonal(covariance_ptr, offs_m, mask_m, grad_std, factor, OUT)
     projected = tl.load(projected_ptr + offs_mh, mask=mask, other=0.0)
     product = 2.0 * (factor * product + diagonal[:, None] * projected)
-    for k in range(N_PREDICTIONS):
-        coefficient = tl.full([], 0.0, tl.float64)
-        if grad_prediction_ptr is not None:
-            coefficient += tl.load(grad_prediction_ptr + k * grad_prediction_stride)
-        coefficient *= 2.0 / (OUT * n)
-        product += coefficient * tl.load(projected_ptr + (k + 1) * OUT * H + offs_mh, mask=mask, other=0.0)
-        if first_row == 0:
-            tl.store(coefficient_ptr + k, coefficient.to(tl.float32))
+    if coefficient_ptr is not None:
+        for k in range(N_PREDICTIONS):
+            coefficient = tl.full([], 0.0, tl.float64)
+            if grad_prediction_ptr is not None:
+                coefficient += tl.load(grad_prediction_ptr + k * grad_prediction_stride)
+            coefficient *= 2.0 / (OUT * n)
+            product += coefficient * tl.load(projected_ptr + (k + 1) * OUT * H + offs_mh, mask=mask, other=0.0)
+            if first_row == 0:
+                tl.store(coefficient_ptr + k, coefficient.to(tl.float32))
     grad_weight2 = round_to(product.to(tl.float32), grad_weight2_ptr.dtype.element_ty)
     tl.store(grad_weight2_ptr + offs_mh, grad_weight2, mask=mask)
 
@@ -226,22 +227,23 @@ def output_gradients(
 
 
 def audit_cases() -> list[AuditCase]:
-    """At the default recipe, and at the largest sizes."""
-    kernel, n_predictions, cases = _output_gradients_kernel, 4, []
+    """At the default recipe, without predictions too, and at the largest sizes."""
+    kernel, cases = _output_gradients_kernel, []
     wide = ("inner_ptr", "covariance_ptr", "projected_ptr", "wide_weight2_ptr")
     for dtype in (torch.float32, torch.bfloat16):
-        for h in (64, 128):
-            matrices = (1 + n_predictions) + 3  # float64: R, the covariance, W2, the scratch
+        for h, k in ((64, 4), (64, 0), (128, 4)):
+            matrices = (1 + k) + 3  # float64: R, the covariance, W2, the scratch
+            absent = () if k else ("gram_ptr", "coefficient_ptr", "grad_prediction_ptr")
+            signature = audit_signature(kernel, dtype, ("variance_ptr", "gram_ptr"), absent)
             cases.append(
                 AuditCase(
-                    name=f"output_gradients/{TRITON_TYPE[dtype]}/H={h}",
+                    name=f"output_gradients/K={k}/{TRITON_TYPE[dtype]}/H={h}",
                     kernel=kernel,
-                    signature=audit_signature(kernel, dtype, ("variance_ptr", "gram_ptr"))
-                    | dict.fromkeys(wide, "*fp64"),
-                    constexprs={"H": h, "OUT": h, "N_PREDICTIONS": n_predictions},
+                    signature=signature | dict.fromkeys(wide, "*fp64"),
+                    constexprs={**dict.fromkeys(absent), "H": h, "OUT": h, "N_PREDICTIONS": k},
                     config=_config(h, h),
-                    bytes_moved=h * h * (8 * matrices + 4 + 2 * dtype.itemsize) + 8 * (n_predictions + 1),
-                    flops=2 * 4 * h**3,
+                    bytes_moved=h * h * (8 * matrices + 4 + (2 if k else 1) * dtype.itemsize) + 8 * (k + 1),
+                    flops=2 * (4 if k else 3) * h**3,
                     divisible_by_16=("n_rows",),
                 )
             )
