@@ -63,18 +63,14 @@ def _activation_moments_kernel(  # type: ignore[no-untyped-def]
     BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(1)
-    partial = pid
     offs_n = pid.to(tl.int64) * (TILES * BLOCK_N) + tl.arange(0, BLOCK_N)
     offs_h = tl.arange(0, BLOCK_H)
     if p0_ptr is None:
         shift = tl.load(shift_ptr + offs_h)
     else:
         k = tl.program_id(0)
-        partial += k * tl.num_programs(1)
         p_ptr = tensor_of(p0_ptr, p1_ptr, p2_ptr, p3_ptr, p4_ptr, k)
-        centre_p_ptr += k * (2 * BLOCK_D)
         slope_p_ptr += k * ((2 if HALF else 1) * BLOCK_D * BLOCK_H)
-        offset_p_ptr += k * BLOCK_H
     # Each row of a tile keeps its own sum where there are registers for that: cheaper than a reduction per tile.
     ROWS: tl.constexpr = BLOCK_N if BLOCK_H == 64 else 1
     total = tl.zeros([ROWS, BLOCK_H], dtype=tl.float32)
@@ -89,7 +85,8 @@ def _activation_moments_kernel(  # type: ignore[no-untyped-def]
             r -= shift[None, :]
         else:
             _p, r_p = hidden_activations(
-                p_ptr, centre_p_ptr + reload, slope_p_ptr, offset_p_ptr + reload, offs_n, n_rows,
+                p_ptr, centre_p_ptr + (reload + k * 2 * BLOCK_D), slope_p_ptr, offset_p_ptr + (reload + k * BLOCK_H),
+                offs_n, n_rows,
                 D, EVEN_N, HALF, PRECISION, BLOCK_N, BLOCK_D, BLOCK_H,
             )  # fmt: skip
             r -= r_p
@@ -100,6 +97,7 @@ def _activation_moments_kernel(  # type: ignore[no-untyped-def]
         r = round_to(r, z_ptr.dtype.element_ty)
         second = add_dot(second, tl.trans(r), r, PRECISION, not HALF)
         offs_n += BLOCK_N
+    partial = pid if p0_ptr is None else tl.program_id(0) * tl.num_programs(1) + pid
     sums_ptr += partial.to(tl.int64) * ((BLOCK_H + 1) * BLOCK_H)
     tl.store(sums_ptr + offs_h[:, None] * BLOCK_H + offs_h[None, :], second)
     tl.store(sums_ptr + BLOCK_H * BLOCK_H + offs_h, tl.sum(total, 0))
