@@ -171,12 +171,12 @@ def plans(quick: bool) -> Iterator[tuple[Case, list[Variant]]]:
         case = batch_norm.block_case(batch_norm.Block(frames, 32, pixels, form))
         yield _case_and_variants(case, batch_norm.build_fused_block, entry, tiling_candidates(entry))
     recipe = Recipe(batch=1, frames=2, pixels=8, steps=2) if quick else Recipe()
-    half = (64, False)  # hidden features, whether fp32
+    half = (64, False)  # hidden features (of `centred_linear`, channels), whether fp32
     entries = [
         Entry("fastjepa.kernels.projected_losses.forward", "_CONFIGS", half),
         Entry("fastjepa.kernels.projected_losses.backward", "_CONFIGS", half),
         Entry("fastjepa.kernels.moments.narrow", "NARROW_CONFIGS", 16),
-        Entry("fastjepa.kernels.moments.centred_linear", "_CONFIGS", 16),
+        Entry("fastjepa.kernels.moments.centred_linear", "_CONFIGS", (16, False)),
     ]
     case = replace(
         projected_losses.make_case(recipe), truth=partial(projected_losses.compute, closed_form.projected_losses)

@@ -19,7 +19,7 @@ from fastjepa.kernels.projected_losses.fused import projected_losses
 from projector_cases import loss_and_gradients, make_case
 
 # The tiles that a kernel may have, in their order: docs/adding-a-kernel.md has their meanings.
-BLOCKS = ("BLOCK_P", "BLOCK_E", "BLOCK_N", "BLOCK_C", "BLOCK_M", "BLOCK_D", "BLOCK_H", "BLOCK_O")
+BLOCKS = ("BLOCK_P", "BLOCK_E", "BLOCK_N", "BLOCK_C", "BLOCK_M", "BLOCK_D", "BLOCK_I", "BLOCK_H", "BLOCK_O")
 
 
 @pytest.mark.parametrize("n_rows", [1, 63, 64, 65, 640, 641, 2_621_440, 1_474_560, 2**31 + 1])

@@ -195,6 +195,7 @@ def audit_cases() -> list[AuditCase]:
         ("slopes of fp32", 8, 512, 64 * 16 + 16 + 64, "fp32"),
         ("devices", 5, 8, 65 * 64, "fp64"),
     ):
+        config = _sums_config(n_parts, size)
         cases.append(
             AuditCase(
                 name=f"merge_sums/{name}",
@@ -202,10 +203,12 @@ def audit_cases() -> list[AuditCase]:
                 signature={"parts_ptr": f"*{dtype}", "sums_ptr": "*fp64"}
                 | dict.fromkeys(("n_parts", "size", "group_stride", "part_stride"), "i32"),
                 constexprs={},
-                config=_sums_config(n_parts, size),
+                config=config,
                 bytes_moved=n_groups * size * (n_parts * (4 if dtype == "fp32" else 8) + 8),
                 flops=n_groups * size * n_parts,
                 divisible_by_16=("size", "group_stride", "part_stride"),
+                programs=triton.cdiv(size, config.blocks["BLOCK_E"]) * n_groups,
+                loop_trips=(triton.cdiv(n_parts, config.blocks["BLOCK_P"]),),
             )
         )
     integers = ("n_rows", "n_parts", "rows_per_part", "tensor_stride", "part_stride")
@@ -216,16 +219,19 @@ def audit_cases() -> list[AuditCase]:
         pointers = {"centre_ptr": dtype, "residual_ptr": dtype, "scatter_ptr": dtype}
         pointers |= dict.fromkeys(("count_ptr", "mean_ptr", "total_ptr"), "fp64")
         signature = {pointer: f"*{kind}" for pointer, kind in pointers.items()} | dict.fromkeys(integers, "i32")
+        config = _moments_config(n_parts, d * d)
         cases.append(
             AuditCase(
                 name=f"merge_moments/{name}/D={d}",
                 kernel=_merge_moments_kernel,
                 signature={argument: kind for argument, kind in signature.items() if argument not in absent},
                 constexprs={**dict.fromkeys(absent), "D": d, "SIZE": d},
-                config=_moments_config(n_parts, d * d),
+                config=config,
                 bytes_moved=n_tensors * d * ((d + (1 if devices else 2)) * n_parts * width + (d + 1) * 8),
                 flops=8 * n_tensors * n_parts * d * d,
                 divisible_by_16=("tensor_stride", "part_stride"),
+                programs=triton.cdiv(d * d, config.blocks["BLOCK_E"]) * n_tensors,
+                loop_trips=(triton.cdiv(n_parts, config.blocks["BLOCK_P"]),),
             )
         )
     return cases

@@ -164,6 +164,8 @@ def audit_cases() -> list[AuditCase]:
                     flops=MAX_TENSORS * 2 * n_rows * d * d,
                     divisible_by_16=("n_rows",),
                     expects_tensor_cores=True,
+                    programs=split.programs * MAX_TENSORS,
+                    loop_trips=(split.tiles,),
                 )
             )
     return cases

@@ -158,6 +158,8 @@ def audit_cases() -> list[AuditCase]:
                     flops=n_tensors * 2 * n_rows * d * d,
                     divisible_by_16=("n_rows",),
                     expects_tensor_cores=True,
+                    programs=split.programs * (size // _CONFIG.blocks["BLOCK_D"]) ** 2 * n_tensors,
+                    loop_trips=(split.tiles,),
                 )
             )
     return cases

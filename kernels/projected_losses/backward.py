@@ -280,6 +280,8 @@ def audit_cases() -> list[AuditCase]:
                     flops=2 * n_rows * (dots if first else dots - h * h),
                     divisible_by_16=("n_rows", "zero"),
                     expects_tensor_cores=True,
+                    programs=split.programs,
+                    loop_trips=(split.tiles,),
                     allowed_spill_bytes=_ALLOWED_SPILL[block_h, half],
                     allowed_spill_reason=_SPILL_REASON,
                 )

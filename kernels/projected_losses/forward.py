@@ -188,6 +188,8 @@ def audit_cases() -> list[AuditCase]:
                         flops=2 * n_rows * dots,
                         divisible_by_16=("n_rows", "zero"),
                         expects_tensor_cores=True,
+                        programs=max(1, n) * split.programs,
+                        loop_trips=(split.tiles,),
                         allowed_spill_bytes=_ALLOWED_SPILL[block_h, half],
                         allowed_spill_reason="sm_80 and sm_100 only: tiles are sized for sm_90, where nothing spills",
                     )
