@@ -61,72 +61,81 @@ def _merge_moments_kernel(  # type: ignore[no-untyped-def]
     D: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    t = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(2).to(tl.int64)
     offs_p = tl.arange(0, BLOCK_P)
-    offs_e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    offs_i, offs_j = offs_e // SIZE, offs_e % SIZE
-    mask_e = offs_e < SIZE * SIZE
+    offs_i = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)  # rows of the matrices
+    offs_j = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)  # columns
+    mask_i, mask_j = offs_i < SIZE, offs_j < SIZE
     centre_ptr += t * tensor_stride
     scatter_ptr += t * tensor_stride * SIZE
-    first_i = tl.load(centre_ptr + offs_i, mask=mask_e, other=0.0).to(tl.float64)
-    first_j = tl.load(centre_ptr + offs_j, mask=mask_e, other=0.0).to(tl.float64)
-    sum_i = tl.zeros([BLOCK_P, BLOCK_E], dtype=tl.float64)
-    sum_j = tl.zeros([BLOCK_P, BLOCK_E], dtype=tl.float64)
-    total = tl.zeros([BLOCK_P, BLOCK_E], dtype=tl.float64)
+    first_i = tl.load(centre_ptr + offs_i, mask=mask_i, other=0.0).to(tl.float64)
+    first_j = tl.load(centre_ptr + offs_j, mask=mask_j, other=0.0).to(tl.float64)
+    sum_i = tl.zeros([BLOCK_P, BLOCK_M], dtype=tl.float64)
+    sum_j = tl.zeros([BLOCK_P, BLOCK_D], dtype=tl.float64)
+    total = tl.zeros([BLOCK_P, BLOCK_M, BLOCK_D], dtype=tl.float64)
     rows = tl.zeros([BLOCK_P], dtype=tl.float64)
     part = 0
     while part < n_parts:
         p = (part + offs_p).to(tl.int64)
-        mask = (p < n_parts)[:, None] & mask_e[None, :]
+        mask_p = p < n_parts
+        mask_pi, mask_pj = mask_p[:, None] & mask_i[None, :], mask_p[:, None] & mask_j[None, :]
         offs_pi, offs_pj = p[:, None] * part_stride + offs_i[None, :], p[:, None] * part_stride + offs_j[None, :]
         if count_ptr is not None:
-            count = tl.load(count_ptr + p, mask=p < n_parts, other=0.0)
+            count = tl.load(count_ptr + p, mask=mask_p, other=0.0)
         else:
             count = tl.minimum(tl.maximum(n_rows - p * rows_per_part, 0), rows_per_part).to(tl.float64)
         rows += count
-        apart_i = tl.load(centre_ptr + offs_pi, mask=mask, other=0.0).to(tl.float64) - first_i[None, :]
-        apart_j = tl.load(centre_ptr + offs_pj, mask=mask, other=0.0).to(tl.float64) - first_j[None, :]
-        scatter_ptrs = scatter_ptr + p[:, None] * part_stride * SIZE + offs_e[None, :]
+        apart_i = tl.load(centre_ptr + offs_pi, mask=mask_pi, other=0.0).to(tl.float64) - first_i[None, :]
+        apart_j = tl.load(centre_ptr + offs_pj, mask=mask_pj, other=0.0).to(tl.float64) - first_j[None, :]
+        scatter_ptrs = (
+            scatter_ptr + (p[:, None] * part_stride + offs_i[None, :])[:, :, None] * SIZE + offs_j[None, None]
+        )
+        mask = mask_pi[:, :, None] & mask_j[None, None, :]
         total += tl.load(scatter_ptrs, mask=mask, other=0.0).to(tl.float64)
         moved_i = count[:, None] * apart_i
+        sum_j += count[:, None] * apart_j
         if residual_ptr is not None:
-            residual_i = tl.load(residual_ptr + t * tensor_stride + offs_pi, mask=mask, other=0.0).to(tl.float64)
-            residual_j = tl.load(residual_ptr + t * tensor_stride + offs_pj, mask=mask, other=0.0).to(tl.float64)
-            total += apart_i * residual_j
+            residual_i = tl.load(residual_ptr + t * tensor_stride + offs_pi, mask=mask_pi, other=0.0).to(tl.float64)
+            residual_j = tl.load(residual_ptr + t * tensor_stride + offs_pj, mask=mask_pj, other=0.0).to(tl.float64)
+            total += apart_i[:, :, None] * residual_j[:, None, :]
             moved_i += residual_i
             sum_j += residual_j
-        total += moved_i * apart_j
+        total += moved_i[:, :, None] * apart_j[:, None, :]
         sum_i += moved_i
-        sum_j += count[:, None] * apart_j
         part += BLOCK_P
 
     n = tl.sum(rows, 0)
     shift_i, shift_j = tl.sum(sum_i, 0), tl.sum(sum_j, 0) / n
-    inside = mask_e & (offs_i < D) & (offs_j < D)
-    tl.store(total_ptr + t * D * D + offs_i * D + offs_j, tl.sum(total, 0) - shift_i * shift_j, mask=inside)
-    tl.store(mean_ptr + t * D + offs_j, first_j + shift_j, mask=inside & (offs_i == 0))
-
-
-def _config(n_parts: int, n_entries: int, *, max_parts: int, tile: int, num_warps: int) -> LaunchConfig:
-    """`tile` entries at a time: of up to `max_parts` parts, and more of each where there are fewer.
-
-    Numbers, also where torch.compile has symbols.
-    """
-    block_p = min(max_parts, triton.next_power_of_2(int(n_parts)))
-    block_e = min(tile // block_p, triton.next_power_of_2(int(n_entries)))
-    return LaunchConfig(num_warps=num_warps, blocks={"BLOCK_P": block_p, "BLOCK_E": block_e})
+    about_mean = tl.sum(total, 0) - shift_i[:, None] * shift_j[None, :]
+    inside = (offs_i < D)[:, None] & (offs_j < D)[None, :]
+    tl.store(total_ptr + t * D * D + offs_i[:, None] * D + offs_j[None, :], about_mean, mask=inside)
+    if tl.program_id(1) == 0:
+        tl.store(mean_ptr + t * D + offs_j, first_j + shift_j, mask=offs_j < D)
 
 
 def _sums_config(n_parts: int, n_entries: int) -> LaunchConfig:
-    """32 entries a thread, all on their way at once: 16 KB of fp32 to each program."""
-    return _config(n_parts, n_entries, max_parts=128, tile=4096, num_warps=4)
+    """32 entries a thread, all on their way at once: 16 KB of fp32 to each program; more of each part if they are few.
+
+    Numbers, also where torch.compile has symbols.
+    """
+    block_p = min(128, triton.next_power_of_2(int(n_parts)))
+    block_e = min(4096 // block_p, triton.next_power_of_2(int(n_entries)))
+    return LaunchConfig(num_warps=4, blocks={"BLOCK_P": block_p, "BLOCK_E": block_e})
 
 
-def _moments_config(n_parts: int, n_entries: int) -> LaunchConfig:
-    """4 entries a thread, each with three float64 sums and five loads; 8 would spill with triton 3.9."""
-    return _config(n_parts, n_entries, max_parts=64, tile=1024, num_warps=8)
+def _moments_config(n_parts: int, size: int) -> LaunchConfig:
+    """At least eight times around the loop, so that few of the last trip's parts are missing.
+
+    4 entries of scatters a thread, or 8 where there are so few parts that a thread's rows and columns share more.
+    """
+    block_p = min(64, max(1, triton.next_power_of_2(int(n_parts)) // 8))
+    tile, whole = 1024 if block_p == 64 else 2048, triton.next_power_of_2(int(size))
+    block_d = min(64, tile // block_p, whole)
+    block_m = min(tile // (block_p * block_d), whole)
+    return LaunchConfig(num_warps=8, blocks={"BLOCK_P": block_p, "BLOCK_M": block_m, "BLOCK_D": block_d})
 
 
 def merge_sums(parts: Tensor) -> Tensor:
@@ -164,10 +173,10 @@ def merge_moments(
     mean = torch.empty(n_tensors, n_channels, device=centre.device, dtype=torch.float64)
     total = torch.empty(n_tensors, n_channels, n_channels, device=centre.device, dtype=torch.float64)
     n_rows, rows_per_part = (None, None) if isinstance(count, Tensor) else count
-    config = _moments_config(n_parts, size * size)
+    config = _moments_config(n_parts, size)
     launch_kernel(
         _merge_moments_kernel,
-        (triton.cdiv(size * size, config.blocks["BLOCK_E"]), n_tensors),
+        (triton.cdiv(size, config.blocks["BLOCK_D"]), triton.cdiv(size, config.blocks["BLOCK_M"]), n_tensors),
         config,
         centre_ptr=centre,
         residual_ptr=residual,
@@ -219,7 +228,7 @@ def audit_cases() -> list[AuditCase]:
         pointers = {"centre_ptr": dtype, "residual_ptr": dtype, "scatter_ptr": dtype}
         pointers |= dict.fromkeys(("count_ptr", "mean_ptr", "total_ptr"), "fp64")
         signature = {pointer: f"*{kind}" for pointer, kind in pointers.items()} | dict.fromkeys(integers, "i32")
-        config = _moments_config(n_parts, d * d)
+        config = _moments_config(n_parts, d)
         cases.append(
             AuditCase(
                 name=f"merge_moments/{name}/D={d}",
@@ -230,7 +239,9 @@ def audit_cases() -> list[AuditCase]:
                 bytes_moved=n_tensors * d * ((d + (1 if devices else 2)) * n_parts * width + (d + 1) * 8),
                 flops=8 * n_tensors * n_parts * d * d,
                 divisible_by_16=("tensor_stride", "part_stride"),
-                programs=triton.cdiv(d * d, config.blocks["BLOCK_E"]) * n_tensors,
+                programs=triton.cdiv(d, config.blocks["BLOCK_D"])
+                * triton.cdiv(d, config.blocks["BLOCK_M"])
+                * n_tensors,
                 loop_trips=(triton.cdiv(n_parts, config.blocks["BLOCK_P"]),),
             )
         )
