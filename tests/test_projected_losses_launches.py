@@ -136,7 +136,7 @@ def recipe_launches(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> list
     slopes, slope_sums = backward.slope_gradients(tensors, affine.operands, found.mean_r, out)
     group = backward.group_size(H, dtype)
     grad = input_gradients.input_gradients(
-        params, slope_sums, group, mean, affine.inv_std, affine.weight1_scatter, N_ROWS, dtype
+        params, slope_sums, group, mean, affine.inv_std, affine.weight1_scatter, affine.operands.slope, N_ROWS
     )
     outs = [v if v.dtype == dtype else rows() for v in slopes]
     centred_linear.launch_centred_linear(tensors, grad.correction, slopes, outs)

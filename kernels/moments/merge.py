@@ -200,8 +200,8 @@ def audit_cases() -> list[AuditCase]:
     cases = []
     for name, n_groups, n_parts, size, dtype in (
         ("activations", 5, 512, 65 * 64, "fp32"),
-        ("slopes of bf16", 6, 512, 64 * 16 + 16 + 64, "fp32"),
-        ("slopes of fp32", 8, 512, 64 * 16 + 16 + 64, "fp32"),
+        ("slopes of bf16", 6, 512, 64 * 16 + 64, "fp32"),
+        ("slopes of fp32", 8, 512, 64 * 16 + 64, "fp32"),
         ("devices", 5, 8, 65 * 64, "fp64"),
     ):
         config = _sums_config(n_parts, size)

@@ -32,6 +32,7 @@ from fastjepa.kernels.launch import (
 )
 from fastjepa.kernels.moments.blocks import block_d_for
 from fastjepa.kernels.moments.tensors import MAX_TENSORS, pointers, tensor_of
+from fastjepa.kernels.tf32 import split_tf32
 
 MAX_NARROW_D = 32
 
@@ -71,14 +72,12 @@ def _narrow_moments_kernel(  # type: ignore[no-untyped-def]
         if not EVEN_N:
             x = tl.where(offs_n[:, None] < n_rows, x, 0.0)
         residual += x
-        bits = x.to(tl.int32, bitcast=True)
         if HALF:  # cut off: low·lowᵀ is not left out, so it may have one sign
-            high = (bits & -65536).to(tl.float32, bitcast=True)
+            high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
             low = round_to(x - high, tl.bfloat16)
             high = round_to(high, tl.bfloat16)
         else:  # to nearest
-            high = ((bits + 4096) & -8192).to(tl.float32, bitcast=True)
-            low = x - high
+            high, low = split_tf32(x)
         high = tl.reshape(high, [GROUPS, ROWS, BLOCK_D])
         low = tl.reshape(low, [GROUPS, ROWS, BLOCK_D])
         high_t = tl.permute(high, (0, 2, 1))
@@ -103,7 +102,7 @@ def _narrow_moments_kernel(  # type: ignore[no-untyped-def]
 # next two tiles are on their way while one is worked on; at 16 channels that keeps 32 KB in flight on a multiprocessor.
 NARROW_CONFIGS = {
     16: LaunchConfig(num_warps=4, num_stages=3, blocks={"BLOCK_N": 128, "BLOCK_D": 16}),
-    32: LaunchConfig(num_warps=8, num_stages=3, blocks={"BLOCK_N": 128, "BLOCK_D": 32}),
+    32: LaunchConfig(num_warps=4, num_stages=3, blocks={"BLOCK_N": 128, "BLOCK_D": 32}),
 }
 
 

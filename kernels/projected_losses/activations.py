@@ -5,8 +5,8 @@
 A and the centre of each tensor come from its own batch statistics (`hidden_affine`).
 
 Precision. bf16 rows enter the dot as they are, with A as the sum of two bf16 matrices, so that r is nearly exact; fp32
-rows are centred first (an exact subtraction where the mean is large) and the dot is "tf32x3". What later dots read is
-rounded to the rows' dtype; every sum is fp32.
+rows are centred first (an exact subtraction where the mean is large) and the dot is "tf32x3", of `parts`. What later
+dots read is rounded to bf16, or split again; every sum is fp32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastjepa.kernels.launch import LaunchConfig, dot, load_rows, round_to
+from fastjepa.kernels.launch import LaunchConfig, dot, load_rows
+from fastjepa.kernels.projected_losses.parts import dot_matrix, parts_of_rows
 
 MAX_D = 64
 MAX_HIDDEN = 128
@@ -29,19 +30,18 @@ MAX_PROGRAMS = 528  # 4 for each of 132 multiprocessors; 8.6 MB of partials for 
 def hidden_activations(  # type: ignore[no-untyped-def]
     x_ptr,  # (n_rows, D)
     centre_ptr,  # (2, BLOCK_D) fp32: μ as a sum of two
-    slope_ptr,  # HALF: (2, BLOCK_D, BLOCK_H), Aᵀ as a sum of two; else (1, BLOCK_D, BLOCK_H)
+    slope_ptr,  # (2, BLOCK_D, BLOCK_H): Aᵀ as a sum of two
     offset_ptr,  # (BLOCK_H,) fp32
     offs_n,
     n_rows,
     D: tl.constexpr,
     EVEN_N: tl.constexpr,
     HALF: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """(x − μ as a dot operand, relu(y) in fp32) of one tile of rows."""
+    """(x − μ in the two `parts_of_rows`, relu(y) in fp32) of one tile of rows."""
     offs_d = tl.arange(0, BLOCK_D)
     offs_h = tl.arange(0, BLOCK_H)
     offs_dh = offs_d[:, None] * BLOCK_H + offs_h[None, :]
@@ -49,21 +49,21 @@ def hidden_activations(  # type: ignore[no-untyped-def]
     # Exact where |μ| is large beside the deviations: the first difference is, and the second term is tiny.
     centred = x.to(tl.float32) - tl.load(centre_ptr + offs_d)[None, :]
     centred -= tl.load(centre_ptr + BLOCK_D + offs_d)[None, :]
-    centred = round_to(centred, x_ptr.dtype.element_ty)
-    y = tl.zeros([BLOCK_N, BLOCK_H], dtype=tl.float32) + tl.load(offset_ptr + offs_h)[None, :]
+    high, low = parts_of_rows(centred, x_ptr.dtype.element_ty)
+    y = tl.broadcast_to(tl.load(offset_ptr + offs_h)[None, :], [BLOCK_N, BLOCK_H])
     if HALF:
-        y = dot(x, tl.load(slope_ptr + BLOCK_D * BLOCK_H + offs_dh), y, PRECISION)
-        y = dot(x, tl.load(slope_ptr + offs_dh), y, PRECISION)
+        y = dot(x, tl.load(slope_ptr + BLOCK_D * BLOCK_H + offs_dh), y, "ieee")
+        y = dot(x, tl.load(slope_ptr + offs_dh), y, "ieee")
     else:
-        y = dot(centred, tl.load(slope_ptr + offs_dh), y, PRECISION)
-    return centred, tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as torch's relu
+        y = dot_matrix(high, low, slope_ptr + offs_dh, BLOCK_D * BLOCK_H, y, HALF)
+    return high, low, tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as torch's relu
 
 
 class Operands(NamedTuple):
     """Each tensor's map to the hidden features, padded and rounded as the kernels read it."""
 
     centre: Tensor  # (T, 2, BLOCK_D) fp32: μ as a sum of two
-    slope: Tensor  # (T, 2 or 1, BLOCK_D, BLOCK_H) in the rows' dtype: Aᵀ, as a sum of two if that is bf16
+    slope: Tensor  # (T, 2, BLOCK_D, BLOCK_H) in the rows' dtype: Aᵀ as a sum of two
     offset: Tensor  # (T, BLOCK_H) fp32: what y is where the dot is 0
 
     def pointers(self, name: str, tensors: int | slice | None) -> dict[str, Tensor | None]:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fastjepa.kernels.checks import check_tensor, require_available
 from fastjepa.kernels.launch import kernel_op
-from fastjepa.kernels.moments.blocks import n_summands
 from fastjepa.kernels.moments.centred_linear import launch_centred_linear
 from fastjepa.kernels.moments.fused import moments
 from fastjepa.kernels.projected_losses.activations import MAX_D, MAX_HIDDEN, Operands, block_sizes
@@ -35,7 +34,7 @@ class Kept(NamedTuple):
     weight1_scatter: Tensor  # (T, H, D) fp64
     wide_weight2: Tensor  # (OUT, H) fp64
     centre: Tensor  # (T, 2, BLOCK_D) fp32; this and the next two are `Operands`
-    slope: Tensor  # (T, 2 or 1, BLOCK_D, SIZE_H) in the rows' dtype
+    slope: Tensor  # (T, 2, BLOCK_D, SIZE_H) in the rows' dtype
     offset: Tensor  # (T, SIZE_H) fp32
     mean_r: Tensor  # (SIZE_H,) fp32; this and the next two are of `losses`
     covariance: Tensor  # (OUT, OUT) fp64
@@ -64,7 +63,7 @@ def _forward_fake(
         weight1_scatter=z.new_empty((n_tensors, hidden, channels), dtype=wide),
         wide_weight2=z.new_empty((n_out, hidden), dtype=wide),
         centre=z.new_empty((n_tensors, 2, block_d), dtype=narrow),
-        slope=z.new_empty((n_tensors, n_summands(z.dtype), block_d, size_h)),
+        slope=z.new_empty((n_tensors, 2, block_d, size_h)),
         offset=z.new_empty((n_tensors, size_h), dtype=narrow),
         mean_r=z.new_empty((size_h,), dtype=narrow),
         covariance=z.new_empty((n_out, n_out), dtype=wide),
@@ -137,7 +136,7 @@ def _backward(
     ops = Operands(saved.centre, saved.slope, saved.offset)
     slopes, sums = slope_gradients(tensors, ops, saved.mean_r, out)
     grad = input_gradients(
-        params, sums, group_size(size_h, dtype), saved.mean, saved.inv_std, saved.weight1_scatter, n_rows, dtype
+        params, sums, group_size(size_h, dtype), saved.mean, saved.inv_std, saved.weight1_scatter, ops.slope, n_rows
     )
     outs = [v if v.dtype == dtype else torch.empty_like(x) for x, v in zip(tensors, slopes, strict=True)]
     launch_centred_linear(tensors, grad.correction, slopes, outs)

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastjepa.kernels.launch import TRITON_TYPE, AuditCase, LaunchConfig, audit_signature, launch_kernel, round_to
-from fastjepa.kernels.moments.blocks import n_summands
+from fastjepa.kernels.launch import TRITON_TYPE, AuditCase, LaunchConfig, audit_signature, launch_kernel
 from fastjepa.kernels.projected_losses.activations import Operands, block_sizes
 from fastjepa.kernels.projected_losses.algebra import ProjectorParameters
+from fastjepa.kernels.projected_losses.parts import parts_of_matrix
 from fastjepa.kernels.projected_losses.products import add_product
 
 
@@ -29,7 +29,7 @@ def _hidden_affine_kernel(  # type: ignore[no-untyped-def]
     inv_std_ptr,  # (T, H) fp64
     weight1_scatter_ptr,  # (T, H, D) fp64: W1·M2
     centre_ptr,  # (T, 2, BLOCK_D) fp32; this and the next two are `Operands`
-    slope_ptr,  # (T, 2 if HALF else 1, BLOCK_D, SIZE_H) in the rows' dtype
+    slope_ptr,  # (T, 2, BLOCK_D, SIZE_H) in the rows' dtype
     offset_ptr,  # (T, SIZE_H) fp32
     shift_ptr,  # (SIZE_H,) fp32
     wide_weight2_ptr,  # (OUT, H) fp64: W2, so that no product has to convert it
@@ -75,18 +75,16 @@ def _hidden_affine_kernel(  # type: ignore[no-untyped-def]
     gamma = tl.load(bn_weight_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float64)
     beta = tl.load(bn_bias_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float64)
     slope = (gamma * inv_std)[:, None] * weight1  # 0 where the padding is
-    slope_ptr += t * ((2 if HALF else 1) * BLOCK_D * SIZE_H)
+    slope_ptr += t * (2 * BLOCK_D * SIZE_H)
     offs_dh = offs_d[None, :] * SIZE_H + offs_h[:, None]
-    first = round_to(slope.to(tl.float32), slope_ptr.dtype.element_ty)
+    first, second = parts_of_matrix(slope, slope_ptr.dtype.element_ty)
     tl.store(slope_ptr + offs_dh, first)
+    tl.store(slope_ptr + BLOCK_D * SIZE_H + offs_dh, second)
     offset = beta
     if HALF:
-        rounded = first.to(tl.float32).to(tl.float64)
-        second = round_to((slope - rounded).to(tl.float32), slope_ptr.dtype.element_ty)
-        tl.store(slope_ptr + BLOCK_D * SIZE_H + offs_dh, second)
         # These rows are not centred before the dot: that would round them again. The offset is made with the rounded A,
         # so that its rounding does not shift y.
-        rounded += second.to(tl.float32).to(tl.float64)
+        rounded = first.to(tl.float32).to(tl.float64) + second.to(tl.float32).to(tl.float64)
         offset -= tl.sum(rounded * mean[None, :], 1)
     tl.store(offset_ptr + t * SIZE_H + offs_h, offset.to(tl.float32))
     if tl.program_id(0) == 0:
@@ -145,7 +143,7 @@ def hidden_affine(
         weight1_scatter=empty(n_tensors, hidden, channels, dtype=torch.float64),
         operands=Operands(
             centre=empty(n_tensors, 2, block_d),
-            slope=empty(n_tensors, n_summands(dtype), block_d, size_h, dtype=dtype),
+            slope=empty(n_tensors, 2, block_d, size_h, dtype=dtype),
             offset=empty(n_tensors, size_h),
         ),
         shift=empty(size_h),
@@ -177,7 +175,7 @@ def hidden_affine(
         H=hidden,
         OUT=params.weight2.shape[0],
         SIZE_H=size_h,
-        HALF=n_summands(dtype) == 2,
+        HALF=dtype != torch.float32,
     )
     return found
 
@@ -188,15 +186,22 @@ def audit_cases() -> list[AuditCase]:
     wide = ("inv_std_ptr", "weight1_scatter_ptr", "wide_weight2_ptr", "mean_ptr", "scatter_ptr")
     for dtype in (torch.float32, torch.bfloat16):
         for d, h in ((16, 64), (64, 128)):
-            (block_d, size_h), parts = block_sizes(d, h), n_summands(dtype)
+            block_d, size_h = block_sizes(d, h)
             of_tensor = 8 * (h + h * d + d + d * d) + 4 * (2 * h + 2 * block_d + size_h)
-            of_tensor += parts * dtype.itemsize * block_d * size_h
+            of_tensor += 2 * dtype.itemsize * block_d * size_h
             cases.append(
                 AuditCase(
                     name=f"hidden_affine/{TRITON_TYPE[dtype]}/D={d} H={h}",
                     kernel=kernel,
                     signature=audit_signature(kernel, dtype, ("slope_ptr",)) | dict.fromkeys(wide, "*fp64"),
-                    constexprs={"EPS": 1e-5, "D": d, "H": h, "OUT": h, "SIZE_H": size_h, "HALF": parts == 2},
+                    constexprs={
+                        "EPS": 1e-5,
+                        "D": d,
+                        "H": h,
+                        "OUT": h,
+                        "SIZE_H": size_h,
+                        "HALF": dtype != torch.float32,
+                    },
                     config=_config(block_d),
                     bytes_moved=n_tensors * of_tensor + 4 * (size_h + h * d + 3 * h) + (4 + 8) * h * h,
                     flops=2 * n_tensors * h * d * d,

@@ -3,10 +3,10 @@
     T = 1+K tensors (t = 0: the state z; t = 1..K: predictions)  D channels  H hidden features
 
 `algebra.input_gradients` in one launch, float64, with the correction padded and rounded as the last pass over the rows
-reads it (`LinearOperands`). From Σdy over all tensors, and for each Q = Σdy(x−μ)ᵀ and ΣAᵀdy:
+reads it (`LinearOperands`). From Q = Σdy(x−μ)ᵀ and s = Σdy of each tensor:
 
-    q_t = inv_t·rowsum(W1∘Q_t),  dW1 = Σ_t γ·inv_t(Q_t − q_t/N·inv_t∘(W1·M2_t)),  dγ = Σ_t q_t,  dβ = Σdy
-    linear_t = W1ᵀ·diag(γ·inv_t²·q_t/N)·W1,  constant_t = ΣAᵀdy/N
+    q_t = inv_t·rowsum(W1∘Q_t),  dW1 = Σ_t γ·inv_t(Q_t − q_t/N·inv_t∘(W1·M2_t)),  dγ = Σ_t q_t,  dβ = Σ_t s_t
+    linear_t = W1ᵀ·diag(γ·inv_t²·q_t/N)·W1,  constant_t = A_tᵀs_t/N
 
 Some programs make 32 rows of dW1 each, and one for each tensor its correction, of which the second factor,
 diag(…)·W1, is a scratch of the program's own.
@@ -27,6 +27,7 @@ from fastjepa.kernels.moments.centred_linear import LinearOperands
 from fastjepa.kernels.projected_losses.activations import block_sizes
 from fastjepa.kernels.projected_losses.algebra import ProjectorParameters
 from fastjepa.kernels.projected_losses.backward import group_size
+from fastjepa.kernels.projected_losses.parts import n_parts
 from fastjepa.kernels.projected_losses.products import add_product
 
 
@@ -64,7 +65,7 @@ def parameter_rows(  # type: ignore[no-untyped-def]
     BLOCK_H: tl.constexpr,
 ):
     """The parameters' gradients of some hidden features."""
-    RECORD: tl.constexpr = BLOCK_H * BLOCK_D + BLOCK_D + BLOCK_H
+    RECORD: tl.constexpr = BLOCK_H * BLOCK_D + BLOCK_H
     offs_m = first_row + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     mask_m = offs_m < H
@@ -75,6 +76,7 @@ def parameter_rows(  # type: ignore[no-untyped-def]
     gamma = tl.load(bn_weight_ptr + offs_m, mask=mask_m, other=0.0).to(tl.float64)
     grad_weight1 = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float64)
     grad_gamma = tl.zeros([BLOCK_M], dtype=tl.float64)
+    grad_beta = tl.zeros([BLOCK_M], dtype=tl.float64)
     for t in range(N_TENSORS):
         inv_std = tl.load(inv_std_ptr + t * H + offs_m, mask=mask_m, other=0.0)
         dy_x = sums_of_tensor(sums_ptr, t, offs_record, mask, RECORD, GROUP, N_GROUPS)
@@ -82,8 +84,7 @@ def parameter_rows(  # type: ignore[no-untyped-def]
         xhat_x = tl.load(weight1_scatter_ptr + t * H * D + offs_md, mask=mask, other=0.0) * inv_std[:, None]
         grad_weight1 += (gamma * inv_std)[:, None] * (dy_x - (dy_xhat / n)[:, None] * xhat_x)
         grad_gamma += dy_xhat
-    offs_dy = BLOCK_H * BLOCK_D + BLOCK_D + offs_m
-    grad_beta = sums_of_tensor(sums_ptr, 0, offs_dy, mask_m, RECORD, GROUP, N_GROUPS)
+        grad_beta += sums_of_tensor(sums_ptr, t, BLOCK_H * BLOCK_D + offs_m, mask_m, RECORD, GROUP, N_GROUPS)
     grad_weight1 = round_to(grad_weight1.to(tl.float32), grad_weight1_ptr.dtype.element_ty)
     tl.store(grad_weight1_ptr + offs_md, grad_weight1, mask=mask)
     tl.store(grad_bias1_ptr + offs_m, tl.zeros([BLOCK_M], dtype=grad_bias1_ptr.dtype.element_ty), mask=mask_m)
@@ -102,6 +103,7 @@ def correction(  # type: ignore[no-untyped-def]
     sums_ptr,
     mean_ptr,
     inv_std_ptr,
+    slope_ptr,
     weight1_ptr,
     bn_weight_ptr,
     t,
@@ -115,7 +117,7 @@ def correction(  # type: ignore[no-untyped-def]
     BLOCK_H: tl.constexpr,
 ):
     """BatchNorm's correction of one tensor."""
-    RECORD: tl.constexpr = BLOCK_H * BLOCK_D + BLOCK_D + BLOCK_H
+    RECORD: tl.constexpr = BLOCK_H * BLOCK_D + BLOCK_H
     offs_h = tl.arange(0, BLOCK_H)
     offs_d = tl.arange(0, BLOCK_D)
     mask_h, mask_d = offs_h < H, offs_d < D
@@ -134,8 +136,13 @@ def correction(  # type: ignore[no-untyped-def]
     linear = add_product(linear, scaled_ptr, weight1_ptr, offs_d, offs_d, mask_d, mask_d, D, D, H)
     mean = tl.load(mean_ptr + t * D + offs_d, mask=mask_d, other=0.0)
     centre = mean.to(tl.float32)
-    offs_v = BLOCK_H * BLOCK_D + offs_d
-    constant = sums_of_tensor(sums_ptr, t, offs_v, mask_d, RECORD, GROUP, N_GROUPS) / n
+    # Of A what the pass over the activations had: then the rows of dx have the mean that they should, 0.
+    slope_ptrs = slope_ptr + t * 2 * BLOCK_D * BLOCK_H + offs_d[None, :] * BLOCK_H + offs_h[:, None]
+    slope = tl.load(slope_ptrs).to(tl.float64)
+    if not HALF:
+        slope += tl.load(slope_ptrs + BLOCK_D * BLOCK_H)
+    sum_dy = sums_of_tensor(sums_ptr, t, BLOCK_H * BLOCK_D + offs_h, mask_h, RECORD, GROUP, N_GROUPS)
+    constant = tl.sum(slope * sum_dy[:, None], 0) / n
     # The pass centres at the rounded mean; the constant takes what rounding left.
     constant -= tl.sum(linear * (mean - centre.to(tl.float64))[None, :], 1)
     tl.store(centre_ptr + t * BLOCK_D + offs_d, centre)
@@ -159,10 +166,11 @@ def _input_gradients_kernel(  # type: ignore[no-untyped-def]
     constant_ptr,  # (T, BLOCK_D) fp32
     linear_ptr,  # (T, 2 if HALF else 1, BLOCK_D, BLOCK_D) in the rows' dtype, transposed
     scaled_ptr,  # (T, H, D) fp64: diag(…)·W1; read again here
-    sums_ptr,  # (records, SIZE_H·BLOCK_D + BLOCK_D + SIZE_H) fp64: Q, ΣAᵀdy, and Σdy over all tensors in those of z
+    sums_ptr,  # (records, SIZE_H·BLOCK_D + SIZE_H) fp64: Q and s
     mean_ptr,  # (T, D) fp64
     inv_std_ptr,  # (T, H) fp64
     weight1_scatter_ptr,  # (T, H, D) fp64: W1·M2
+    slope_ptr,  # (T, 2, BLOCK_D, SIZE_H) in the rows' dtype: Aᵀ as a sum of two
     weight1_ptr,  # (H, D)
     bn_weight_ptr,  # (H,)
     n_rows,
@@ -180,7 +188,7 @@ def _input_gradients_kernel(  # type: ignore[no-untyped-def]
     n = tl.full([], 0.0, tl.float64) + n_rows
     if pid < N_TENSORS:
         correction(
-            centre_ptr, constant_ptr, linear_ptr, scaled_ptr, sums_ptr, mean_ptr, inv_std_ptr, weight1_ptr,
+            centre_ptr, constant_ptr, linear_ptr, scaled_ptr, sums_ptr, mean_ptr, inv_std_ptr, slope_ptr, weight1_ptr,
             bn_weight_ptr, pid, n, GROUP, N_GROUPS, D, H, HALF, BLOCK_D, BLOCK_H,
         )  # fmt: skip
     else:
@@ -215,11 +223,11 @@ def input_gradients(
     mean: Tensor,
     inv_std: Tensor,
     weight1_scatter: Tensor,
+    slope: Tensor,
     n_rows: int,
-    dtype: torch.dtype,
 ) -> InputGradients:
-    """From the sums over rows of `dtype` that `slope_gradients` returns, and what `hidden_affine` left."""
-    (n_tensors, hidden), channels, device = inv_std.shape, mean.shape[1], mean.device
+    """From the sums that `slope_gradients` returns, and what `hidden_affine` left; the slope has the rows' dtype."""
+    (n_tensors, hidden), channels, device, dtype = inv_std.shape, mean.shape[1], mean.device, slope.dtype
     block_d, size_h = block_sizes(channels, hidden)
     found = InputGradients(
         weight1=torch.empty(hidden, channels, device=device, dtype=params.weight1.dtype),
@@ -248,6 +256,7 @@ def input_gradients(
         mean_ptr=mean,
         inv_std_ptr=inv_std,
         weight1_scatter_ptr=weight1_scatter,
+        slope_ptr=slope[:, : n_parts(dtype)],  # what is read of it
         weight1_ptr=params.weight1,
         bn_weight_ptr=params.bn_weight,
         n_rows=n_rows,
@@ -270,13 +279,15 @@ def audit_cases() -> list[AuditCase]:
             (block_d, size_h), parts = block_sizes(d, h), n_summands(dtype)
             group = group_size(size_h, dtype)
             n_groups = (n_tensors - 1) // group
-            record = size_h * block_d + block_d + size_h
+            record = size_h * block_d + size_h
             of_tensor = 8 * (d + h + 2 * h * d) + 8 * block_d + parts * dtype.itemsize * block_d**2
+            of_tensor += n_parts(dtype) * dtype.itemsize * block_d * size_h
             cases.append(
                 AuditCase(
                     name=f"input_gradients/{TRITON_TYPE[dtype]}/D={d} H={h}",
                     kernel=kernel,
-                    signature=audit_signature(kernel, dtype, ("linear_ptr",)) | dict.fromkeys(wide, "*fp64"),
+                    signature=audit_signature(kernel, dtype, ("linear_ptr", "slope_ptr"))
+                    | dict.fromkeys(wide, "*fp64"),
                     constexprs={
                         "N_TENSORS": n_tensors,
                         "GROUP": group,

@@ -7,8 +7,8 @@ C, divided by N−1, and R_t = W2·S_t, which `losses` left:
 
     G = 2 W2ᵀ·E·W2,  M = W2ᵀ·W2,  c_k = grad_k·2/(OUT·N),  dL/dW2 = 2 E·R_0 + Σ_k c_k·R_k
 
-Each program makes 32 rows of G and M, or of dL/dW2. Of G's rows the first factor, W2ᵀ·E, is a scratch of the program's
-own. E is a multiple of C but on its diagonal, and both are symmetric.
+Each program makes 32 rows of G and of every c_k·M, or of dL/dW2. Of G's rows the first factor, W2ᵀ·E, is a scratch of
+the program's own. E is a multiple of C but on its diagonal, and both are symmetric.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastjepa.kernels.launch import TRITON_TYPE, AuditCase, LaunchConfig, audit_signature, launch_kernel, round_to
 from fastjepa.kernels.projected_losses.algebra import STD_EPS
+from fastjepa.kernels.projected_losses.parts import n_parts, parts_of_matrix
 from fastjepa.kernels.projected_losses.products import add_product
 
 _STD_EPS = tl.constexpr(STD_EPS)
@@ -37,22 +38,46 @@ def on_diagonal(covariance_ptr, offs_o, mask_o, grad_std, factor, OUT: tl.conste
 
 
 @triton.jit
+def coefficient_of(grad_prediction_ptr, k, grad_prediction_stride, n, OUT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """c_k."""
+    coefficient = tl.full([], 0.0, tl.float64)
+    if grad_prediction_ptr is not None:
+        coefficient += tl.load(grad_prediction_ptr + k * grad_prediction_stride)
+    return coefficient * (2.0 / (OUT * n))
+
+
+@triton.jit
+def store_parts(matrix_ptr, offs, matrix, PART: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Leave a float64 tile as the passes read it: rounded to bf16, or in two parts of fp32, PART elements apart."""
+    first, second = parts_of_matrix(matrix, matrix_ptr.dtype.element_ty)
+    tl.store(matrix_ptr + offs, first)
+    if matrix_ptr.dtype.element_ty == tl.float32:
+        tl.store(matrix_ptr + PART + offs, second)
+
+
+@triton.jit
 def hidden_rows(  # type: ignore[no-untyped-def]
     variance_ptr,  # pointers as in the kernel
     gram_ptr,
     inner_ptr,
+    grad_prediction_ptr,
     covariance_ptr,
     wide_weight2_ptr,
     first_row,
     grad_std,
     factor,
+    grad_prediction_stride,
+    n,
     H: tl.constexpr,
     OUT: tl.constexpr,
+    N_PREDICTIONS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    """Rows of G and M."""
+    """Rows of G, and of c_k·M of every prediction."""
+    PART: tl.constexpr = BLOCK_H * BLOCK_H
+    HALF: tl.constexpr = variance_ptr.dtype.element_ty != tl.float32
     offs_m = first_row + tl.arange(0, BLOCK_M)
     offs_h = tl.arange(0, BLOCK_H)
     offs_o = tl.arange(0, BLOCK_O)
@@ -68,17 +93,18 @@ def hidden_rows(  # type: ignore[no-untyped-def]
     product = tl.zeros([BLOCK_M, BLOCK_H], dtype=tl.float64)
     product = add_product(product, inner_ptr, wide_weight2_ptr, offs_m * OUT, offs_h, mask_m, mask_h, 1, H, OUT)
     offs_mh = offs_m[:, None] * BLOCK_H + offs_h[None, :]
-    tl.store(variance_ptr + offs_mh, round_to((2.0 * product).to(tl.float32), variance_ptr.dtype.element_ty))
+    store_parts(variance_ptr, offs_mh, 2.0 * product, PART)
     if gram_ptr is not None:
         gram = tl.zeros([BLOCK_M, BLOCK_H], dtype=tl.float64)
         gram = add_product(gram, wide_weight2_ptr, wide_weight2_ptr, offs_m, offs_h, mask_m, mask_h, H, H, OUT)
-        tl.store(gram_ptr + offs_mh, round_to(gram.to(tl.float32), gram_ptr.dtype.element_ty))
+        for k in range(N_PREDICTIONS):
+            coefficient = coefficient_of(grad_prediction_ptr, k, grad_prediction_stride, n, OUT)
+            store_parts(gram_ptr + k * (1 if HALF else 2) * PART, offs_mh, coefficient * gram, PART)
 
 
 @triton.jit
 def weight2_rows(  # type: ignore[no-untyped-def]
-    coefficient_ptr,  # pointers as in the kernel
-    grad_weight2_ptr,
+    grad_weight2_ptr,  # pointers as in the kernel
     grad_prediction_ptr,
     covariance_ptr,
     projected_ptr,
@@ -93,7 +119,7 @@ def weight2_rows(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Rows of dL/dW2; the first program of them leaves c."""
+    """Rows of dL/dW2."""
     offs_m = first_row + tl.arange(0, BLOCK_M)
     offs_h = tl.arange(0, BLOCK_H)
     mask_m, mask_h = offs_m < OUT, offs_h < H
@@ -104,24 +130,17 @@ def weight2_rows(  # type: ignore[no-untyped-def]
     diagonal = on_diagonal(covariance_ptr, offs_m, mask_m, grad_std, factor, OUT)
     projected = tl.load(projected_ptr + offs_mh, mask=mask, other=0.0)
     product = 2.0 * (factor * product + diagonal[:, None] * projected)
-    if coefficient_ptr is not None:
-        for k in range(N_PREDICTIONS):
-            coefficient = tl.full([], 0.0, tl.float64)
-            if grad_prediction_ptr is not None:
-                coefficient += tl.load(grad_prediction_ptr + k * grad_prediction_stride)
-            coefficient *= 2.0 / (OUT * n)
-            product += coefficient * tl.load(projected_ptr + (k + 1) * OUT * H + offs_mh, mask=mask, other=0.0)
-            if first_row == 0:
-                tl.store(coefficient_ptr + k, coefficient.to(tl.float32))
+    for k in range(N_PREDICTIONS):
+        coefficient = coefficient_of(grad_prediction_ptr, k, grad_prediction_stride, n, OUT)
+        product += coefficient * tl.load(projected_ptr + (k + 1) * OUT * H + offs_mh, mask=mask, other=0.0)
     grad_weight2 = round_to(product.to(tl.float32), grad_weight2_ptr.dtype.element_ty)
     tl.store(grad_weight2_ptr + offs_mh, grad_weight2, mask=mask)
 
 
 @triton.jit
 def _output_gradients_kernel(  # type: ignore[no-untyped-def]
-    variance_ptr,  # (SIZE_H, SIZE_H) in the rows' dtype: G
-    gram_ptr,  # (SIZE_H, SIZE_H) in the rows' dtype: M; None if K is 0
-    coefficient_ptr,  # (K,) fp32: c; None if K is 0
+    variance_ptr,  # (parts, SIZE_H, SIZE_H) in the rows' dtype: G
+    gram_ptr,  # (K, parts, SIZE_H, SIZE_H) in the rows' dtype: c_k·M; None if K is 0
     grad_weight2_ptr,  # (OUT, H)
     inner_ptr,  # (H, OUT) fp64: W2ᵀ·E; read again here
     grad_std_ptr,  # () fp32, or None for 0, like the next two
@@ -152,12 +171,13 @@ def _output_gradients_kernel(  # type: ignore[no-untyped-def]
     factor = grad_cov * 2.0 / (OUT * (OUT - 1) * (n - 1.0))
     if pid < HIDDEN_BLOCKS:
         hidden_rows(
-            variance_ptr, gram_ptr, inner_ptr, covariance_ptr, wide_weight2_ptr, pid * BLOCK_M, grad_std, factor,
-            H, OUT, BLOCK_M, BLOCK_H, BLOCK_O,
+            variance_ptr, gram_ptr, inner_ptr, grad_prediction_ptr, covariance_ptr, wide_weight2_ptr,
+            pid * BLOCK_M, grad_std, factor, grad_prediction_stride, n,
+            H, OUT, N_PREDICTIONS, BLOCK_M, BLOCK_H, BLOCK_O,
         )  # fmt: skip
     else:
         weight2_rows(
-            coefficient_ptr, grad_weight2_ptr, grad_prediction_ptr, covariance_ptr, projected_ptr,
+            grad_weight2_ptr, grad_prediction_ptr, covariance_ptr, projected_ptr,
             (pid - HIDDEN_BLOCKS) * BLOCK_M, grad_std, factor, grad_prediction_stride, n,
             H, OUT, N_PREDICTIONS, BLOCK_M, BLOCK_H,
         )  # fmt: skip
@@ -174,9 +194,8 @@ def _config(size_h: int, n_out: int) -> LaunchConfig:
 class OutputGradients(NamedTuple):
     """What the backward pass over the activations reads, and the gradient of W2."""
 
-    variance: Tensor  # (SIZE_H, SIZE_H) in the rows' dtype: G
-    gram: Tensor | None  # (SIZE_H, SIZE_H) in the rows' dtype: M; None without predictions
-    coefficient: Tensor | None  # (K,) fp32: c; None without predictions
+    variance: Tensor  # (parts, SIZE_H, SIZE_H) in the rows' dtype: G
+    gram: Tensor | None  # (K, parts, SIZE_H, SIZE_H) in the rows' dtype: c_k·M; None without predictions
     weight2: Tensor  # (OUT, H) in the parameter's dtype
 
 
@@ -194,11 +213,10 @@ def output_gradients(
 ) -> OutputGradients:
     """From the gradients of the losses, fp32 (), (), (K,), None for zeros, and what `losses` left; rows of `dtype`."""
     n_tensors, n_out, hidden = projected.shape
-    device, predicts = projected.device, n_tensors > 1
+    device, predicts, shape = projected.device, n_tensors > 1, (n_parts(dtype), size_h, size_h)
     found = OutputGradients(
-        variance=torch.empty(size_h, size_h, device=device, dtype=dtype),
-        gram=torch.empty(size_h, size_h, device=device, dtype=dtype) if predicts else None,
-        coefficient=torch.empty(n_tensors - 1, device=device, dtype=torch.float32) if predicts else None,
+        variance=torch.empty(shape, device=device, dtype=dtype),
+        gram=torch.empty((n_tensors - 1, *shape), device=device, dtype=dtype) if predicts else None,
         weight2=torch.empty(n_out, hidden, device=device, dtype=weight2_dtype),
     )
     given = grad_prediction if predicts else None
@@ -208,7 +226,6 @@ def output_gradients(
         _config(size_h, n_out),
         variance_ptr=found.variance,
         gram_ptr=found.gram,
-        coefficient_ptr=found.coefficient,
         grad_weight2_ptr=found.weight2,
         inner_ptr=torch.empty(hidden, n_out, device=device, dtype=torch.float64),
         grad_std_ptr=grad_std,
@@ -233,7 +250,7 @@ def audit_cases() -> list[AuditCase]:
     for dtype in (torch.float32, torch.bfloat16):
         for h, k in ((64, 4), (64, 0), (128, 4)):
             matrices = (1 + k) + 3  # float64: R, the covariance, W2, the scratch
-            absent = () if k else ("gram_ptr", "coefficient_ptr", "grad_prediction_ptr")
+            absent = () if k else ("gram_ptr", "grad_prediction_ptr")
             signature = audit_signature(kernel, dtype, ("variance_ptr", "gram_ptr"), absent)
             cases.append(
                 AuditCase(
@@ -242,7 +259,7 @@ def audit_cases() -> list[AuditCase]:
                     signature=signature | dict.fromkeys(wide, "*fp64"),
                     constexprs={**dict.fromkeys(absent), "H": h, "OUT": h, "N_PREDICTIONS": k},
                     config=_config(h, h),
-                    bytes_moved=h * h * (8 * matrices + 4 + (2 if k else 1) * dtype.itemsize) + 8 * (k + 1),
+                    bytes_moved=h * h * (8 * matrices + 4 + (k + 1) * n_parts(dtype) * dtype.itemsize) + 4 * (k + 2),
                     flops=2 * (4 if k else 3) * h**3,
                     divisible_by_16=("n_rows",),
                 )
