@@ -18,13 +18,8 @@ from fastjepa.kernels.batch_norm import tiling as batch_norm_tiling
 from fastjepa.kernels.batch_norm.backward import batch_norm_backward
 from fastjepa.kernels.batch_norm.forward import batch_norm_forward
 from fastjepa.kernels.batch_norm.fused import batch_norm_act, batch_norm_act_repeatable
-from fastjepa.kernels.batch_norm.statistics import (
-    Partials,
-    RunningStatistics,
-    batch_norm_statistics,
-    merge_partials,
-    statistics_partials,
-)
+from fastjepa.kernels.batch_norm.merge import Partials, RunningStatistics, merge_partials
+from fastjepa.kernels.batch_norm.statistics import batch_norm_statistics, statistics_partials
 
 FORMS = ("plain", "residual", "normalized_residual")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

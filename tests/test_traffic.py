@@ -90,9 +90,9 @@ def batch_norm_arguments(n_rows: int, C: int, dtype: torch.dtype, form: str) -> 
 
 @pytest.mark.parametrize("form", ["plain", "residual", "normalized_residual"])
 def test_launches_of_batch_norm_move_what_the_audit_says(form: str, needs_triton: None) -> None:
-    from fastjepa.kernels.batch_norm import backward, forward, reduce, statistics, tiling
+    from fastjepa.kernels.batch_norm import backward, forward, merge, reduce, statistics, tiling
 
-    known = cases(statistics) | cases(forward) | cases(reduce) | cases(backward)
+    known = cases(statistics) | cases(merge) | cases(forward) | cases(reduce) | cases(backward)
     for n_rows, C, dtype in tiling.recipe_cases():
         shape = f"{TRITON_TYPE[dtype]}/{n_rows}x{C}"
 
