@@ -210,7 +210,7 @@ def test_the_other_work_as_committed(name: str, needs_triton: None) -> None:
             assert now.kernel_bytes <= known[way.name].kernel_bytes
 
 
-def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Any, needs_triton: None) -> None:
+def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Any, interpreted: None) -> None:
     assert command.main(["--quick", "--batch", "2", "--only", "rollout", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     rows = read_rows(tmp_path / "traffic.jsonl")
