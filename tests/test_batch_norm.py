@@ -18,13 +18,8 @@ from fastjepa.kernels.batch_norm import tiling as batch_norm_tiling
 from fastjepa.kernels.batch_norm.backward import batch_norm_backward
 from fastjepa.kernels.batch_norm.forward import batch_norm_forward
 from fastjepa.kernels.batch_norm.fused import batch_norm_act, batch_norm_act_repeatable
-from fastjepa.kernels.batch_norm.statistics import (
-    Partials,
-    RunningStatistics,
-    batch_norm_statistics,
-    merge_partials,
-    statistics_partials,
-)
+from fastjepa.kernels.batch_norm.merge import Partials, RunningStatistics, merge_partials
+from fastjepa.kernels.batch_norm.statistics import batch_norm_statistics, statistics_partials
 
 FORMS = ("plain", "residual", "normalized_residual")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -286,26 +281,32 @@ def test_parts_of_several_devices(device: str, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("uses", [2, 3, 4])
+@pytest.mark.parametrize(("uses", "given"), [(2, 1), (3, 2), (4, 3), (4, 4)])
 @pytest.mark.parametrize("relu", [True, False])
 def test_gradients_of_several_uses(
-    form: str, uses: int, relu: bool, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+    form: str, uses: int, given: int, relu: bool, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One result used several times, one use as half of something wider, one not at all: as exact as eager's sum."""
+    """One result used several times, or one of the uses not at all: as exact as eager's sum."""
     cut_into(monkeypatch, 3)
-    inputs = random_inputs((3, 5, 7, 9), form, dtype, device)
+    check_uses(random_inputs((3, 5, 7, 9), form, dtype, device), uses, given, relu)
+
+
+def check_uses(inputs: Inputs, uses: int, given: int, relu: bool) -> None:
+    """Every gradient of a result with `uses`, of which the first `given` are used, is as exact as eager's."""
+    dtype = inputs.x.dtype
     if relu:
         inputs = without_grad_at_the_kink(inputs)
     rounding = torch.where(inputs.grad_out == 0, 0, torch.randn_like(inputs.grad_out.float())).to(dtype)
-    weights = [inputs.grad_out, rounding, 2 * rounding, -inputs.grad_out][: uses - 1]
+    weights = [inputs.grad_out, rounding, 2 * rounding, -inputs.grad_out / 2][:given]
 
     def used(outs: tuple[Tensor, ...]) -> Tensor:
-        first, *others = outs[: uses - 1]
-        wide = torch.cat((first, first), 1)  # its gradient lies in a tensor of twice as many channels
-        loss = (wide[:, 5:] * weights[0]).sum()
-        for out, weight in zip(others, weights[1:], strict=True):
-            loss = loss + (out * weight).sum()
-        return loss
+        terms = []
+        for place, (out, weight) in enumerate(zip(outs[:given], weights, strict=True)):
+            if (place + relu) % 2:  # half of something wider: its gradient lies in one of twice as many channels
+                out = torch.cat((torch.zeros_like(out), out), 1)
+                weight = torch.cat((-3 * weight, weight), 1).contiguous(memory_format=torch.channels_last)
+            terms.append((out * weight).sum())
+        return torch.stack(terms).sum()
 
     def gradients(function: Any, inputs: Inputs) -> dict[str, Tensor]:
         inputs = copy.deepcopy(inputs)
@@ -669,6 +670,15 @@ def test_cut_of_the_recipes_shapes_fills_the_gpu() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_recipe_shapes_on_the_gpu(form: str, n_channels: int, size: int, dtype: torch.dtype) -> None:
     check(random_inputs((576, n_channels, size, size), form, dtype, "cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("relu", [True, False])
+def test_gradients_of_several_uses_on_the_gpu(form: str, relu: bool, dtype: torch.dtype) -> None:
+    """All that a block of the encoder's side of the U-Net has, at the recipe's maps, of a ninth of its frames."""
+    check_uses(random_inputs((64, 32, 64, 64), form, dtype, "cuda"), 4, 4, relu)
 
 
 @pytest.mark.gpu

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import fastjepa.kernels
-from fastjepa.kernels import launch
-from fastjepa.kernels.launch import AuditCase
-from fastjepa.kernels.moments import centred_linear, merge, narrow, scatter
+from bench.traffic.counting import TrafficCounter, launch_bytes, noted_launches
+from fastjepa.fused.step_memory import fake_tensors
+from fastjepa.kernels.launch import KERNEL_OPS, AuditCase, LaunchConfig
+from fastjepa.kernels.moments import centred_linear, merge, narrow
 from fastjepa.kernels.moments.fused import moments
 from fastjepa.kernels.projected_losses import (
     backward,
@@ -27,8 +23,7 @@ from fastjepa.kernels.projected_losses import (
     losses,
     output_gradients,
 )
-from fastjepa.kernels.projected_losses.algebra import ProjectorParameters
-from projector_cases import make_case
+from fastjepa.kernels.projected_losses.reference import ProjectedLosses
 
 N_ROWS, D, H, K = 64 * 10 * 64 * 64, 16, 64, 4  # the default recipe
 FORWARD = [
@@ -40,143 +35,89 @@ AROUND_SLOPES = (
     ["_merge_sums_kernel", "_input_gradients_kernel", "_centred_linear_kernel"],
 )
 Launch = tuple[Any, dict[str, Any]]  # the kernel and its arguments
+Op = Callable[..., list[Tensor]]
 
 
-def replace_launches(monkeypatch: pytest.MonkeyPatch, replacement: Callable[..., None]) -> None:
-    """`launch_kernel`, in every module that has imported it."""
-    for found in pkgutil.walk_packages(fastjepa.kernels.__path__, "fastjepa.kernels."):
-        module = importlib.import_module(found.name)
-        if hasattr(module, "launch_kernel"):
-            monkeypatch.setattr(module, "launch_kernel", replacement)
+def empty_arguments(n_rows: int, d: int, hidden: int, out: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Those of the forward op but `eps`, for a state and K predictions."""
+    z, *predictions = (torch.empty(n_rows, d, dtype=dtype) for _ in range(1 + K))
+    sizes = ((hidden, d), (hidden,), (hidden,), (hidden,), (out, hidden))
+    return z, predictions, *(torch.empty(size) for size in sizes)
 
 
-class Operators(TorchDispatchMode):
-    """Counts what torch itself computes or copies; not views, allocations, or what happens inside a launch."""
+def run_both(forward_op: Op, backward_op: Op, arguments: tuple[Any, ...]) -> None:
+    """A training step's two calls, with a gradient of each loss."""
+    grads = (torch.empty(()), torch.empty(()), torch.empty(K))
+    kept = forward_op(*arguments, 1e-5)[len(ProjectedLosses._fields) :]
+    backward_op(*grads, *arguments, kept)
 
-    FREE = frozenset("view select slice unsqueeze transpose permute expand detach alias empty empty_like".split())
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.count: Counter[str] = Counter()
-        self.launching = False
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = func.overloadpacket.__name__
-        if not self.launching and name not in self.FREE:
-            self.count[name] += 1
-        return func(*args, **(kwargs or {}))
+def of_a_step(slopes: int) -> list[str]:
+    before, after = AROUND_SLOPES
+    return [*FORWARD, *before, *["_slope_gradients_kernel"] * slopes, *after]
 
 
 @pytest.mark.parametrize(("dtype", "slopes"), [(torch.bfloat16, 2), (torch.float32, 4)])
 def test_a_state_and_four_predictions_take_few_launches_and_no_operator_of_torch(
-    dtype: torch.dtype, slopes: int, interpreted: None, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, slopes: int, needs_triton: None
 ) -> None:
-    launched: list[str] = []
-    operators, launch_kernel = Operators(), launch.launch_kernel
-
-    def recorded(kernel: Any, *arguments: Any, **named: Any) -> None:
-        launched.append(kernel.__name__)
-        operators.launching = True
-        launch_kernel(kernel, *arguments, **named)
-        operators.launching = False
-
-    replace_launches(monkeypatch, recorded)
-    case = make_case((40, 6), K, hidden=8, out=4, dtype=dtype)
-    arguments = (case.z, case.predictions, *case.parameters)
-    run_forward, run_backward = fused._forward, fused._backward
-    with operators:
-        kept = run_forward(*arguments, 1e-5)[5:]
-        assert launched == FORWARD
-        launched.clear()
-        run_backward(torch.tensor(1.0), torch.tensor(2.0), torch.ones(K), *arguments, kept)
-        before, after = AROUND_SLOPES
-        assert launched == [*before, *["_slope_gradients_kernel"] * slopes, *after]
-    operators.count -= Counter({"projected_losses": 1, "projected_losses_backward": 1})
-    operators.count -= Counter({"scalar_tensor": 2, "lift_fresh": 2, "ones": 1, "full": 1})  # the test's own gradients
-    assert not operators.count
+    """On fake tensors, so that to look at a value, which counts as no operator, is an error."""
+    with fake_tensors():
+        arguments = empty_arguments(40, 6, 8, 4, dtype)
+        with TrafficCounter(lambda *_: "") as counter:
+            run_both(fused._forward, fused._backward, arguments)
+    assert [event.name for event in counter.events if event.is_kernel] == of_a_step(slopes)
 
 
-def test_no_zeros_are_made_for_what_has_no_gradient(device: str) -> None:
-    case = make_case((40, 6), 1, hidden=8, out=4, device=device)
-    z = case.z.requires_grad_()
-    losses = fused.projected_losses(z, case.predictions, *case.parameters, 1e-5)
-    operators = Operators()
-    with operators:
+def test_no_zeros_are_made_for_what_has_no_gradient(needs_triton: None) -> None:
+    with fake_tensors(), TrafficCounter(lambda *_: "") as counter:
+        z, *others = empty_arguments(40, 6, 8, 4, torch.float32)
+        losses = fused.projected_losses(z.requires_grad_(), *others, 1e-5)
+        counter.events.clear()
         torch.autograd.grad(losses.std_loss, z)
-    assert operators.count.keys() <= {"ones_like", "projected_losses_backward"}
+    operators = [event.name for event in counter.events if not event.name.startswith("_")]
+    assert operators == ["aten.ones_like", "fastjepa::projected_losses_backward"]
 
 
-def recipe_launches(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    """Every launch of a training step at the default recipe, on tensors without memory."""
+def recipe_launches(dtype: torch.dtype) -> list[Launch]:
+    """Every launch of a training step at the default recipe."""
     launched: list[Launch] = []
-    replace_launches(
-        monkeypatch,
-        lambda kernel, grid, config, **named: launched.append((kernel, named | config.blocks)),
-    )
-
-    def rows() -> Tensor:
-        return torch.empty(N_ROWS, D, device="meta", dtype=dtype)
-
-    tensors = [rows() for _ in range(1 + K)]
-    params = ProjectorParameters(*(torch.empty(s, device="meta") for s in ((H, D), (H,), (H,), (H,), (H, H))))
-    partials = scatter.scatter_partials(tensors)
-    mean, scattered = merge.merge_moments(
-        partials.centre, partials.residual, partials.scatter, (N_ROWS, partials.rows_per_program), D
-    )
-    affine = hidden_affine.hidden_affine(params, mean, scattered, N_ROWS, 1e-5, dtype)
-    sums = forward.activation_moments(tensors, affine.operands, affine.shift)
-    found = losses.losses(sums, affine.shift, affine.wide_weight2, N_ROWS)
-    scalar = torch.empty((), device="meta")
-    out = output_gradients.output_gradients(
-        scalar, scalar, torch.empty(K, device="meta"), found.covariance, found.projected, affine.wide_weight2,
-        N_ROWS, H, dtype, torch.float32,
-    )  # fmt: skip
-    slopes, slope_sums = backward.slope_gradients(tensors, affine.operands, found.mean_r, out)
-    group = backward.group_size(H, dtype)
-    grad = input_gradients.input_gradients(
-        params, slope_sums, group, mean, affine.inv_std, affine.weight1_scatter, affine.operands.slope, N_ROWS
-    )
-    outs = [v if v.dtype == dtype else rows() for v in slopes]
-    centred_linear.launch_centred_linear(tensors, grad.correction, slopes, outs)
+    forward_op, backward_op = (KERNEL_OPS[f"fastjepa::projected_losses{which}"] for which in ("", "_backward"))
+    with fake_tensors(), noted_launches(lambda kernel, arguments: launched.append((kernel, arguments))):
+        run_both(forward_op, backward_op, empty_arguments(N_ROWS, D, H, H, dtype))
     return launched
 
 
-def is_case_of(case: AuditCase, kernel: Any, arguments: dict[str, Any], dtype: torch.dtype) -> bool:
+def is_case_of(case: AuditCase, kernel: Any, arguments: dict[str, Any]) -> bool:
     """Whether the audit compiles what this launch runs."""
-    constants = {n: v for n, v in arguments.items() if n.isupper()} | case.config.blocks
+    constants = {n: v for n, v in arguments.items() if n.isupper()}
+    config = LaunchConfig(arguments["num_warps"], arguments["num_stages"], case.config.blocks)
     types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float64: "*fp64"}
     pointers = {n: types[v.dtype] for n, v in arguments.items() if isinstance(v, Tensor)}
     absent = {n for n, v in arguments.items() if v is None}
     return (
-        case.kernel is kernel
+        (case.kernel, case.config) == (kernel, config)
         and {n: v for n, v in case.constexprs.items() if v is not None} | case.config.blocks == constants
         and {n: t for n, t in case.signature.items() if t.startswith("*")} == pointers
         and {n for n, v in case.constexprs.items() if v is None} == absent
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("dtype", "slopes"), [(torch.bfloat16, 2), (torch.float32, 4)])
 def test_the_audit_declares_the_bytes_of_the_recipes_launches(
-    dtype: torch.dtype, needs_triton: None, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, slopes: int, needs_triton: None
 ) -> None:
     """Every tensor that a launch is given is what it reads or writes, once."""
     modules = (
         narrow, merge, hidden_affine, forward, losses, output_gradients, backward, input_gradients, centred_linear,
     )  # fmt: skip
     cases = [case for module in modules for case in module.audit_cases()]
-    launches = recipe_launches(dtype, monkeypatch)
-    found = []
-    for kernel, arguments in launches:
-        moved = sum(x.nbytes for x in arguments.values() if isinstance(x, Tensor))
-        declared = {case.name: case.bytes_moved for case in cases if is_case_of(case, kernel, arguments, dtype)}
-        found.append(kernel.__name__)
+    launched = recipe_launches(dtype)
+    for kernel, arguments in launched:
+        moved = launch_bytes(arguments)
+        declared = {case.name: case.bytes_moved for case in cases if is_case_of(case, kernel, arguments)}
         assert moved in declared.values(), (kernel, moved, declared)
-    slopes = 4 if dtype == torch.float32 else 2
-    assert sorted(found) == sorted(
-        [*FORWARD, *AROUND_SLOPES[0], *["_slope_gradients_kernel"] * slopes, *AROUND_SLOPES[1]]
-    )
+    assert [kernel.__name__ for kernel, _ in launched] == of_a_step(slopes)
 
 
 def test_moments_of_more_tensors_than_one_launch_takes(device: str) -> None:

@@ -90,9 +90,9 @@ def batch_norm_arguments(n_rows: int, C: int, dtype: torch.dtype, form: str) -> 
 
 @pytest.mark.parametrize("form", ["plain", "residual", "normalized_residual"])
 def test_launches_of_batch_norm_move_what_the_audit_says(form: str, needs_triton: None) -> None:
-    from fastjepa.kernels.batch_norm import backward, forward, reduce, statistics, tiling
+    from fastjepa.kernels.batch_norm import backward, forward, merge, reduce, statistics, tiling
 
-    known = cases(statistics) | cases(forward) | cases(reduce) | cases(backward)
+    known = cases(statistics) | cases(merge) | cases(forward) | cases(reduce) | cases(backward)
     for n_rows, C, dtype in tiling.recipe_cases():
         shape = f"{TRITON_TYPE[dtype]}/{n_rows}x{C}"
 
@@ -210,7 +210,7 @@ def test_the_other_work_as_committed(name: str, needs_triton: None) -> None:
             assert now.kernel_bytes <= known[way.name].kernel_bytes
 
 
-def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Any, needs_triton: None) -> None:
+def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Any, interpreted: None) -> None:
     assert command.main(["--quick", "--batch", "2", "--only", "rollout", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     rows = read_rows(tmp_path / "traffic.jsonl")

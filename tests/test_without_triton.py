@@ -47,7 +47,7 @@ for module in pkgutil.walk_packages(fastjepa.__path__, "fastjepa."):
         assert "triton" in str(error), error
         broken.append(module.name)
 import fastjepa.kernels.checks
-from fastjepa.kernels import batch_norm, moments, projected_losses
+from fastjepa.kernels import batch_norm, frame_windows, moments, projected_losses
 from fastjepa.kernels.batch_norm import channel_vectors, reference
 from fastjepa.kernels.projected_losses import algebra, chunk_pool, chunks, closed_form, pixel_passes, reference
 print(broken)

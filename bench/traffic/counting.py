@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -120,20 +121,25 @@ class TrafficCounter(TorchDispatchMode):
 
     @contextmanager
     def _opened(self, part: str) -> Iterator[None]:
-        from fastjepa.kernels import launch
-
-        def noted(kernel: Any) -> Any:
+        def note(kernel: Any, arguments: dict[str, Any]) -> None:
             name = getattr(kernel, "fn", kernel).__name__
-            return _Grid(lambda arguments: self.events.append(
-                Event(part, name, launch_bytes(arguments), is_operator=False, is_kernel=True)
-            ))  # fmt: skip
+            self.events.append(Event(part, name, launch_bytes(arguments), is_operator=False, is_kernel=True))
 
         outer, self._inside = self._inside, part
         try:
-            with patch.object(launch, "wrap", noted):
+            with noted_launches(note):
                 yield
         finally:
             self._inside = outer
+
+
+@contextmanager
+def noted_launches(note: Callable[[Any, dict[str, Any]], None]) -> Iterator[None]:
+    """Inside, no kernel runs: `note` is called with the kernel and the arguments, by name, of every launch of ours."""
+    from fastjepa.kernels import launch
+
+    with patch.object(launch, "wrap", lambda kernel: _Grid(partial(note, kernel))):
+        yield
 
 
 class _Grid:

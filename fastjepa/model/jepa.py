@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastjepa.files.safe_files import write_atomic
 from fastjepa.files.state_dicts import check_tensors, plain_state, strip_compile_prefix
 from fastjepa.files.tensor_files import read_tensor_file
+from fastjepa.kernels.frame_windows import reference
 from fastjepa.model.autoregressive import autoregressive_rollout
 from fastjepa.model.losses import SquareLossSeq, VCLoss
 from fastjepa.model.modes import eval_mode
@@ -225,8 +226,7 @@ def parallel_unroll(
     for step in range(1, nsteps + 1):
         with span(f"prediction step {step}"):
             # The last entry predicts the frame after the video: it is dropped, but it did count in BatchNorm.
-            prediction = predictor(current, actions)[:, :, :-1]
-            current = torch.cat((state[:, :, :context_length], prediction), dim=2)
+            current = reference.sequence(state[:, :, :context_length], predictor(current, actions))
         sequences.append(current)
     return state, sequences
 

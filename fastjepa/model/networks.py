@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastjepa.kernels.frame_windows.reference import frame_windows
 from fastjepa.model.context import CONTEXT
 from fastjepa.model.strided_convolution import Shortcut
 from fastjepa.optional_packages import needed_for
@@ -229,10 +230,9 @@ def join_context(states: Tensor, context_length: int) -> Tensor:
     """
     if states.dim() != 5:
         raise ValueError(f"expected states (B, D, T, H, W), got shape {tuple(states.shape)}")
-    windows = states.shape[2] - context_length + 1
-    if windows < 1:
+    if states.shape[2] < context_length:
         raise ValueError(f"predicting takes at least {context_length} frames, got {states.shape[2]}")
-    return torch.cat([states[:, :, i : i + windows] for i in range(context_length)], dim=1)
+    return frame_windows(states, context_length)
 
 
 class ImageDecoder(nn.Module):

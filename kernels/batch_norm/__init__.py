@@ -10,6 +10,7 @@ are computed again there (`backward`). Sums and statistics are fp32; each result
 store.
 
 `fused` holds the functions to call; `reference` the definition. `tiling` cuts the rows into programs, `statistics`
-makes mean and variance, `forward` and `backward` are the differentiable op, `forked` gives its result to several users,
-`reduce` makes the sums that its backward needs, `relu` is the ReLU and its mask.
+makes mean and variance of each one's and `merge` those of all, `forward` and `backward` are the differentiable op,
+`forked` gives its result to several users, `reduce` makes the sums that its backward needs, `relu` is the ReLU and its
+mask.
 """
