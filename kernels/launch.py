@@ -7,6 +7,7 @@ op registration, the dot helper, and the record from which the static audit comp
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -111,9 +112,18 @@ def kernel_op(
     Compiled, it is a `triton_op`, so that torch.compile sees the kernels inside; interpreted, a `custom_op`, because
     the interpreter cannot run on the fake tensors with which torch.compile traces a `triton_op`. `fake` computes the
     outputs' shapes and dtypes from the same arguments. `mutates_args` names those that are changed in place.
+
+    Raises TypeError if one of those has a default: torch drops arguments that equal their defaults from the end of a
+    call, and torch 2.11 then looks for those that the op changes, and fails.
     """
 
     def register(function: Callable[P, R]) -> KernelOp[P, R]:
+        parameters = inspect.signature(function).parameters
+        optional = [
+            argument for argument in mutates_args if parameters[argument].default is not inspect.Parameter.empty
+        ]
+        if optional:
+            raise TypeError(f"{name} changes {', '.join(optional)} in place, which may have no default")
         KERNEL_OPS[name] = function
         op: Any = (custom_op if INTERPRET else triton_op)(name, function, mutates_args=mutates_args)
         op.register_fake(fake)

@@ -19,7 +19,7 @@ from fastjepa.kernels.batch_norm.backward import batch_norm_backward
 from fastjepa.kernels.batch_norm.forward import batch_norm_forward
 from fastjepa.kernels.batch_norm.fused import batch_norm_act, batch_norm_act_repeatable
 from fastjepa.kernels.batch_norm.merge import Partials, RunningStatistics, merge_partials
-from fastjepa.kernels.batch_norm.statistics import batch_norm_statistics, statistics_partials
+from fastjepa.kernels.batch_norm.statistics import _statistics, batch_norm_statistics, statistics_partials
 
 FORMS = ("plain", "residual", "normalized_residual")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -564,8 +564,8 @@ def test_opcheck_backward_and_statistics(form: str, device: str) -> None:
         for grads in ([torch.randn_like(x)], [torch.randn_like(x), torch.randn(40, 12, device=device)[:, 6:]]):
             torch.library.opcheck(batch_norm_backward, (grads, x, *(_detached(a) for a in others)))
         buffers = (torch.zeros(6, device=device), torch.ones(6, device=device), torch.tensor(3, device=device))
-        for arguments in ((x,), (x, *buffers, 0.1), (x, *buffers, None)):
-            torch.library.opcheck(batch_norm_statistics, arguments)
+        for arguments in ((x, None, None, None, None), (x, *buffers, 0.1), (x, *buffers, None)):
+            torch.library.opcheck(_statistics, arguments)
 
 
 def _detached(argument: object) -> object:

@@ -149,3 +149,12 @@ def test_tiles_have_one_vocabulary_and_come_last() -> None:
 def kernels_of(module: str) -> list[str]:
     """Names of the kernels (not the device functions) that a module defines."""
     return [name for name in vars(importlib.import_module(module)) if name.startswith("_") and name.endswith("_kernel")]
+
+
+def test_an_op_takes_what_it_changes_without_a_default() -> None:
+    def count(x: torch.Tensor, counter: torch.Tensor | None = None) -> torch.Tensor:
+        raise AssertionError
+
+    with pytest.raises(TypeError, match="test_count changes counter in place, which may have no default"):
+        launch.kernel_op("fastjepa::test_count", torch.empty_like, mutates_args=("counter",))(count)
+    assert "fastjepa::test_count" not in launch.KERNEL_OPS

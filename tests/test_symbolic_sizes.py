@@ -68,7 +68,7 @@ def test_a_launch_writes_its_results_only(launches: dict[str, list[dict[str, Any
                 "batch_mean batch_var centre inv_std offset shift slope weight1_scatter wide_weight2",
                 *["sums"] * 3,  # of z, of the predictions, merged
                 "cov covariance mean_r prediction projected std transposed",
-                "coefficient grad_weight2 gram inner variance",
+                "grad_weight2 gram inner variance",
                 "sums v0 v1 vz",
                 "sums v0 vz",
                 "sums",

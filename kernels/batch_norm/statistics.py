@@ -112,6 +112,29 @@ def _fake_statistics(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     fake=_fake_statistics,
     mutates_args=("running_mean", "running_var", "num_batches_tracked"),
 )
+def _statistics(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+) -> tuple[Tensor, Tensor]:
+    """`batch_norm_statistics`, as an op."""
+    require_available(_OP, x.device)
+    n_rows, n_channels = check_rows(_OP, x)
+    check_more_than_one_value(x.shape)
+    for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
+        if buffer is not None:
+            check_tensor(_OP, name, buffer, shape=(n_channels,), device=x.device, contiguous=True)
+    pivot = x[0]
+    return merge_partials(
+        statistics_partials(x, pivot),
+        n_rows,
+        pivot=pivot,
+        running=RunningStatistics(running_mean, running_var, num_batches_tracked, momentum),
+    )
+
+
 def batch_norm_statistics(
     x: Tensor,
     running_mean: Tensor | None = None,
@@ -137,19 +160,7 @@ def batch_norm_statistics(
     Raises:
         ValueError: there is one row only, or more than 1024 channels, or x is not contiguous.
     """
-    require_available(_OP, x.device)
-    n_rows, n_channels = check_rows(_OP, x)
-    check_more_than_one_value(x.shape)
-    for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
-        if buffer is not None:
-            check_tensor(_OP, name, buffer, shape=(n_channels,), device=x.device, contiguous=True)
-    pivot = x[0]
-    return merge_partials(
-        statistics_partials(x, pivot),
-        n_rows,
-        pivot=pivot,
-        running=RunningStatistics(running_mean, running_var, num_batches_tracked, momentum),
-    )
+    return _statistics(x, running_mean, running_var, num_batches_tracked, momentum)
 
 
 def check_more_than_one_value(shape: torch.Size) -> None:
