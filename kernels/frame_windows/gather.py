@@ -57,26 +57,27 @@ def _gather_frames_kernel(  # type: ignore[no-untyped-def]
     offs = offs_n[:, None] * n_channels + offs_c[None, :]
     frame_size = n_pixels * n_channels
 
+    # Not mask & (t < …): a scalar comparison becomes an int32 in the interpreter, of which triton 3.9 takes no mask.
     total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     if windows_ptr is not None:
         for i in tl.static_range(CONTEXT):
             window = t - i
-            there = mask & (window >= 0) & (window < n_windows) & (t < n_frames)
+            there = tl.where((window >= 0) & (window < n_windows) & (t < n_frames), mask, False)
             ptrs = windows_ptr + (batch * n_windows + window) * CONTEXT * frame_size
             ptrs += offs_n[:, None] * (CONTEXT * n_channels) + (i * n_channels + offs_c)[None, :]
             total += tl.load(ptrs, mask=there, other=0.0).to(tl.float32)
     if states_ptr is not None:
         ptrs = states_ptr + (batch * n_frames + t) * frame_size + offs
-        total += tl.load(ptrs, mask=mask & (t < n_frames), other=0.0).to(tl.float32)
+        total += tl.load(ptrs, mask=tl.where(t < n_frames, mask, False), other=0.0).to(tl.float32)
     if head_ptr is not None:
         ptrs = head_ptr + (batch * CONTEXT + t) * frame_size + offs
-        total += tl.load(ptrs, mask=mask & (t < CONTEXT), other=0.0).to(tl.float32)
+        total += tl.load(ptrs, mask=tl.where(t < CONTEXT, mask, False), other=0.0).to(tl.float32)
     total = round_to(total, grad_ptr.dtype.element_ty)
     if SPLIT:
         ptrs = grad_head_ptr + (batch * CONTEXT + t) * frame_size + offs
-        tl.store(ptrs, total, mask=mask & (t < CONTEXT))
+        tl.store(ptrs, total, mask=tl.where(t < CONTEXT, mask, False))
         ptrs = grad_ptr + (batch * (n_steps - CONTEXT) + t - CONTEXT) * frame_size + offs
-        tl.store(ptrs, total, mask=mask & (t >= CONTEXT))
+        tl.store(ptrs, total, mask=tl.where(t >= CONTEXT, mask, False))
     else:
         tl.store(grad_ptr + (batch * n_frames + t) * frame_size + offs, total, mask=mask)
 
