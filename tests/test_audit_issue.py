@@ -52,6 +52,7 @@ def test_what_nothing_reaches_is_no_loop() -> None:
 def test_a_jump_back_makes_a_loop_from_its_target_to_itself(back: str) -> None:
     (loop,) = loops("NOP", "NOP", "NOP", back)
     assert (loop.header, loop.body, loop.inner) == (1, {1, 2, 3}, ())
+    assert sorted(successors(parse_sass(kernel("NOP", "NOP", "NOP", back)))[3]) == [1, 4]  # or on
 
 
 def test_a_loop_of_one_instruction_that_is_reached_counts() -> None:
@@ -69,6 +70,8 @@ def test_nested_loops_and_loops_side_by_side() -> None:
 def test_two_jumps_to_one_header_make_one_loop() -> None:
     (loop,) = loops("NOP", "@P0 BRA 0x0", "NOP", "@P1 BRA 0x0")
     assert (loop.header, loop.body, loop.inner) == (0, {0, 1, 2, 3}, ())
+    (loop,) = loops("@P0 BRA 0x30", "NOP", "BRA 0x0", "NOP", "@P1 BRA 0x0")  # of which neither way back has the other
+    assert (loop.header, loop.body, loop.inner) == (0, {0, 1, 2, 3, 4}, ())
 
 
 def test_a_way_out_of_the_loop_is_not_part_of_it() -> None:
@@ -95,6 +98,20 @@ def test_of_two_ways_the_longer_counts_and_loops_as_a_whole() -> None:
     # 4 instructions on the longer side, the loop, and EXIT
     assert longest_way(edges, [1] * len(code), 0, {loop: 100.0}) == 4 + 100 + 1
     assert longest_way(edges, [1] * len(code), loop.header, {}, loop.body) == 2
+
+
+@pytest.mark.parametrize(
+    ("lines", "longest"),
+    [
+        (("@P0 BRA 0x40", "NOP", "NOP", "BRA 0x50", "NOP", "NOP"), 6),  # they meet again
+        (("@P0 BRA 0x20", "BRA 0x50", "NOP", "NOP", "NOP", "NOP"), 6),
+        (("@P0 BRA 0x50", "NOP", "NOP", "NOP", "EXIT", "NOP"), 5),  # they end apart
+        (("@P0 BRA 0x20", "EXIT", "NOP", "NOP", "NOP", "NOP"), 6),
+    ],
+)
+def test_the_longer_way_counts_whichever_is_taken_first(lines: tuple[str, ...], longest: int) -> None:
+    code = parse_sass(kernel(*lines))
+    assert longest_way(successors(code), [1] * len(code), 0, {}) == longest
 
 
 def test_ptx_is_read_as_far_as_loops_need_it() -> None:
@@ -198,6 +215,12 @@ def test_an_inner_loop_that_was_unrolled_whole_does_not_look_like_an_unrolled_ou
     code = kernel(*[LOAD] * 5, STORE, "@P0 BRA 0x0")
     source = ptx("a:", PTX_FMA, "b:", PTX_LOAD, "@%p1 bra b;", PTX_STORE, "@%p2 bra a;")
     assert estimate(code, source, trips=(10, 5)).instructions_per_trip == (7,)
+
+
+def test_accesses_of_an_inner_loop_do_not_say_how_often_the_outer_one_was_unrolled() -> None:
+    code = kernel(*[LOAD] * 4, LOAD, LOAD, LOAD, "@P0 BRA 0x40", "@P1 BRA 0x0")
+    source = ptx("a:", PTX_LOAD, PTX_LOAD, "b:", PTX_LOAD, PTX_LOAD, PTX_LOAD, "@%p1 bra b;", "@%p2 bra a;")
+    assert estimate(code, source, trips=(10, 7)).instructions_per_trip == ((5 + 7 * 4) / 2, 4)
 
 
 def test_a_load_that_the_assembler_took_out_of_the_loop_changes_nothing() -> None:

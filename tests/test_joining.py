@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.traffic.counting import TrafficCounter
+from fastjepa.fused import joining
 from fastjepa.fused.joining import join_used_twice
 from fastjepa.model.networks import join_skip
 
@@ -61,3 +63,25 @@ def test_what_needs_no_gradient_gets_none() -> None:
     out.sum().backward()
     assert skip.grad is not None
     assert x.grad is None
+
+
+def test_nothing_is_computed_for_what_has_no_gradient_or_needs_none() -> None:
+    x, skip = leaves((4, 6))
+    same = skip.detach().requires_grad_()
+    grad = torch.randn(2, 8, 4, 6).contiguous(memory_format=torch.channels_last)
+    first, _ = join_used_twice(x, (skip, same))
+    without_x = join_used_twice(x.detach(), (skip, same))
+    with TrafficCounter(lambda *_: "") as counter:
+        torch.autograd.grad(first, (x, skip), grad)
+        assert [event.name for event in counter.events] == ["aten.clone"]  # x's half, which lies in a wider tensor
+        counter.events.clear()
+        torch.autograd.grad(without_x, (skip, same), (grad, grad))
+    assert counter.events == []
+
+
+def test_under_torch_compile_it_is_a_plain_concatenation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joining, "_Join", None)
+    compiled = torch.compile(join_used_twice, backend="aot_eager", fullgraph=True)
+    x, skip = leaves((4, 6))
+    for found, expected in zip(compiled(x, (skip, skip)), eager(x, (skip, skip)), strict=True):
+        assert torch.equal(found, expected)

@@ -9,7 +9,17 @@ from fastjepa.training.launches import MOST_STEPS, next_launch, steps_per_launch
 
 @pytest.mark.parametrize(
     ("log_every", "checkpoint_every", "expected"),
-    [(20, 200, 10), (1, 200, 1), (7, 200, 7), (12, 200, 6), (11, 5, 5), (11, 100, 10), (13, 100, 6), (200, 4, 4)],
+    [
+        (20, 200, 10),
+        (1, 200, 1),
+        (7, 200, 7),
+        (12, 200, 6),
+        (11, 5, 5),
+        (11, 100, 10),
+        (13, 100, 6),
+        (200, 4, 4),
+        (21, 100, 10),  # three launches with 7, too
+    ],
 )
 def test_as_many_steps_as_make_the_fewest_launches(log_every: int, checkpoint_every: int, expected: int) -> None:
     assert steps_per_launch(log_every, checkpoint_every) == expected

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.traffic.counting import TrafficCounter
 from compare import assert_near
+from fastjepa.fused import networks
 from fastjepa.fused.networks import FusedResUNet, FusedStateOnlyPredictor
 from fastjepa.fused.shared_parameters import SharedParameters, _copy_all, is_plain_convolution
 from fastjepa.model.jepa import parallel_unroll
@@ -60,6 +62,27 @@ def test_gradients_of_several_calls(dtype: torch.dtype, frozen: tuple[str, ...],
     for found, expected, p in zip(run(layers, x, 3, True), run(layers, x, 3, False), trained, strict=True):
         torch.testing.assert_close(found, expected, rtol=LIMIT[dtype], atol=LIMIT[dtype])
         assert (found.dtype, found.stride()) == (p.dtype, p.stride())
+        assert found.storage_offset() % 64 == 0  # gathered in one tensor, and aligned there
+
+
+def test_the_gradients_of_a_call_are_one_copy() -> None:
+    """Of a parameter that two convolutions have, too; and what has none is no work, but for zeros in its place."""
+    layers = Layers()
+    layers.tied = nn.Conv2d(3, 3, 3, padding=1)
+    layers.tied.weight = layers.conv.weight
+    parameters = list(layers.parameters())
+    p = SharedParameters(layers, "cpu").of_call()
+    outs = [_tensor(p, parameter) for parameter in parameters]
+    assert all(out.data_ptr() == parameter.data_ptr() for out, parameter in zip(outs, parameters, strict=True))
+    grads = [torch.randn_like(parameter) for parameter in parameters]
+    with TrafficCounter(lambda *_: "") as counter:
+        found = torch.autograd.grad(outs, parameters, grads, retain_graph=True)
+        assert [event.name for event in counter.events] == ["aten._foreach_copy_"]
+        counter.events.clear()
+        torch.autograd.grad(outs[0], parameters, grads[0])
+    assert [event.name for event in counter.events] == ["aten.zeros", "aten._foreach_copy_"]
+    for value, grad in zip(found, grads, strict=True):
+        assert torch.equal(value, grad)
 
 
 def test_the_casts_are_those_of_autocast_and_gradients_come_back_in_fp32() -> None:
@@ -72,6 +95,8 @@ def test_the_casts_are_those_of_autocast_and_gradients_come_back_in_fp32() -> No
         weight = _tensor(p, layers.norm.weight)
         assert weight.dtype == torch.float32
         assert weight.data_ptr() == layers.norm.weight.data_ptr()
+        wide = Layers().double()
+        assert _tensor(SharedParameters(wide, "cpu").of_call(), wide.conv.weight).dtype == torch.float64
     (3 * _tensor(p, layers.conv.weight)).sum().backward()
     assert layers.conv.weight.grad is not None
     assert layers.conv.weight.grad.dtype == torch.float32
@@ -122,6 +147,10 @@ def test_without_gradients_there_are_casts_only() -> None:
         )
     frozen = Layers().requires_grad_(False)
     assert not _tensor(SharedParameters(frozen, "cpu").of_call(), frozen.conv.weight).requires_grad
+    frozen.up.requires_grad_(True)
+    p = SharedParameters(frozen, "cpu").of_call()
+    assert _tensor(p, frozen.up.weight).requires_grad
+    assert not _tensor(p, frozen.conv.weight).requires_grad
 
 
 def test_a_convolution_of_another_kind_is_called_itself() -> None:
@@ -153,7 +182,8 @@ def test_an_unroll_of_its_own_is_the_unroll(size: tuple[int, int], recompute: bo
     torch.manual_seed(0)
     eager = StateOnlyPredictor(ResUNet(6, 2, 3)).to(device)
     fused = FusedStateOnlyPredictor.from_eager(copy.deepcopy(eager), recompute=recompute)
-    video = torch.rand(2, 3, 4, *size, device=device)
+    # As the encoder leaves it; windows of another layout would be copied, and the copies kept.
+    video = torch.rand(2, 3, 4, *size, device=device).contiguous(memory_format=torch.channels_last_3d)
     weight = torch.randn(2, 3, 4, *size, device=device)
 
     def run(predictor: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -169,6 +199,16 @@ def test_an_unroll_of_its_own_is_the_unroll(size: tuple[int, int], recompute: bo
     (results, gradients), (expected, wanted) = run(fused), run(eager)
     assert_near(results, expected, LIMIT[torch.float32])
     assert_near(gradients, wanted, GRADIENT)
+
+
+def test_the_last_step_joins_no_windows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    joined = []
+    next_windows = networks.next_windows
+    monkeypatch.setattr(networks, "next_windows", lambda *a: (joined.append(1), next_windows(*a))[1])
+    fused = FusedStateOnlyPredictor.from_eager(StateOnlyPredictor(ResUNet(6, 2, 3)).to(device))
+    with torch.no_grad():
+        parallel_unroll(fused, torch.rand(2, 3, 4, 8, 8, device=device), None, 3)
+    assert len(joined) == 2
 
 
 @pytest.mark.parametrize("wrapped", ["hook", "compiled"])

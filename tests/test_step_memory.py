@@ -26,16 +26,20 @@ KEEPING = Choice(batch_norm=True, losses="fused")
 RECOMPUTING = dataclasses.replace(KEEPING, recompute=True)
 
 
-def really_kept(sizes: StepSizes, device: str, *, bf16: bool, recompute: bool) -> int:
+def really_kept(sizes: StepSizes, device: str, *, bf16: bool, recompute: bool | None) -> int:
+    """By fused networks, or, if `recompute` is None, by eager ones."""
     jepa = build_jepa(
         dobs=sizes.dobs, henc=sizes.henc, hpre=sizes.hpre, dstc=sizes.dstc, projector=sizes.projector,
         std_coeff=1.0, cov_coeff=1.0,
     ).to(device)  # fmt: skip
-    accelerate(jepa, backend="fused", recompute="on" if recompute else "off", verbose=False)
+    if recompute is not None:
+        accelerate(jepa, backend="fused", recompute="on" if recompute else "off", verbose=False)
     heads = [head.to(device) for head in build_probes(dobs=sizes.dobs, dstc=sizes.dstc)]
     video = torch.rand(sizes.batch, sizes.dobs, sizes.frames, sizes.height, sizes.width, device=device)
     maps = torch.zeros(sizes.batch, sizes.frames, 8, 8, device=device)
-    step = TrainStep(jepa, *heads, steps=sizes.steps, autocast_dtype=torch.bfloat16 if bf16 else None)
+    projection: Any = "eager" if recompute is None else "auto"
+    autocast_dtype = torch.bfloat16 if bf16 else None
+    step = TrainStep(jepa, *heads, steps=sizes.steps, projection=projection, autocast_dtype=autocast_dtype)
     owned = [t for part in (jepa, *heads) for t in (*part.parameters(), *part.buffers())]
     return kept_bytes(lambda: step.losses(video, maps), [*owned, video])
 
@@ -50,6 +54,12 @@ def test_a_count_is_what_a_real_step_keeps(device: str, bf16: bool, recompute: b
     assert 0 < counted.largest < counted.total
 
 
+def test_a_count_of_an_eager_step() -> None:
+    """Where eager BatchNorm keeps running buffers, which are nobody's but the model's."""
+    counted = count_step(TINY, bf16=False, fused=False, projection="eager")
+    assert counted.total == really_kept(TINY, "cpu", bf16=False, recompute=None)
+
+
 def test_recomputation_keeps_less_and_the_margin_is_the_stated_one(needs_triton: None) -> None:
     keeping, recomputing = (count_step(TINY, bf16=True, fused=True, recompute=again) for again in (False, True))
     assert recomputing.total < 0.7 * keeping.total
@@ -61,6 +71,7 @@ def test_the_caller_notices_nothing(needs_triton: None) -> None:
     """Whatever modes are on; and the count is the same in all of them."""
     expected = count_step(TINY, bf16=False, fused=True, recompute=True)
     numbers, threads = torch.get_rng_state(), torch.get_num_threads()
+    torch.set_num_threads(3)
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")
     try:
@@ -68,13 +79,17 @@ def test_the_caller_notices_nothing(needs_triton: None) -> None:
             assert count_step(TINY, bf16=False, fused=True, recompute=True) == expected
             assert torch.is_inference_mode_enabled()
             assert torch.is_autocast_enabled("cpu")
+        with torch.no_grad():
+            assert count_step(TINY, bf16=False, fused=True, recompute=True) == expected
+            assert not torch.is_grad_enabled()
         assert torch.get_default_dtype() == torch.float64
         assert torch.empty(1).device.type == "meta"
+        assert torch.get_num_threads() == 3
     finally:
+        torch.set_num_threads(threads)
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
     assert torch.equal(torch.get_rng_state(), numbers)
-    assert torch.get_num_threads() == threads
 
 
 def test_kernels_that_are_compiled_are_counted_without_a_gpu(needs_triton: None) -> None:
@@ -90,6 +105,17 @@ def test_kernels_that_are_compiled_are_counted_without_a_gpu(needs_triton: None)
     total, reason = done.stdout.splitlines()
     assert int(total) == count_step(TINY, bf16=True, fused=True, recompute=True).total
     assert reason.startswith("Triton kernels need a CUDA device")  # and afterwards nothing else is let through
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_memory_of_a_step_is_counted_at_its_setting(precision: str, needs_triton: None) -> None:
+    setting = some_setting(frames=4, batch=2, steps=2, height=16, precision=precision)
+    sizes = StepSizes.of(setting)
+    assert dataclasses.asdict(sizes).items() <= dataclasses.asdict(setting).items()
+    keeping, recomputing = (
+        count_step(sizes, bf16=precision == "bf16", fused=True, recompute=again).needed for again in (False, True)
+    )
+    assert step_memory(setting, free=5, clips=3) == Memory(keeping + 3, recomputing + 3, 5)
 
 
 def test_a_projector_that_kernels_do_not_take_is_counted_with_eager_losses(needs_triton: None) -> None:
