@@ -240,6 +240,8 @@ def audit_cases() -> list[AuditCase]:
                     divisible_by_16=("n_rows", "n_channels", "rows_per_program", *strides),
                     programs=math.prod(rows.grid),
                     loop_trips=(rows.split.tiles,),
+                    allowed_spill_bytes=4 if (name, n_grads, dtype) == ("plain", 2, torch.float32) else 0,
+                    allowed_spill_reason="with triton 3.9 on sm_90, where the assembler stops at 48 registers",
                 )
             )
         rows = row_launch("reduce/plain", n_rows, n_channels, dtype)
