@@ -25,8 +25,8 @@ loops behind the unrolled one, which then outnumber the PTX's; their slots, a fe
 which makes the PTX, unrolls whole loops or none. Where loops cannot be told apart there is no estimate.
 
 Seen by hand, with Triton 3.7.1: `batch_norm_forward/plain/bf16` (4 loads and 4 stores of 128 bits a trip for a tile of
-8192 bytes and 128 threads, 190 instructions), `batch_norm_statistics/bf16` (2 loads, 152 instructions) and
-`moments/fp32/D=16` (4 loads, 387 instructions, for one warp) are not unrolled, nor is any other kernel here; a loop of
+8192 bytes and 128 threads, 190 instructions), `batch_norm_statistics/bf16` (2 loads, 132 instructions) and
+`moments/fp32/D=16` (4 loads, 214 instructions) are not unrolled, nor is any other kernel here; a loop of
 one 32-bit load and one store is, 4 times (19 instructions), and is followed by two trips as straight code and a loop of
 one; one of 8 FMAs and 1024 trips is unrolled 34 times, and 4 trips precede it.
 """
