@@ -16,5 +16,6 @@ The closed form never stores the (N, hidden) and (N, out) activations: four pass
 
 Between the passes, matrices of at most 128×128 in float64: `algebra` in plain torch, and of the fused path one kernel
 behind each of the first two passes, `hidden_affine` and `losses`, and one before and one behind the third,
-`output_gradients` and `input_gradients`.
+`output_gradients` and `input_gradients`. `hidden_affine` and `output_gradients` split matrices into the `parts` that
+the passes multiply.
 """
