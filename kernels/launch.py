@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -197,6 +197,10 @@ class AuditCase:
     inside, the trips of those follow, per trip of the one around them; loops side by side have the same trips. What is
     unrolled (`tl.static_range`, or a `range` over a constexpr that the compiler unrolls) needs no entry, and may have
     one.
+
+    `instructions`: compute capability → the matrix instruction that the kernel is made for there, "mma.sync", "wgmma"
+    or "tcgen05"; the audit finds that one and no other, and compiles the case for no other architecture. Empty: all
+    architectures, and whichever instruction the compiler takes.
     """
 
     name: str
@@ -212,6 +216,7 @@ class AuditCase:
     allowed_spill_reason: str = ""
     programs: int = 0  # unknown: no estimate
     loop_trips: tuple[int, ...] = ()  # no loop
+    instructions: Mapping[int, str] = field(default_factory=dict)
 
 
 def audit_signature(
