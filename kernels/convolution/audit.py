@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from fastjepa.kernels.convolution import gemm, split_k, stem, strip, transposed
-from fastjepa.kernels.convolution.layer import DTYPES, Layer
+from fastjepa.kernels.convolution.layer import DTYPES, Layer, Precision
 from fastjepa.kernels.convolution.recipe import encoder_layers, predictor_layers
 from fastjepa.kernels.convolution.table import Launch, choose
 from fastjepa.kernels.launch import AuditCase, audit_signature
@@ -88,9 +88,10 @@ def _loop_trips(layer: Layer, launch: Launch) -> tuple[int, ...]:
 
 
 def audit_cases() -> list[AuditCase]:
-    """A rollout step's layers and the encoder's, in every precision; layers that are compiled alike once."""
+    """A rollout step's layers and the encoder's: in bf16 all of them, in other precisions one of each configuration."""
     cases: dict[tuple[Any, ...], AuditCase] = {}
-    for precision in DTYPES:
+    precisions: tuple[Precision, ...] = ("bf16", "fp16", "tf32", "fp32")
+    for precision in precisions:
         for clips in (1, 64):
             networks = {
                 "predictor": predictor_layers(clips, precision),
@@ -98,11 +99,13 @@ def audit_cases() -> list[AuditCase]:
             }
             for network, layers in networks.items():
                 for name, layer in layers.items():
-                    case = case_of(layer, choose(layer), f"convolution/{network}.{name}/{precision}/{clips}")
-                    compiled = (case.kernel, *map(_hashable, (case.signature, case.constexprs, case.config)))
-                    cases.setdefault((*compiled, case.divisible_by_16), case)
+                    launch = choose(layer)
+                    case = case_of(layer, launch, f"convolution/{network}.{name}/{precision}/{clips}")
+                    alike = _text(case.constexprs), _text(case.signature), case.divisible_by_16
+                    key = (launch.form, _text(launch.config), precision, alike if precision == "bf16" else ())
+                    cases.setdefault(key, case)
     return list(cases.values())
 
 
-def _hashable(value: Any) -> str:
+def _text(value: Any) -> str:
     return repr(sorted(value.items()) if isinstance(value, dict) else value)
