@@ -25,6 +25,7 @@ Instruction = Literal["wgmma", "mma.sync", "tcgen05"]
 # Compute capability → the matrix instruction that a configuration is made for. Where there is none, it is not used.
 SMALL: Mapping[int, Instruction] = MappingProxyType({80: "mma.sync", 90: "mma.sync", 100: "mma.sync"})
 LARGE: Mapping[int, Instruction] = MappingProxyType({80: "mma.sync", 90: "wgmma", 100: "tcgen05"})
+STRIP: Mapping[int, Instruction] = MappingProxyType({90: "wgmma", 100: "tcgen05"})
 
 ARCHITECTURES = tuple(SMALL)
 MULTIPROCESSORS = 132
@@ -69,8 +70,8 @@ class Tile:
     least: int = 0
 
 
-# Of two tiles the larger one reads less, but 132 multiprocessors want a program each, or at least half of them one where
-# the alternative reads each weight four times as often. With 128 output channels or more, loads are what bounds a
+# Of two tiles the larger one reads less, but 132 multiprocessors want a program each, or at least half of them one
+# where the alternative reads each weight four times as often. With 128 output channels or more, loads are what bounds a
 # program, and four stages of 64 channels hide them; with 64, a step is short, and is unrolled.
 _LARGE = (
     Tile(128, 128, 64, stages=4, warps=8, least=120),
@@ -100,14 +101,14 @@ def _first_that_fills(layer: Layer, tiles: tuple[Tile, ...]) -> Launch | None:
 
 def _strip(layer: Layer, architecture: int) -> Launch | None:
     """Four rows at a time, where that is enough programs. Not on sm_80, where four sums do not fit its registers."""
-    if architecture < 90 or layer.out > 64 or layer.out != _columns(layer, 64):
+    if architecture not in STRIP or layer.out > 64 or layer.out != _columns(layer, 64):
         return None
     # With a shortcut and 64 output channels, blocks of 32 take all registers.
     block_i = _step(layer, 16 if layer.out == 64 and layer.shortcut else 32)
     width = min(_STRIP_PIXELS, triton.next_power_of_2(layer.width))
     config = _config(_STRIP_PIXELS, layer.out, block_i, stages=1, head=layer.head, BLOCK_W=width)
     enough = strip.fits(layer, config) and strip.grid(layer, config)[0] >= _STRIP_LEAST
-    return Launch("strip", config, LARGE) if enough else None
+    return Launch("strip", config, STRIP) if enough else None
 
 
 # ---- few frames ------------------------------------------------------------------------------------------------------
