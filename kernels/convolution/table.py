@@ -81,7 +81,7 @@ _LARGE = (
     Tile(128, 32, 32, stages=1, least=240),
 )
 _TRANSPOSED = (
-    Tile(128, 128, 32, stages=3, warps=8, least=120),
+    Tile(64, 128, 32, stages=3, least=240),
     Tile(64, 64, 64, stages=3, least=60),
 )
 _STRIP_PIXELS = 64  # of each of its four rows
@@ -126,7 +126,9 @@ def _small(layer: Layer) -> Launch:
     block_o = 32 if _programs(layer, 16, 32) >= _LEAST_SMALL else 16
     block_i = _step(layer, 64)
     turns = -(-layer.rows // (4 * block_i))
-    return Launch("split_k", _config(32 if enough else 16, block_o, block_i, stages=min(5, turns + 1), BLOCK_P=4))
+    pixels = 32 if enough else 16
+    stages = _that_fit(min(5, turns + 1), 4 * (pixels + block_o) * block_i, layer)
+    return Launch("split_k", _config(pixels, block_o, block_i, stages=stages, BLOCK_P=4))
 
 
 def _small_transposed(layer: Layer) -> Launch:
@@ -145,15 +147,21 @@ def _stem(layer: Layer) -> Launch:
 # ---- both ------------------------------------------------------------------------------------------------------------
 
 
+_MOST_SHARED = 128 * 1024  # bytes of tiles; an A100 has 163 KB for a program
+
+
 def _product(layer: Layer, tile: Tile, instructions: Mapping[int, Instruction]) -> Launch:
     """`gemm`, or `transposed`, with a tile no wider than the layer; with a head as wide as it."""
-    wide = 128 if layer.head else tile.channels
     form: Form = "transposed" if layer.is_transposed else "gemm"
-    config = _config(
-        tile.pixels, _columns(layer, wide), _step(layer, tile.step), stages=tile.stages, warps=tile.warps,
-        head=layer.head,
-    )  # fmt: skip
+    block_o, block_i = _columns(layer, 128 if layer.head else tile.channels), _step(layer, tile.step)
+    stages = _that_fit(tile.stages, (tile.pixels + block_o) * block_i, layer)
+    config = _config(tile.pixels, block_o, block_i, stages=stages, warps=tile.warps, head=layer.head)
     return Launch(form, config, instructions)
+
+
+def _that_fit(stages: int, elements: int, layer: Layer) -> int:
+    """At most as many stages of so many elements as shared memory has room for, and at least one."""
+    return max(1, min(stages, _MOST_SHARED // (elements * DTYPES[layer.precision].itemsize)))
 
 
 def _programs(layer: Layer, pixels: int, channels: int) -> int:
