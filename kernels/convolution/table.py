@@ -106,7 +106,7 @@ def _strip(layer: Layer, architecture: int) -> Launch | None:
     # With a shortcut and 64 output channels, blocks of 32 take all registers.
     block_i = _step(layer, 16 if layer.out == 64 and layer.shortcut else 32)
     width = min(_STRIP_PIXELS, triton.next_power_of_2(layer.width))
-    config = _config(_STRIP_PIXELS, layer.out, block_i, stages=1, head=layer.head, BLOCK_W=width)
+    config = _config(_STRIP_PIXELS, layer.out, block_i, stages=1, head=layer.head, block_w=width)
     enough = strip.fits(layer, config) and strip.grid(layer, config)[0] >= _STRIP_LEAST
     return Launch("strip", config, STRIP) if enough else None
 
@@ -128,7 +128,7 @@ def _small(layer: Layer) -> Launch:
     turns = -(-layer.rows // (4 * block_i))
     pixels = 32 if enough else 16
     stages = _that_fit(min(5, turns + 1), 4 * (pixels + block_o) * block_i, layer)
-    return Launch("split_k", _config(pixels, block_o, block_i, stages=stages, BLOCK_P=4))
+    return Launch("split_k", _config(pixels, block_o, block_i, stages=stages, block_p=4))
 
 
 def _small_transposed(layer: Layer) -> Launch:
@@ -155,7 +155,8 @@ def _product(layer: Layer, tile: Tile, instructions: Mapping[int, Instruction]) 
     form: Form = "transposed" if layer.is_transposed else "gemm"
     block_o, block_i = _columns(layer, 128 if layer.head else tile.channels), _step(layer, tile.step)
     stages = _that_fit(tile.stages, (tile.pixels + block_o) * block_i, layer)
-    config = _config(tile.pixels, block_o, block_i, stages=stages, warps=tile.warps, head=layer.head)
+    head = None if layer.is_transposed else layer.head
+    config = _config(tile.pixels, block_o, block_i, stages=stages, warps=tile.warps, head=head)
     return Launch(form, config, instructions)
 
 
@@ -183,10 +184,20 @@ def _step(layer: Layer, most: int) -> int:
 
 
 def _config(
-    block_n: int, block_o: int, block_i: int, *, stages: int, warps: int = 4, head: int = 0, **more: int
+    block_n: int,
+    block_o: int,
+    block_i: int,
+    *,
+    stages: int,
+    warps: int = 4,
+    head: int | None = 0,  # None: the kernel has no BLOCK_D
+    block_p: int | None = None,
+    block_w: int | None = None,
 ) -> LaunchConfig:
-    parts = {name: more[name] for name in ("BLOCK_P",) if name in more}
-    strips = {name: more[name] for name in ("BLOCK_W",) if name in more}
-    block_d = max(16, triton.next_power_of_2(head))
-    blocks = {**parts, "BLOCK_N": block_n, **strips, "BLOCK_D": block_d, "BLOCK_I": block_i, "BLOCK_O": block_o}
+    block_d = None if head is None else max(16, triton.next_power_of_2(head))
+    sizes = {
+        "BLOCK_P": block_p, "BLOCK_N": block_n, "BLOCK_W": block_w, "BLOCK_D": block_d, "BLOCK_I": block_i,
+        "BLOCK_O": block_o,
+    }  # fmt: skip
+    blocks = {name: size for name, size in sizes.items() if size is not None}
     return LaunchConfig(num_warps=warps, num_stages=stages, blocks=blocks)
