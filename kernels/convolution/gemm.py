@@ -177,3 +177,6 @@ def constexprs(layer: Layer, relu: bool, launch_early: bool) -> dict[str, Any]:
         "ORDERED_FP32": layer.precision == "fp32",
         "LAUNCH_EARLY": launch_early,
     }
+
+
+KERNEL = _convolution_gemm_kernel  # for the audit

@@ -24,10 +24,10 @@ def predictor_layers(frames: int, precision: Precision = "bf16", pixels: int = P
             (c,), c, frames, side, side, shortcut=(before,), shortcut_stride=2, precision=precision
         )
     for level in (2, 1, 0):
-        side, c, name = pixels >> level, h << level, level + 1
-        layers[f"up{name}"] = Layer((2 * c,), c, frames, side // 2, side // 2, kernel_size=2, precision=precision)
-        layers[f"dec{name}.conv1"] = Layer((c, c), c, frames, side, side, precision=precision)
-        layers[f"dec{name}.conv2"] = Layer(
+        side, c, number = pixels >> level, h << level, level + 1
+        layers[f"up{number}"] = Layer((2 * c,), c, frames, side // 2, side // 2, kernel_size=2, precision=precision)
+        layers[f"dec{number}.conv1"] = Layer((c, c), c, frames, side, side, precision=precision)
+        layers[f"dec{number}.conv2"] = Layer(
             (c,), c, frames, side, side, shortcut=(c, c), head=0 if level else STATE, precision=precision
         )
     return layers

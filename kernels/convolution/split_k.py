@@ -141,3 +141,6 @@ def launch(operands: Operands, config: LaunchConfig, *, launch_early: bool = Fal
         **operands.sizes(),
         **constexprs(layer, operands.relu, launch_early),
     )
+
+
+KERNEL = _convolution_split_k_kernel  # for the audit

@@ -115,3 +115,6 @@ def constexprs(layer: Layer, relu: bool, launch_early: bool) -> dict[str, Any]:
         "PRECISION": dot_input_precision(layer.precision),
         "LAUNCH_EARLY": launch_early,
     }
+
+
+KERNEL = _convolution_stem_kernel  # for the audit

@@ -103,3 +103,6 @@ def constexprs(layer: Layer, launch_early: bool) -> dict[str, Any]:
         "ORDERED_FP32": layer.precision == "fp32",
         "LAUNCH_EARLY": launch_early,
     }
+
+
+KERNEL = _transposed_convolution_kernel  # for the audit
