@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from bench import batch_norm, frame_windows, moments, networks, projected_losses, rollout, step
+from bench import batch_norm, convolution, frame_windows, moments, networks, projected_losses, rollout, step
 from bench.harness.case import Case
 from bench.harness.variants import Computation, Tensors, Variant, always, needs_kernels
 from bench.recipe import Recipe, make_batch
@@ -115,7 +115,9 @@ def plans(recipe: Recipe, note: str = "") -> Iterator[tuple[Case, list[Variant]]
     """Kernels first, then the networks made of them, then the graphs. The sizes are always the odd ones."""
     kernels: Iterator[tuple[Case, Sequence[Variant]]] = itertools.chain(
         [(projected_losses.make_case(ODD), projected_losses.make_variants())],
-        *(module.plans(ODD) for module in (batch_norm, frame_windows, moments, networks)),
+        *(module.plans(ODD) for module in (batch_norm, frame_windows, moments)),
+        convolution.odd_plans(),
+        networks.plans(ODD),
     )
     for case, variants in kernels:
         yield replace(case, suite="checks", name=f"{case.suite}: {case.name}"), without_peers(variants)

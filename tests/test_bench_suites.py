@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import batch_norm, ceilings, checks, evaluation, layers, moments, rollout, step, train
+from bench import batch_norm, ceilings, checks, convolution, evaluation, layers, moments, rollout, step, train
 from bench.harness.case import BACKWARD, BOTH, FORWARD
 from bench.harness.roofline import H200
 from bench.harness.rows import Row, read_rows
@@ -311,3 +311,45 @@ def test_one_number_that_differs_fails_a_check() -> None:
     assert checks.differences(same, other)[checks.DIFFERENCES] == 1
     nan = {"a": torch.full((3,), torch.nan), "b": torch.zeros(2)}
     assert checks.differences(nan, nan)[checks.DIFFERENCES] == 3  # what is no number is equal to nothing
+
+
+# -- convolution
+
+
+@pytest.mark.parametrize("name", convolution.odd_layers())
+def test_a_convolutions_variants_agree(name: str, interpreted: None) -> None:
+    layer = convolution.odd_layers()[name]
+    inputs = convolution.make_inputs(layer, CPU, torch.float32)
+    exact = convolution.compute_eager(layer, {key: x.double() for key, x in inputs.items()})["out"]
+    assert exact.shape == (layer.frames, layer.head or layer.out, layer.out_height, layer.out_width)
+    fused = convolution.compute_fused(layer, convolution.as_kernels_take(layer, inputs))["out"]
+    assert_close_to_truth(fused, exact, name)
+    half = convolution.as_cudnn_takes(convolution.make_inputs(layer, CPU, torch.bfloat16))
+    assert {x.dtype for x in half.values()} == {torch.bfloat16}
+    assert_close_to_truth(convolution.compute_eager(layer, half)["out"], exact, name, limit=0.05)
+
+
+def test_work_of_a_convolution_is_its_tensors_once_and_what_pytorch_counts() -> None:
+    for layer in convolution.odd_layers().values():
+        with FlopCounterMode(display=False) as counter:
+            convolution.compute_eager(layer, convolution.make_inputs(layer, CPU, torch.float32))
+        assert convolution.work(layer, FORWARD, torch.float32).flops == counter.get_total_flops()
+        packed = convolution.as_kernels_take(layer, convolution.make_inputs(layer, CPU, torch.bfloat16))
+        out = layer.frames * layer.out_height * layer.out_width * (layer.head or layer.out) * 2
+        moved = sum(x.numel() * x.element_size() for x in packed.values()) + out
+        assert convolution.work(layer, FORWARD, torch.bfloat16).bytes_moved == moved
+
+
+def test_convolution_measures_a_few_layers_on_a_cpu(tmp_path: Path) -> None:
+    assert convolution.main(["--quick", "--device", "cpu", "--no-memory", "--out", str(tmp_path)]) == 0
+    rows = read_rows(tmp_path / "convolution.jsonl")
+    assert len({row.case for row in rows}) == 5
+    for row in rows:
+        assert row.status == ("unavailable" if row.variant.startswith(("fused", "torch.compile")) else "exact"), row
+        assert row.flops or row.status == "unavailable"
+
+
+def test_convolution_refuses_no_clips(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        convolution.main(["--estimate", "--batch", "0"])
+    assert "--batch must be at least 1" in capsys.readouterr().err

@@ -64,6 +64,8 @@ def parts(out: Path, device: torch.device, quick: bool) -> list[Part]:
         make.suite("checks", 150, "--rounds", "2", "--no-memory", per_variant=45),
         make.suite("rollout", 150, "--batch", *make.sizes("1", "64"), "--horizon", "8", "--seconds", "0.5",
                    variants=_ROLLOUTS),
+        make.suite("convolution", 150, *make.only_on_gpu("--batch", "1", "64", "--only", "predictor"),
+                   "--seconds", "0.1", variants=_OPS),
         make.suite("projected_losses", 150, *make.only_on_gpu("--batch", "64"), "--seconds", "1", variants=_OPS),
         make.suite("moments", 150, "--seconds", "0.5", variants=_OPS),
         make.suite("frame_windows", 150, "--seconds", "0.5", variants=_OPS),
@@ -80,6 +82,7 @@ def parts(out: Path, device: torch.device, quick: bool) -> list[Part]:
     peers = [
         make.peers("step", 1000, "--seconds", "4", per_variant=400),
         make.peers("rollout", 600, "--batch", "1", "64", "--horizon", "1", "8", "50", "--seconds", "0.5"),
+        make.peers("convolution", 600, "--seconds", "0.2"),
         make.peers("projected_losses", 600, "--batch", "64", "--seconds", "1"),
         make.peers("moments", 400, "--seconds", "0.5"),
         make.peers("layers", 1000, "--seconds", "0.5"),
