@@ -24,7 +24,7 @@ import torch
 from bench.audit.command import judge, rerun_compiling
 from bench.harness.row_file import RowFile
 from bench.harness.rows import Row, format_table
-from bench.tune import describe
+from bench.launch_words import describe
 from fastjepa.environment import Environment, collect
 from fastjepa.kernels.convolution.audit import case_of
 from fastjepa.kernels.convolution.layer import Layer, Precision
