@@ -101,6 +101,8 @@ def graph_plans(recipe: Recipe) -> Iterator[tuple[Case, list[Variant]]]:
     rollouts: list[tuple[str, rollout.Way, Callable[[torch.device], str | None]]] = [
         ("eager", rollout.Way(), always),
         ("fused", rollout.Way(fused=True), needs_kernels),
+        (rollout.OWN, rollout.Way(own_convolutions=True), needs_kernels),
+        (f"{rollout.OWN} bf16", rollout.Way(own_convolutions=True, bf16=True), needs_kernels),
     ]
     yield (
         graph_case("graphed rollout = plain", partial(states_inputs, recipe)),

@@ -19,7 +19,10 @@ from fastjepa.optional_packages import missing_packages
 
 # What the first parts measure on a GPU; the peers, and all that is worth less, come at the end.
 HEADLINE = (ORIGINAL, "TF32", EAGER_BF16, "fused blocks", GRAPH)
-_ROLLOUTS = ("eager", "fused bf16, in one graph", "folded bf16, in one graph", "eager bf16", "fused bf16")
+_ROLLOUTS = (
+    "eager", "folded convolutions bf16, in one graph", "folded bf16, in one graph", "eager bf16",
+    "folded convolutions, in one graph", "fused bf16, in one graph", "fused bf16",
+)  # fmt: skip
 _OPS = ("eager", "eager bf16", "fused", "fused bf16")
 _KERNELS = ("fused", "fused bf16")  # of every op's benchmark
 # Tests that run the kernels, besides those marked gpu.
