@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 from fastjepa.kernels.convolution import gemm, split_k, stem, strip, transposed
-from fastjepa.kernels.convolution.layer import DTYPES, Layer
+from fastjepa.kernels.convolution.layer import DTYPES, Layer, Precision
 from fastjepa.kernels.convolution.recipe import encoder_layers, predictor_layers
-from fastjepa.kernels.convolution.table import Launch, choose
+from fastjepa.kernels.convolution.table import ARCHITECTURES, Launch, choose
 from fastjepa.kernels.launch import AuditCase, audit_signature
 
 _MODULES = {"gemm": gemm, "split_k": split_k, "strip": strip, "stem": stem, "transposed": transposed}
@@ -88,21 +90,33 @@ def _loop_trips(layer: Layer, launch: Launch) -> tuple[int, ...]:
 
 
 def audit_cases() -> list[AuditCase]:
-    """A rollout step's layers and the encoder's, in every precision; layers that are compiled alike once."""
+    """A rollout step's layers and the encoder's, at one clip and at 64, as each architecture launches them.
+
+    In bf16 all that are compiled to different code; in TF32 and fp32 one of each configuration; fp16, which has those of
+    bf16, one of each kernel.
+    """
     cases: dict[tuple[Any, ...], AuditCase] = {}
-    for precision in DTYPES:
-        for clips in (1, 64):
-            networks = {
-                "predictor": predictor_layers(clips, precision),
-                "encoder": encoder_layers(10 * clips, precision),
-            }
-            for network, layers in networks.items():
-                for name, layer in layers.items():
-                    case = case_of(layer, choose(layer), f"convolution/{network}.{name}/{precision}/{clips}")
-                    compiled = (case.kernel, *map(_hashable, (case.signature, case.constexprs, case.config)))
-                    cases.setdefault((*compiled, case.divisible_by_16), case)
+    precisions: tuple[Precision, ...] = ("bf16", "fp16", "tf32", "fp32")
+    for precision, clips, architecture in itertools.product(precisions, (1, 64), ARCHITECTURES[::-1]):
+        networks = {
+            "predictor": predictor_layers(clips, precision),
+            "encoder": encoder_layers(10 * clips, precision),
+        }
+        for network, layers in networks.items():
+            for name, layer in layers.items():
+                launch = choose(layer, architecture)
+                case = case_of(layer, launch, f"convolution/{network}.{name}/{precision}/{clips}")
+                code = {"bf16": (launch.config, case.constexprs, case.signature), "fp16": ()}
+                key = precision, launch.form, repr(code.get(precision, launch.config))
+                known = cases.get(key)
+                if known is None:
+                    only = {architecture: launch.instructions[architecture]}
+                    cases[key] = replace(case, instructions=only, name=_distinct(case.name, architecture, cases))
+                elif known.kernel is case.kernel:
+                    known.instructions.setdefault(architecture, launch.instructions[architecture])
     return list(cases.values())
 
 
-def _hashable(value: Any) -> str:
-    return repr(sorted(value.items()) if isinstance(value, dict) else value)
+def _distinct(name: str, architecture: int, cases: dict[tuple[Any, ...], AuditCase]) -> str:
+    """The name, with the architecture where another already launches the layer differently."""
+    return f"{name}/sm_{architecture}" if any(case.name == name for case in cases.values()) else name

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from fastjepa.kernels.convolution.gemm import constexprs, grid
+from fastjepa.kernels.convolution.layer import Layer
 from fastjepa.kernels.convolution.operands import Operands
 from fastjepa.kernels.convolution.tile import after_the_kernel_before, finish, frame_of, window_of
 from fastjepa.kernels.launch import LaunchConfig, add_dot, launch_kernel
@@ -130,9 +131,16 @@ def _convolution_split_k_kernel(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
+def fits(layer: Layer, block_i: int) -> bool:
+    """Whether the kernel takes this layer in steps of `block_i` channels."""
+    return not any(channels % block_i for channels in (*layer.sources, *layer.shortcut))
+
+
 def launch(operands: Operands, config: LaunchConfig, *, launch_early: bool = False) -> None:
     """Launch it: any sizes and epilogue. `config` has as many warps as BLOCK_P says."""
     layer = operands.layer
+    if not fits(layer, config.blocks["BLOCK_I"]):
+        raise ValueError(f"no steps of {config.blocks['BLOCK_I']} channels fit {layer}")
     launch_kernel(
         _convolution_split_k_kernel,
         grid(layer, config),
