@@ -6,18 +6,22 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
 
-from bench import convolution
+from bench import convolution, rollout
 from bench.harness.case import Case
 from bench.harness.variants import Computation, Tensors, Variant, needs_kernels
 from bench.launch_words import describe
+from bench.recipe import TINY, Recipe
 from fastjepa.kernels.convolution import op, stem, strip, table
 from fastjepa.kernels.convolution.layer import Layer
 from fastjepa.kernels.convolution.table import Form, Launch
 from fastjepa.kernels.launch import LaunchConfig
+
+_STEPS = 8  # of a rollout
 
 
 def candidates(layer: Layer, now: Launch) -> list[Launch]:
@@ -97,8 +101,46 @@ def launched(layer: Layer, launch: Launch, device: torch.device) -> Computation:
     return compute
 
 
+class LaunchedEarly:
+    """A rollout in one graph, all of whose convolutions are launched while those before them finish, or none."""
+
+    def __init__(self, recipe: Recipe, early: bool, device: torch.device) -> None:
+        way = rollout.Way(bf16=True, own_convolutions=True, graph=True)
+        self.rollout, self.early = rollout.build(recipe, _STEPS, way, device), early
+        self.recorded = False
+
+    def __call__(self, inputs: Tensors) -> Tensors:
+        """{"frames"}; what is chosen is asked when the graph is recorded."""
+        if self.recorded:
+            return self.rollout(inputs)
+        self.recorded = True
+        with patch.object(op, "choose", self._choose):
+            return self.rollout(inputs)
+
+    def _choose(self, layer: Layer, architecture: int) -> Launch:
+        return replace(table.choose(layer, architecture), launch_early=self.early)
+
+
+def rollout_plan(recipe: Recipe) -> tuple[Case, list[Variant]]:
+    """A rollout with and without programmatic dependent launch, which only launches that follow each other can show."""
+    case = rollout.make_case(recipe, _STEPS)
+    eager = [variant for variant in rollout.make_variants(recipe, _STEPS) if variant.name == rollout.EAGER_BF16]
+    names = {False: "one after another", True: "launched early"}
+    launched = {early: partial(LaunchedEarly, recipe, early) for early in names}
+    case = replace(
+        case, suite="tune", name=f"convolution.table.choose, rollout of {_STEPS} steps B={recipe.batch}",
+        baseline=names[False], eager={"bf16": rollout.EAGER_BF16},
+    )  # fmt: skip
+    return case, [
+        *eager,
+        *(Variant(names[early], build, "bf16", torch.bfloat16, needs_kernels) for early, build in launched.items()),
+    ]
+
+
 def plans(quick: bool) -> Iterator[tuple[Case, list[Variant]]]:
-    """Every layer of inference, with one clip and with 64."""
+    """A whole rollout, then every layer of inference, with one clip and with 64."""
+    for batch in (1,) if quick else (1, 64):
+        yield rollout_plan(replace(TINY if quick else Recipe(), batch=batch))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for batch in (1,) if quick else (1, 64):
         for name, layer in (convolution.layers_of(1, 16, frames=2) if quick else convolution.layers_of(batch)).items():

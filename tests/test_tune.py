@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,12 @@ from bench import batch_norm, convolution, tune, tune_convolution
 from bench.harness.case import random_cotangents
 from bench.harness.rows import read_rows
 from bench.harness.variants import channels_last
+from bench.recipe import Recipe
 from compare import assert_close_to_truth
-from fastjepa.kernels.convolution import table
+from fastjepa.kernels.convolution import op, table
 from fastjepa.kernels.convolution.layer import Layer
+from fastjepa.kernels.convolution.operands import Operands
+from fastjepa.kernels.convolution.table import Launch
 
 CPU = torch.device("cpu")
 
@@ -91,9 +95,39 @@ def test_every_candidate_of_a_convolution_computes_it(name: str, interpreted: No
 
 def test_convolutions_are_tuned_layer_by_layer_against_what_the_table_chooses(needs_triton: None) -> None:
     plans = list(tune_convolution.plans(quick=False))
-    assert len(plans) == 2 * (18 + 7)
-    for case, variants in plans:
+    rollouts, layers = plans[:2], plans[2:]
+    assert [case.name.partition(", ")[2] for case, _ in rollouts] == [f"rollout of 8 steps B={B}" for B in (1, 64)]
+    for case, variants in rollouts:
+        assert [variant.name for variant in variants] == ["eager bf16", "one after another", "launched early"]
+        assert case.baseline == "one after another"
+    assert len(layers) == 2 * (18 + 7)
+    for case, variants in layers:
         assert case.name.startswith("convolution.table.choose, ")
         assert [variant.name for variant in variants[:2]] == ["eager bf16", "now"]
         assert len(variants) > 6, case.name
         assert len({variant.name for variant in variants}) == len(variants)
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_rollout_is_launched_early_or_not_at_all(
+    early: bool, interpreted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = []
+    launch = op.launch
+
+    def noted(operands: Operands, chosen: Launch) -> None:
+        launched.append(chosen)
+        launch(operands, replace(chosen, launch_early=False))  # which the interpreter knows nothing of
+
+    monkeypatch.setattr(op, "launch", noted)
+    monkeypatch.setattr(tune_convolution, "_STEPS", 1)
+    small = Recipe(batch=1, frames=3, pixels=8, henc=2, hpre=2, dstc=4, steps=1)
+    case, variants = tune_convolution.rollout_plan(small)
+    (variant,) = (v for v in variants if (v.name == "launched early") == early and "eager" not in v.name)
+    states = case.make_inputs(CPU, torch.bfloat16)
+    frames = variant.build(CPU)(states)["frames"]
+    assert case.truth is not None
+    assert_close_to_truth(frames, case.truth({"states": states["states"].double()})["frames"], "rollout", limit=0.05)
+    assert len(launched) == 18
+    assert {chosen.launch_early for chosen in launched} == {early}
+    assert op.choose is table.choose
