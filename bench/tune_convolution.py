@@ -75,7 +75,7 @@ def takes(layer: Layer, launch: Launch) -> bool:
         return False
     if launch.form == "split_k":
         even = not any(channels % blocks["BLOCK_I"] for channels in (*layer.sources, *layer.shortcut))
-        return even and not layer.is_transposed and blocks["BLOCK_P"] == config.num_warps
+        return even and not layer.is_transposed
     if launch.form == "strip":
         return blocks["BLOCK_N"] >= blocks["BLOCK_W"] and strip.fits(layer, config)
     if launch.form == "stem":
