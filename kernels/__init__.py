@@ -6,4 +6,4 @@ the top of the repository, where people look for it, and is imported as `fastjep
 """
 
 # One folder, tests/test_<op>.py and bench/<op>.py each: tests/test_stems.py holds the rule.
-OPS = ("batch_norm", "frame_windows", "moments", "projected_losses")
+OPS = ("batch_norm", "convolution", "frame_windows", "moments", "projected_losses")

@@ -145,6 +145,8 @@ class LaunchConfig:
     num_warps: int = 4
     num_stages: int = 1
     blocks: dict[str, int] = field(default_factory=dict)  # BLOCK_* constexprs
+    # Programmatic dependent launch, from sm_90 on: begin while the kernel before still runs. The kernel itself waits.
+    launch_pdl: bool = False
 
 
 def launch_kernel(kernel: Any, grid: tuple[int, ...], config: LaunchConfig, **arguments: Any) -> None:
@@ -152,7 +154,10 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], config: LaunchConfig, **ar
 
     `arguments` by keyword, in the order of the kernel's signature, in which the config's BLOCK_* come last.
     """
-    wrap(kernel)[grid](**arguments, **config.blocks, num_warps=config.num_warps, num_stages=config.num_stages)
+    options = {"launch_pdl": True} if config.launch_pdl and not INTERPRET else {}
+    wrap(kernel)[grid](
+        **arguments, **config.blocks, num_warps=config.num_warps, num_stages=config.num_stages, **options
+    )
 
 
 @dataclass(frozen=True)

@@ -92,9 +92,12 @@ def pytest_runtest_call() -> Generator[None, object, object]:
 
 
 # Files of tests by what they tell about a GPU, first things first.
-_KERNELS = ("batch_norm", "moments", "projected_losses", "launch")
+_KERNELS = ("batch_norm", "convolution", "moments", "projected_losses", "launch")
 _GRAPHS = ("graphs", "graphed_rollout", "graphed_train_step", "graphed_training")
-_MODELS = ("fused_networks", "accelerate", "golden", "recompute", "memory", "step_memory", "convergence", "evaluation")
+_MODELS = (
+    "fused_networks", "folded_networks", "accelerate", "golden", "recompute", "memory", "step_memory", "convergence",
+    "evaluation",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from fastjepa.kernels import checks
 from fastjepa.kernels.batch_norm.forward import batch_norm_forward
 from fastjepa.kernels.batch_norm.statistics import batch_norm_statistics
+from fastjepa.kernels.convolution.fused import convolution
 from fastjepa.kernels.projected_losses.fused import projected_losses
 
 EPS = 1e-5
@@ -75,6 +76,10 @@ def losses(*tensors: Tensor) -> list[Tensor]:
     return list(projected_losses(z, predictions, *tensors[-5:], EPS)[:3])
 
 
+def convolve(x: Tensor, weight: Tensor, shortcut: Tensor, bias: Tensor) -> list[Tensor]:
+    return [convolution([x], weight, bias, shortcut=[shortcut], relu=True)]
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     driver = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32))
@@ -90,6 +95,8 @@ def main() -> None:
         )
         tensors = [*(leaf(s) for s in (rows, rows)), *map(empty, vectors), *map(leaf, vectors)]
         found[f"batch_norm {name}"] = launches(batch_norm, tensors)
+    shapes = ((3, 16, 5, 7), (9 * 16 + 33, 24), (3, 33, 5, 7), (24,))
+    found["convolution"] = launches(convolve, [*map(empty, shapes)])
     parameters = [leaf(s) for s in ((64, 16), (64,), (64,), (64,), (64, 64))]
     found["losses"] = launches(losses, [*(leaf((4001, 16), torch.bfloat16) for _ in range(4)), *parameters])
     print(json.dumps(found))

@@ -13,13 +13,16 @@ from bench.audit.command import kernel_modules
 from fastjepa.environment import ROOT
 from fastjepa.kernels import launch
 from fastjepa.kernels.batch_norm.fused import batch_norm_act
+from fastjepa.kernels.convolution import op as convolution
+from fastjepa.kernels.convolution.fused import transposed_convolution
+from fastjepa.kernels.convolution.table import Form, Launch
 from fastjepa.kernels.frame_windows.fused import first_windows
 from fastjepa.kernels.moments.fused import merged_sums, moments
 from fastjepa.kernels.projected_losses.fused import projected_losses
 from projector_cases import loss_and_gradients, make_case
 
 # The tiles that a kernel may have, in their order: docs/adding-a-kernel.md has their meanings.
-BLOCKS = ("BLOCK_P", "BLOCK_E", "BLOCK_N", "BLOCK_C", "BLOCK_M", "BLOCK_D", "BLOCK_I", "BLOCK_H", "BLOCK_O")
+BLOCKS = ("BLOCK_P", "BLOCK_E", "BLOCK_N", "BLOCK_W", "BLOCK_C", "BLOCK_M", "BLOCK_D", "BLOCK_I", "BLOCK_H", "BLOCK_O")
 
 
 @pytest.mark.parametrize("n_rows", [1, 63, 64, 65, 640, 641, 2_621_440, 1_474_560, 2**31 + 1])
@@ -119,8 +122,30 @@ def test_every_launch_is_by_keyword_in_the_order_of_the_kernels_signature(
         x, residual = (torch.rand(40, 6, device=device, requires_grad=True) for _ in range(2))
         batch_norm_act(x, norms[0], residual, residual_bn).sum().backward()
     first_windows(torch.rand(1, 2, 3, 2, 2, device=device, requires_grad=True), 2)[0].sum().backward()
+    launch_convolutions(device)
     kernels = {kernel for name in kernel_modules() for kernel in kernels_of(name)}
     assert launched.keys() == kernels  # none is left out
+
+
+def launch_convolutions(device: str) -> None:
+    """In every form."""
+
+    def ones(*shape: int) -> torch.Tensor:
+        return torch.ones(shape, device=device).contiguous(memory_format=torch.channels_last)
+
+    sizes = {"BLOCK_P": 4, "BLOCK_N": 16, "BLOCK_W": 4, "BLOCK_D": 16, "BLOCK_I": 16, "BLOCK_O": 16}
+    own = {"split_k": "BLOCK_P", "strip": "BLOCK_W"}
+    forms: tuple[Form, ...] = ("gemm", "split_k", "strip", "stem")
+    for form in forms:
+        channels = 1 if form == "stem" else 16
+        operands = convolution.checked_operands(
+            ones(1, 16, 2, 2), ones(1, channels, 2, 2), None, None, None, torch.ones(9 * channels, 16, device=device),
+            None, None, None, None, 3, 1, 1, True, False,
+        )  # fmt: skip
+        others = {"BLOCK_P", "BLOCK_W"} - {own.get(form)}
+        blocks = {name: size for name, size in sizes.items() if name not in others}
+        convolution.launch(operands, Launch(form, launch.LaunchConfig(blocks=blocks)))
+    transposed_convolution(ones(1, 16, 2, 2), torch.ones(16, 16, device=device))
 
 
 def test_kernels_are_launched_by_launch_kernel_only() -> None:

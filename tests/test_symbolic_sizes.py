@@ -32,7 +32,7 @@ def launches() -> dict[str, list[dict[str, Any]]]:
 
 def test_every_op_is_traced_with_numbers_where_kernels_need_them(launches: dict[str, list[dict[str, Any]]]) -> None:
     # The losses of a state and three predictions: 7 launches forward; backward 2 of up to two predictions, and 4 more.
-    counts = {"statistics": 2, "moving": 2, "batch_norm": 4, "losses": 13}
+    counts = {"statistics": 2, "moving": 2, "batch_norm": 4, "losses": 13, "convolution": 1}
     for case, found in launches.items():
         assert len(found) == counts[case.split()[0]], case
         for launch in found:
@@ -61,6 +61,8 @@ def test_a_launch_writes_its_results_only(launches: dict[str, list[dict[str, Any
         writes = [" ".join(name.removesuffix("_ptr") for name in launch["writes"]) for launch in found]
         if case.startswith("batch_norm"):
             assert writes == ["out", "partial", "sums", "grad_residual grad_x"]
+        elif case == "convolution":
+            assert writes == ["out"]
         elif case == "losses":
             assert writes == [
                 "centre residual scatter",

@@ -92,8 +92,8 @@ def _loop_trips(layer: Layer, launch: Launch) -> tuple[int, ...]:
 def audit_cases() -> list[AuditCase]:
     """A rollout step's layers and the encoder's, at one clip and at 64, as each architecture launches them.
 
-    In bf16 all that are compiled to different code; in TF32 and fp32 one of each configuration; fp16, which has those of
-    bf16, one of each kernel.
+    In bf16 all that are compiled to different code; in TF32 and fp32 one of each configuration; in fp16, whose
+    configurations are those of bf16, one of each kernel.
     """
     cases: dict[tuple[Any, ...], AuditCase] = {}
     precisions: tuple[Precision, ...] = ("bf16", "fp16", "tf32", "fp32")
@@ -112,8 +112,9 @@ def audit_cases() -> list[AuditCase]:
                 if known is None:
                     only = {architecture: launch.instructions[architecture]}
                     cases[key] = replace(case, instructions=only, name=_distinct(case.name, architecture, cases))
-                elif known.kernel is case.kernel:
-                    known.instructions.setdefault(architecture, launch.instructions[architecture])
+                elif architecture not in known.instructions:
+                    both = {**known.instructions, architecture: launch.instructions[architecture]}
+                    cases[key] = replace(known, instructions=both)
     return list(cases.values())
 
 

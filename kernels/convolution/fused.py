@@ -60,6 +60,8 @@ def convolution(
         raise ValueError(f"{OP}: sources has {len(sources)} tensors; accepted: 1 or 2")
     if len(shortcut) > 2:
         raise ValueError(f"{OP}: shortcut has {len(shortcut)} tensors; accepted: at most 2")
+    if kernel_size not in (1, 3):
+        raise ValueError(f"{OP}: kernel_size is {kernel_size}; accepted: 1, 3")
     x, x2 = (*sources, None)[:2]
     s, s2 = (*shortcut, None, None)[:2]
     assert x is not None

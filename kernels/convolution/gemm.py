@@ -152,7 +152,7 @@ def grid(layer: Layer, config: LaunchConfig) -> tuple[int, int]:
     return triton.cdiv(layer.pixels, config.blocks["BLOCK_N"]), triton.cdiv(layer.out, config.blocks["BLOCK_O"])
 
 
-def launch(operands: Operands, config: LaunchConfig, *, launch_early: bool = False) -> None:
+def launch(operands: Operands, config: LaunchConfig) -> None:
     """Launch it. Any channels, sizes and epilogue; with a head BLOCK_O must hold all output channels."""
     layer = operands.layer
     launch_kernel(
@@ -161,7 +161,7 @@ def launch(operands: Operands, config: LaunchConfig, *, launch_early: bool = Fal
         config,
         **operands.pointers(),
         **operands.sizes(),
-        **constexprs(layer, operands.relu, launch_early),
+        **constexprs(layer, operands.relu, config.launch_pdl),
     )
 
 

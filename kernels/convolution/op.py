@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ _PRECISION: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.bfloat1
 
 def launch(operands: Operands, chosen: Launch) -> None:
     """Launch a kernel that was chosen, by the table or by someone who compares."""
-    _FORMS[chosen.form](operands, chosen.config, launch_early=chosen.launch_early)
+    _FORMS[chosen.form](operands, replace(chosen.config, launch_pdl=chosen.launch_early))
 
 
 @functools.cache
@@ -109,13 +110,14 @@ def checked_operands(
     device = out.device
     check_tensor(OP, "weight", weight, shape=(None, None), device=device, contiguous=True)
     check_tensor(OP, "sources[0]", x, shape=(None,) * 4, device=device)
-    N, C1, H, W = x.shape
+    N, C1, H, W = map(int, x.shape)  # numbers, also where torch.compile has symbols: the table chooses by them
     layer = Layer(
-        sources=(C1,) if x2 is None else (C1, x2.shape[1]),
-        out=weight.shape[1] // (4 if kernel_size == 2 else 1),
+        sources=(C1,) if x2 is None else (C1, int(x2.shape[1])),
+        out=int(weight.shape[1]) // (4 if kernel_size == 2 else 1),
         frames=N, height=H, width=W, kernel_size=kernel_size, stride=stride,
-        shortcut=tuple(s.shape[1] for s in (shortcut, shortcut2) if s is not None), shortcut_stride=shortcut_stride,
-        residual=residual is not None, head=0 if head_weight is None else head_weight.shape[1],
+        shortcut=tuple(int(s.shape[1]) for s in (shortcut, shortcut2) if s is not None),
+        shortcut_stride=shortcut_stride,
+        residual=residual is not None, head=0 if head_weight is None else int(head_weight.shape[1]),
         precision="tf32" if tf32 and weight.dtype == torch.float32 else _PRECISION[weight.dtype],
     )  # fmt: skip
     sizes = (layer.out_height, layer.out_width)

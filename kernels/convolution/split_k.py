@@ -136,7 +136,7 @@ def fits(layer: Layer, block_i: int) -> bool:
     return not any(channels % block_i for channels in (*layer.sources, *layer.shortcut))
 
 
-def launch(operands: Operands, config: LaunchConfig, *, launch_early: bool = False) -> None:
+def launch(operands: Operands, config: LaunchConfig) -> None:
     """Launch it: any sizes and epilogue. `config` has as many warps as BLOCK_P says."""
     layer = operands.layer
     if not fits(layer, config.blocks["BLOCK_I"]):
@@ -147,7 +147,7 @@ def launch(operands: Operands, config: LaunchConfig, *, launch_early: bool = Fal
         config,
         **operands.pointers(),
         **operands.sizes(),
-        **constexprs(layer, operands.relu, launch_early),
+        **constexprs(layer, operands.relu, config.launch_pdl),
     )
 
 

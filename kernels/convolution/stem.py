@@ -81,7 +81,7 @@ def fits(layer: Layer) -> bool:
     return few and layer.kernel_size == 3 and not layer.shortcut and not layer.head
 
 
-def launch(operands: Operands, config: LaunchConfig, *, launch_early: bool = False) -> None:
+def launch(operands: Operands, config: LaunchConfig) -> None:
     """Launch it. `x` may be strided, and fp32 beside weights of another dtype."""
     layer = operands.layer
     if not fits(layer):
@@ -101,7 +101,7 @@ def launch(operands: Operands, config: LaunchConfig, *, launch_early: bool = Fal
         stride_channel=strides[1],
         stride_row=strides[2],
         stride_column=strides[3],
-        **constexprs(layer, operands.relu, launch_early),
+        **constexprs(layer, operands.relu, config.launch_pdl),
     )
 
 

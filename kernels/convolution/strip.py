@@ -24,7 +24,7 @@ ROWS = 4
 
 
 @triton.jit
-def _finish_row(  # type: ignore[no-untyped-def]
+def finish_row(  # type: ignore[no-untyped-def]
     acc, residual_ptr, out_ptr, bias_ptr, head_weight_ptr, head_bias_ptr, offs_n, offs_o, real, top, row, height, width,
     C_OUT: tl.constexpr, HEAD: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -153,19 +153,19 @@ def _convolution_strip_kernel(  # type: ignore[no-untyped-def]
     if residual_ptr is not None:
         residual_ptr += n_pixels * C_OUT
     out_ptr += n_pixels * (HEAD if HEAD > 0 else C_OUT)
-    _finish_row(
+    finish_row(
         acc0, residual_ptr, out_ptr, bias_ptr, head_weight_ptr, head_bias_ptr, offs_n, offs_o, real, top, 0,
         height, width, C_OUT, HEAD, RELU, PRECISION, BLOCK_D,
     )  # fmt: skip
-    _finish_row(
+    finish_row(
         acc1, residual_ptr, out_ptr, bias_ptr, head_weight_ptr, head_bias_ptr, offs_n, offs_o, real, top, 1,
         height, width, C_OUT, HEAD, RELU, PRECISION, BLOCK_D,
     )  # fmt: skip
-    _finish_row(
+    finish_row(
         acc2, residual_ptr, out_ptr, bias_ptr, head_weight_ptr, head_bias_ptr, offs_n, offs_o, real, top, 2,
         height, width, C_OUT, HEAD, RELU, PRECISION, BLOCK_D,
     )  # fmt: skip
-    _finish_row(
+    finish_row(
         acc3, residual_ptr, out_ptr, bias_ptr, head_weight_ptr, head_bias_ptr, offs_n, offs_o, real, top, 3,
         height, width, C_OUT, HEAD, RELU, PRECISION, BLOCK_D,
     )  # fmt: skip
@@ -188,7 +188,7 @@ def grid(layer: Layer, config: LaunchConfig) -> tuple[int]:
     return (strips * triton.cdiv(layer.frames, frames),)
 
 
-def launch(operands: Operands, config: LaunchConfig, *, launch_early: bool = False) -> None:
+def launch(operands: Operands, config: LaunchConfig) -> None:
     """Launch it: any number and size of frames, any epilogue. Raises ValueError for a layer that it does not take."""
     layer = operands.layer
     if not fits(layer, config):
@@ -200,7 +200,7 @@ def launch(operands: Operands, config: LaunchConfig, *, launch_early: bool = Fal
         config,
         **operands.pointers(),
         **{name: sizes[name] for name in ("n_frames", "height", "width")},
-        **constexprs(layer, operands.relu, launch_early),
+        **constexprs(layer, operands.relu, config.launch_pdl),
     )
 
 

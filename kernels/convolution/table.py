@@ -81,7 +81,7 @@ _LARGE = (
     Tile(128, 32, 32, stages=1, least=240),
 )
 _TRANSPOSED = (
-    Tile(128, 128, 32, stages=3, warps=8, least=120),
+    Tile(64, 128, 32, stages=3, least=240),
     Tile(64, 64, 64, stages=3, least=60),
 )
 _STRIP_PIXELS = 64  # of each of its four rows
@@ -106,7 +106,7 @@ def _strip(layer: Layer, architecture: int) -> Launch | None:
     # With a shortcut and 64 output channels, blocks of 32 take all registers.
     block_i = _step(layer, 16 if layer.out == 64 and layer.shortcut else 32)
     width = min(_STRIP_PIXELS, triton.next_power_of_2(layer.width))
-    config = _config(_STRIP_PIXELS, layer.out, block_i, stages=1, head=layer.head, BLOCK_W=width)
+    config = _config(_STRIP_PIXELS, layer.out, block_i, stages=1, head=layer.head, block_w=width)
     enough = strip.fits(layer, config) and strip.grid(layer, config)[0] >= _STRIP_LEAST
     return Launch("strip", config, STRIP) if enough else None
 
@@ -126,7 +126,9 @@ def _small(layer: Layer) -> Launch:
     block_o = 32 if _programs(layer, 16, 32) >= _LEAST_SMALL else 16
     block_i = _step(layer, 64)
     turns = -(-layer.rows // (4 * block_i))
-    return Launch("split_k", _config(32 if enough else 16, block_o, block_i, stages=min(5, turns + 1), BLOCK_P=4))
+    pixels = 32 if enough else 16
+    stages = _that_fit(min(5, turns + 1), 4 * (pixels + block_o) * block_i, layer)
+    return Launch("split_k", _config(pixels, block_o, block_i, stages=stages, block_p=4))
 
 
 def _small_transposed(layer: Layer) -> Launch:
@@ -145,15 +147,22 @@ def _stem(layer: Layer) -> Launch:
 # ---- both ------------------------------------------------------------------------------------------------------------
 
 
+_MOST_SHARED = 128 * 1024  # bytes of tiles; an A100 has 163 KB for a program
+
+
 def _product(layer: Layer, tile: Tile, instructions: Mapping[int, Instruction]) -> Launch:
     """`gemm`, or `transposed`, with a tile no wider than the layer; with a head as wide as it."""
-    wide = 128 if layer.head else tile.channels
     form: Form = "transposed" if layer.is_transposed else "gemm"
-    config = _config(
-        tile.pixels, _columns(layer, wide), _step(layer, tile.step), stages=tile.stages, warps=tile.warps,
-        head=layer.head,
-    )  # fmt: skip
+    block_o, block_i = _columns(layer, 128 if layer.head else tile.channels), _step(layer, tile.step)
+    stages = _that_fit(tile.stages, (tile.pixels + block_o) * block_i, layer)
+    head = None if layer.is_transposed else layer.head
+    config = _config(tile.pixels, block_o, block_i, stages=stages, warps=tile.warps, head=head)
     return Launch(form, config, instructions)
+
+
+def _that_fit(stages: int, elements: int, layer: Layer) -> int:
+    """At most as many stages of so many elements as shared memory has room for, and at least one."""
+    return max(1, min(stages, _MOST_SHARED // (elements * DTYPES[layer.precision].itemsize)))
 
 
 def _programs(layer: Layer, pixels: int, channels: int) -> int:
@@ -175,10 +184,20 @@ def _step(layer: Layer, most: int) -> int:
 
 
 def _config(
-    block_n: int, block_o: int, block_i: int, *, stages: int, warps: int = 4, head: int = 0, **more: int
+    block_n: int,
+    block_o: int,
+    block_i: int,
+    *,
+    stages: int,
+    warps: int = 4,
+    head: int | None = 0,  # None: the kernel has no BLOCK_D
+    block_p: int | None = None,
+    block_w: int | None = None,
 ) -> LaunchConfig:
-    parts = {name: more[name] for name in ("BLOCK_P",) if name in more}
-    strips = {name: more[name] for name in ("BLOCK_W",) if name in more}
-    block_d = max(16, triton.next_power_of_2(head))
-    blocks = {**parts, "BLOCK_N": block_n, **strips, "BLOCK_D": block_d, "BLOCK_I": block_i, "BLOCK_O": block_o}
+    block_d = None if head is None else max(16, triton.next_power_of_2(head))
+    sizes = {
+        "BLOCK_P": block_p, "BLOCK_N": block_n, "BLOCK_W": block_w, "BLOCK_D": block_d, "BLOCK_I": block_i,
+        "BLOCK_O": block_o,
+    }  # fmt: skip
+    blocks = {name: size for name, size in sizes.items() if size is not None}
     return LaunchConfig(num_warps=warps, num_stages=stages, blocks=blocks)

@@ -7,7 +7,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastjepa.kernels.batch_norm.relu import apply_relu
-from fastjepa.kernels.launch import dot, round_to
+from fastjepa.kernels.launch import INTERPRET, dot, round_to
+
+_INTERPRET = tl.constexpr(INTERPRET)
 
 
 @triton.jit
@@ -43,7 +45,7 @@ def after_the_kernel_before(LAUNCH_EARLY: tl.constexpr):  # type: ignore[no-unty
     """With LAUNCH_EARLY (programmatic dependent launch): what stands above this ran while the kernel before was still
     finishing; what stands below waits for its results, and lets the next kernel begin.
     """
-    if LAUNCH_EARLY:
+    if LAUNCH_EARLY and not _INTERPRET:
         gdc_launch_dependents()
         gdc_wait()
 

@@ -76,7 +76,7 @@ def grid(layer: Layer, config: LaunchConfig) -> tuple[int, int]:
     return triton.cdiv(layer.pixels, config.blocks["BLOCK_N"]), triton.cdiv(layer.columns, config.blocks["BLOCK_O"])
 
 
-def launch(operands: Operands, config: LaunchConfig, *, launch_early: bool = False) -> None:
+def launch(operands: Operands, config: LaunchConfig) -> None:
     """Launch it; of the epilogue there is the bias."""
     layer = operands.layer
     launch_kernel(
@@ -90,7 +90,7 @@ def launch(operands: Operands, config: LaunchConfig, *, launch_early: bool = Fal
         n_frames=layer.frames,
         height=layer.height,
         width=layer.width,
-        **constexprs(layer, launch_early),
+        **constexprs(layer, config.launch_pdl),
     )
 
 
