@@ -10,9 +10,9 @@ folded again before they are used; what torch cannot see changing needs `refresh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,6 @@ from fastjepa.model.networks import per_frame, pooled, require_frames
 from fastjepa.profiling import span
 
 Layers = Literal["all"] | Collection[str]
-LayersOf = Callable[[nn.Module], tuple[FoldedLayer, ...]]
-Folded = TypeVar("Folded", bound="FoldedModule")
 
 _AUTOCAST_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -48,17 +46,20 @@ class Folding:
     """What a folded module keeps: its launches, weights for each dtype, and memory for maps.
 
     Args:
-        network: whose convolutions and BatchNorms are folded.
-        layers_of: describes its launches.
+        owner: the folded module, in which it is noticed that modules are replaced.
+        described: the launches.
         layers: which of them kernels run.
+        input_channels: of one source of the input.
 
     Raises:
-        ValueError: it cannot be folded, names of no launches, or launches that kernels do not take.
+        ValueError: names of no launches, or launches that kernels do not take.
         RuntimeError: kernels cannot run where the weights are.
     """
 
-    def __init__(self, network: nn.Module, layers_of: LayersOf, layers: Layers, input_channels: int) -> None:
-        self.layers = layers_of(network)
+    def __init__(
+        self, owner: nn.Module, described: tuple[FoldedLayer, ...], layers: Layers, input_channels: int
+    ) -> None:
+        self.layers = described
         self.norms = norms_of(self.layers)
         names = [layer.name for layer in self.layers]
         asked = names if layers == "all" else [layers] if isinstance(layers, str) else list(layers)
@@ -71,7 +72,7 @@ class Folding:
             from fastjepa.kernels.convolution.op import architecture  # only here: it needs Triton
 
             architecture(self.device)
-        self._children = [(module._modules, dict(module._modules)) for module in network.modules()]
+        self._children = [(module._modules, dict(module._modules)) for module in owner.modules()]
         self._weights: dict[torch.dtype, FoldedWeights] = {}
         self._maps = MapsCache()
 
@@ -254,7 +255,7 @@ class FoldedEncoder(FoldedModule):
 
     def _fold(self, layers: Layers) -> Folding:
         source: Any = self
-        return Folding(self, encoder_layers, layers, source.conv1.in_channels)
+        return Folding(self, encoder_layers(self), layers, source.conv1.in_channels)
 
     def _frames(self, x: Tensor) -> Tensor:
         folding, dtype = self._folding(), self.compute_dtype()
@@ -409,7 +410,7 @@ class FoldedPredictor(FoldedModule):
         c = self.context_length
         if read != c * made:
             raise ValueError(f"the predictor reads {read} channels, which are not {c} states of {made}")
-        return Folding(network, unet_layers, layers, made if c <= 2 else read)
+        return Folding(self, unet_layers(network), layers, made if c <= 2 else read)
 
     def _check_states(self, states: Tensor) -> None:
         if states.dim() != 5:
