@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from absence import python, without
 from fastjepa.fused import folded_layers, folded_maps
 from fastjepa.fused.autocast import InBf16
 from fastjepa.fused.folded_layers import unet_layers
@@ -29,11 +30,11 @@ from fastjepa.measuring.policy import judge, relative_errors
 from fastjepa.model.jepa import JEPA, parallel_unroll
 from fastjepa.model.modes import eval_mode
 from fastjepa.model.networks import ResNet5, ResUNet, StateOnlyPredictor
-from fastjepa.model.step import TrainStep
+from fastjepa.model.step import TrainStep, build_optimizer
 from fastjepa.training.evaluation import rollout_tails
-from graph_cases import some_clips, some_step, trained_jepa
+from graph_cases import same, some_clips, some_step, trained_jepa
 from original import action_unet_jepa, original_jepa
-from tiny import tiny_batch
+from tiny import tiny_batch, tiny_model
 
 D = 4
 SOME = ("conv1", "enc2.conv2", "up2", "dec1.conv2")  # with sources, strides and shortcuts of every kind, and the head
@@ -461,6 +462,20 @@ def test_in_training_mode_an_autocast_of_its_own_stays() -> None:
     assert torch.equal(folded(video), InBf16(network)(video))
 
 
+def test_a_step_of_training_is_that_of_the_networks_that_were_replaced() -> None:
+    results = []
+    for fold in (False, True):
+        jepa, decoder, head = tiny_model()
+        if fold:
+            jepa.encoder = FoldedEncoder.from_eager(jepa.encoder, layers=())
+            jepa.action_encoder = jepa.encoder
+            jepa.predictor = FoldedPredictor.from_eager(jepa.predictor, layers=())
+        step = TrainStep(jepa, decoder, head, build_optimizer(jepa, decoder, head, lr=1e-3), steps=2)
+        losses = [step(*tiny_batch(seed=seed)).total for seed in range(2)]
+        results.append([*losses, *jepa.state_dict().values()])
+    assert same(*results)
+
+
 def test_modules_that_are_replaced_later_are_followed() -> None:
     for folded, _, x in folded_pair():
         with torch.no_grad():
@@ -847,6 +862,30 @@ def test_no_map_lies_where_one_lies_that_is_still_read(size: tuple[int, int]) ->
                 assert places[name].slot != places[other].slot, (name, other)
         slot, channels, height, width = places[name]
         assert channels * height * width <= sizes[slot]
+
+
+def test_without_triton_torch_runs_everything() -> None:
+    code = f"""{without("triton")}
+import torch, fastjepa, fastjepa.graphs
+from fastjepa.fused.folded_networks import FoldedEncoder, FoldedPredictor
+jepa = fastjepa.build_jepa(dobs=1, henc=2, hpre=2, dstc=4, std_coeff=10.0, cov_coeff=100.0).eval()
+video = torch.rand(1, 1, 3, 9, 8)
+expected = jepa.rollout(video, 2)
+plain = jepa.encoder, jepa.predictor
+jepa.encoder = FoldedEncoder.from_eager(jepa.encoder, layers=())
+jepa.predictor = FoldedPredictor.from_eager(jepa.predictor, layers=())
+torch.testing.assert_close(jepa.rollout(video, 2), expected, rtol=1e-4, atol=1e-5)
+for make in (lambda: FoldedEncoder.from_eager(plain[0]),
+             lambda: fastjepa.graphs.GraphedRollout(plain[1], fold_batch_norm=True, convolutions="fused")):
+    try:
+        make()
+    except RuntimeError as error:
+        print(error)
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert len(lines := done.stdout.splitlines()) == 2
+    assert all(line.startswith("convolution: kernels need Triton, which cannot be imported here") for line in lines)
 
 
 # ---- refusals ----

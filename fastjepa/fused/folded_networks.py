@@ -161,7 +161,7 @@ class FoldedModule(nn.Module):
 
     def compute_dtype(self) -> torch.dtype:
         """In which a call would compute now. As in autocast, float64 stays float64."""
-        folding = self._folding()
+        folding = self._folding(follow=False)
         kind = folding.device.type
         if folding.dtype == torch.float64:
             return folding.dtype
@@ -178,8 +178,9 @@ class FoldedModule(nn.Module):
         """Without what can be made again: for copies and pickles."""
         return {**self.__dict__, "_kept": None}
 
-    def _folding(self) -> Folding:
-        if self._kept is None or self._kept.outdated():
+    def _folding(self, *, follow: bool = True) -> Folding:
+        """Made again if modules were replaced; `follow`: look for that, as each call does once."""
+        if self._kept is None or (follow and self._kept.outdated()):
             self._kept = self._fold(self._asked)
         return self._kept
 
@@ -196,7 +197,7 @@ class FoldedModule(nn.Module):
         return nullcontext() if self.autocast_dtype is None else torch.autocast(device_type, dtype=self.autocast_dtype)
 
     def _check_input(self, name: str, x: Tensor) -> None:
-        folding = self._folding()
+        folding = self._folding(follow=False)
         if x.device != folding.device:
             raise ValueError(f"{name} is on {x.device}, the weights are on {folding.device}")
         if not x.is_floating_point():
@@ -258,7 +259,7 @@ class FoldedEncoder(FoldedModule):
         return Folding(self, encoder_layers(self), layers, source.conv1.in_channels)
 
     def _frames(self, x: Tensor) -> Tensor:
-        folding, dtype = self._folding(), self.compute_dtype()
+        folding, dtype = self._folding(follow=False), self.compute_dtype()
         channels, size = x.shape[1], (x.shape[2], x.shape[3])
         first = folding.layers[0]
         if channels != first.conv.in_channels:
@@ -417,7 +418,7 @@ class FoldedPredictor(FoldedModule):
             raise ValueError(f"expected states (B, D, T, H, W), got shape {tuple(states.shape)}")
         if states.shape[2] < self.context_length:
             raise ValueError(f"predicting takes at least {self.context_length} frames, got {states.shape[2]}")
-        made = self._folding().layers[-1].out_channels
+        made = self._folding(follow=False).layers[-1].out_channels
         if states.shape[1] != made:
             raise ValueError(f"the predictor takes states of {made} channels, got shape {tuple(states.shape)}")
         self._check_input("states", states)
