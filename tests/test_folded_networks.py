@@ -32,7 +32,7 @@ from fastjepa.model.modes import eval_mode
 from fastjepa.model.networks import ResNet5, ResUNet, StateOnlyPredictor
 from fastjepa.model.step import TrainStep, build_optimizer
 from fastjepa.training.evaluation import rollout_tails
-from graph_cases import same, some_clips, some_step, trained_jepa
+from graph_cases import EVERY_DEVICE, same, some_clips, some_step, trained_jepa
 from original import action_unet_jepa, original_jepa
 from tiny import tiny_batch, tiny_model
 
@@ -326,6 +326,21 @@ def test_a_step_is_eighteen_launches_and_nothing_else(
     with torch.no_grad(), Operators() as counted:
         list(folded.tails(states_of(1, 6, size).to(device), 3))
     assert counted.names.count("aten::copy_") <= 1 + 3  # the given states, and what precedes each tail
+
+
+def test_in_inference_mode_and_outside_the_memory_is_the_same(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastjepa.kernels.convolution.op as op
+
+    written: list[set[int]] = []
+    monkeypatch.setattr(op, "launch", lambda operands, _: written[-1].add(operands.out.data_ptr()))
+    folded = FoldedPredictor.from_eager(a_predictor(4).to(device))
+    states, out = states_of().to(device), states_of(frames=4).to(device)
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        written.append(set())
+        with mode():
+            folded.roll_out(states, 2, out)
+            folded.predictor.conv1.weight.mul_(2)  # type: ignore[union-attr, operator]
+    assert len(written[0] & written[1] & written[2]) >= len(written[0]) - 2  # all but the two frames
 
 
 def test_an_image_of_one_channel_is_read_where_it_lies(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -674,6 +689,19 @@ def test_the_statistics_of_fused_networks_are_seen(device: str) -> None:
     assert_follows(folded, x, before)
 
 
+@EVERY_DEVICE
+def test_replays_of_training_steps_are_seen(device: str) -> None:
+    step = some_step(device)
+    folded = FoldedPredictor.from_eager(step.jepa.predictor, layers=())  # type: ignore[arg-type]
+    x, graphed = states_of(1, 3).to(device), GraphedTrainStep(step, some_clips(device))
+    for _ in range(3):
+        with eval_mode(folded):
+            before = folded(x)
+        graphed(torch.tensor([0, 1], device=device))
+        with eval_mode(folded):
+            assert_follows(folded, x, before)
+
+
 def test_steps_of_training_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain ones, and those of a graph, which changes memory and counts nothing."""
     step = some_step()
@@ -703,11 +731,13 @@ def test_steps_of_training_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- in one launch ----
 
 
-def test_a_recorded_rollout_of_a_folded_predictor() -> None:
-    jepa = trained_jepa()
+@EVERY_DEVICE
+def test_a_recorded_rollout_of_a_folded_predictor(device: str) -> None:
+    """By torch on a CPU, by kernels on a GPU."""
+    jepa = trained_jepa(device)
     plain: Any = jepa.predictor.eval()
-    jepa.predictor = folded = FoldedPredictor.from_eager(plain, layers=())
-    states = states_of(2, 4, (9, 7))
+    jepa.predictor = folded = FoldedPredictor.from_eager(plain, layers="all" if device == "cuda" else ())
+    states = states_of(2, 4, (9, 7)).to(device)
     rollout = GraphedRollout(jepa, 3)
     with torch.no_grad():
         found = rollout(states)
@@ -958,6 +988,7 @@ def test_kernels_that_cannot_run_are_refused_where_they_are_asked_for(monkeypatc
         (lambda _, p: p(torch.rand(1, D, 8, 8)), ValueError, r"expected states \(B, D, T, H, W\)"),
         (lambda _, p: p(torch.rand(1, D, 1, 8, 8)), ValueError, "at least 2 frames, got 1"),
         (lambda _, p: p(torch.rand(1, D + 1, 3, 8, 8)), ValueError, "states of 4 channels"),
+        (lambda _, p: p.roll_out(torch.rand(1, D, 8, 8), 2), ValueError, r"expected states \(B, D, T, H, W\)"),
         (lambda _, p: p.roll_out(torch.rand(1, D, 1, 8, 8), 2), ValueError, "at least 2 frames, got 1"),
         (lambda _, p: p.roll_out(torch.rand(1, D, 2, 8, 8).double(), 2), TypeError, "has dtype torch.float64"),
     ],

@@ -332,6 +332,7 @@ class FoldedPredictor(FoldedModule):
         Raises:
             As `forward`.
         """
+        _check_rank(states)
         B, D, T, H, W = states.shape
         if out is None:
             out = states.new_empty(B, D, T + steps, H, W)
@@ -339,9 +340,8 @@ class FoldedPredictor(FoldedModule):
             return roll_out_plainly(self, states, steps, out)
         self._check_states(states)
         c = self.context_length
-        given = self.in_frames(states[:, :, -c:])
-        frames = given.new_empty(c + steps, *given.shape[1:])
-        frames[:c] = given
+        frames = states.new_empty(c + steps, B, H, W, D, dtype=self.compute_dtype())
+        as_states(frames[:c]).copy_(states[:, :, -c:])
         run = self.ready(states, 1)
         for step in range(steps):
             with span(f"rollout step {step + 1}"):
@@ -414,8 +414,7 @@ class FoldedPredictor(FoldedModule):
         return Folding(self, unet_layers(network), layers, made if c <= 2 else read)
 
     def _check_states(self, states: Tensor) -> None:
-        if states.dim() != 5:
-            raise ValueError(f"expected states (B, D, T, H, W), got shape {tuple(states.shape)}")
+        _check_rank(states)
         if states.shape[2] < self.context_length:
             raise ValueError(f"predicting takes at least {self.context_length} frames, got {states.shape[2]}")
         made = self._folding(follow=False).layers[-1].out_channels
@@ -426,6 +425,11 @@ class FoldedPredictor(FoldedModule):
     def _result(self, frames: Tensor, states: Tensor) -> Tensor:
         out = as_states(frames)
         return out if self.autocast_dtype is None else out.to(states.dtype)
+
+
+def _check_rank(states: Tensor) -> None:
+    if states.dim() != 5:
+        raise ValueError(f"expected states (B, D, T, H, W), got shape {tuple(states.shape)}")
 
 
 def as_states(frames: Tensor) -> Tensor:
