@@ -22,6 +22,7 @@ from fastjepa.kernels.convolution.table import Form, Launch
 from fastjepa.kernels.launch import LaunchConfig
 
 _STEPS = 8  # of a rollout
+_PRODUCTS: dict[Form, bool] = {"gemm": False, "transposed": True}
 
 
 def candidates(layer: Layer, now: Launch) -> list[Launch]:
@@ -48,18 +49,18 @@ def _other_forms(layer: Layer) -> Iterator[tuple[Form, LaunchConfig]]:
     step = 16 if any(channels % 32 for channels in (*layer.sources, *layer.shortcut)) else 32
     head, every = (max(16, triton.next_power_of_2(n or 1)) for n in (layer.head, layer.columns))
 
-    def blocks(pixels: int, channels: int, **more: int) -> dict[str, int]:
+    def blocks(pixels: int, channels: int, *, shares: int = 0, width: int = 0, is_transposed: bool = False) -> Any:
         wide = every if layer.head else min(channels, every)
-        return {**more, "BLOCK_N": pixels, "BLOCK_D": head, "BLOCK_I": step, "BLOCK_O": wide}
+        sizes = {"BLOCK_P": shares, "BLOCK_N": pixels, "BLOCK_W": width, "BLOCK_D": 0 if is_transposed else head}
+        return {name: size for name, size in sizes.items() if size} | {"BLOCK_I": step, "BLOCK_O": wide}
 
-    forms: tuple[Form, Form] = ("gemm", "transposed")
-    for form in forms:
-        yield form, LaunchConfig(4, 8, blocks(32, 32))
-        yield form, LaunchConfig(8, 3, blocks(128, 64))
-    yield "split_k", LaunchConfig(4, 4, blocks(16, 32, BLOCK_P=4))
+    for form, is_transposed in _PRODUCTS.items():
+        yield form, LaunchConfig(4, 8, blocks(32, 32, is_transposed=is_transposed))
+        yield form, LaunchConfig(8, 3, blocks(128, 64, is_transposed=is_transposed))
+    yield "split_k", LaunchConfig(4, 4, blocks(16, 32, shares=4))
     width = min(64, triton.next_power_of_2(layer.width))
     for pixels, warps in ((64, 4), (128, 8)):
-        yield "strip", LaunchConfig(warps, 1, blocks(pixels, every, BLOCK_W=width))
+        yield "strip", LaunchConfig(warps, 1, blocks(pixels, every, width=width))
 
 
 def takes(layer: Layer, launch: Launch) -> bool:

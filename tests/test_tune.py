@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,7 +118,7 @@ def test_a_rollout_is_launched_early_or_not_at_all(
 
     def noted(operands: Operands, chosen: Launch) -> None:
         launched.append(chosen)
-        launch(operands, replace(chosen, launch_early=False))  # which the interpreter knows nothing of
+        launch(operands, chosen)
 
     monkeypatch.setattr(op, "launch", noted)
     monkeypatch.setattr(tune_convolution, "_STEPS", 1)
