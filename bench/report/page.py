@@ -57,7 +57,7 @@ def _sources(rows: Sequence[Row]) -> str:
     dates = sorted({row.date[:10] for row in rows})
     span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     used = sorted({row.threads for row in rows if row.threads is not None})
-    threads = f", {' or '.join(map(str, used))} CPU threads" if rows[-1].sm_clock_mhz is None else ""
+    threads = f", {' or '.join(map(str, used))} CPU threads" if used and rows[-1].sm_clock_mhz is None else ""
     driver = f", driver {rows[-1].driver}" if rows[-1].driver else ""
     return f"{span}; commit {commits}{dirty}; {versions}{driver}{threads}."
 
