@@ -103,9 +103,11 @@ def launched(layer: Layer, launch: Launch, device: torch.device) -> Computation:
 
 
 class LaunchedEarly:
-    """A rollout in one graph, all of whose convolutions are launched while those before them finish, or none."""
+    """A rollout in one graph, all of whose convolutions are launched while those before them finish, or none; None: as
+    the table says.
+    """
 
-    def __init__(self, recipe: Recipe, early: bool, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, early: bool | None, device: torch.device) -> None:
         way = rollout.Way(bf16=True, own_convolutions=True, graph=True)
         self.rollout, self.early = rollout.build(recipe, _STEPS, way, device), early
         self.recorded = False
@@ -119,22 +121,25 @@ class LaunchedEarly:
             return self.rollout(inputs)
 
     def _choose(self, layer: Layer, architecture: int) -> Launch:
-        return replace(table.choose(layer, architecture), launch_early=self.early)
+        launch = table.choose(layer, architecture)
+        return launch if self.early is None else replace(launch, launch_early=self.early)
 
 
 def rollout_plan(recipe: Recipe) -> tuple[Case, list[Variant]]:
     """A rollout with and without programmatic dependent launch, which only launches that follow each other can show."""
     case = rollout.make_case(recipe, _STEPS)
     eager = [variant for variant in rollout.make_variants(recipe, _STEPS) if variant.name == rollout.EAGER_BF16]
-    names = {False: "one after another", True: "launched early"}
-    launched = {early: partial(LaunchedEarly, recipe, early) for early in names}
+    names = {"now": None, "one after another": False, "launched early": True}
     case = replace(
         case, suite="tune", name=f"convolution.table.choose, rollout of {_STEPS} steps B={recipe.batch}",
-        baseline=names[False], eager={"bf16": rollout.EAGER_BF16},
+        baseline="now", eager={"bf16": rollout.EAGER_BF16},
     )  # fmt: skip
     return case, [
         *eager,
-        *(Variant(names[early], build, "bf16", torch.bfloat16, needs_kernels) for early, build in launched.items()),
+        *(
+            Variant(name, partial(LaunchedEarly, recipe, early), "bf16", torch.bfloat16, needs_kernels)
+            for name, early in names.items()
+        ),
     ]
 
 
