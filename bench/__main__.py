@@ -13,6 +13,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "projected_losses": ("bench.projected_losses", "time the projected losses, forward and backward"),
     "losses": ("bench.projected_losses", "short for projected_losses"),
     "batch_norm": ("bench.batch_norm", "time BatchNorm blocks, forward and backward"),
+    "convolution": (
+        "bench.convolution",
+        "time inference's convolutions, or estimate those of a rollout, without a GPU",
+    ),
     "frame_windows": ("bench.frame_windows", "time gathering the gradient of an unroll's sequences"),
     "moments": ("bench.moments", "time the passes over rows of which the projected losses are made"),
     "networks": ("bench.networks", "time the encoder and the predictor whole, forward and backward"),

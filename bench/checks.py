@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from bench import batch_norm, frame_windows, moments, networks, projected_losses, rollout, step
+from bench import batch_norm, convolution, frame_windows, moments, networks, projected_losses, rollout, step
 from bench.harness.case import Case
 from bench.harness.variants import Computation, Tensors, Variant, always, needs_kernels
 from bench.recipe import Recipe, make_batch
@@ -101,6 +101,8 @@ def graph_plans(recipe: Recipe) -> Iterator[tuple[Case, list[Variant]]]:
     rollouts: list[tuple[str, rollout.Way, Callable[[torch.device], str | None]]] = [
         ("eager", rollout.Way(), always),
         ("fused", rollout.Way(fused=True), needs_kernels),
+        (rollout.OWN, rollout.Way(own_convolutions=True), needs_kernels),
+        (f"{rollout.OWN} bf16", rollout.Way(own_convolutions=True, bf16=True), needs_kernels),
     ]
     yield (
         graph_case("graphed rollout = plain", partial(states_inputs, recipe)),
@@ -115,7 +117,9 @@ def plans(recipe: Recipe, note: str = "") -> Iterator[tuple[Case, list[Variant]]
     """Kernels first, then the networks made of them, then the graphs. The sizes are always the odd ones."""
     kernels: Iterator[tuple[Case, Sequence[Variant]]] = itertools.chain(
         [(projected_losses.make_case(ODD), projected_losses.make_variants())],
-        *(module.plans(ODD) for module in (batch_norm, frame_windows, moments, networks)),
+        *(module.plans(ODD) for module in (batch_norm, frame_windows, moments)),
+        convolution.odd_plans(),
+        networks.plans(ODD),
     )
     for case, variants in kernels:
         yield replace(case, suite="checks", name=f"{case.suite}: {case.name}"), without_peers(variants)

@@ -2,11 +2,17 @@
 
 z_{t+1} = f(z_{t-1}, z_t), from two encoded frames (B, D, 2, H, W) to k predicted ones (B, D, k, H, W), with the
 predictor in eval mode. Times are latencies of single calls; p50 and p99. BatchNorm's running buffers are settled as in
-a trained network, so that states neither grow nor die over a hundred steps.
+a trained network, so that states neither grow nor die over a hundred steps. "Folded convolutions" are our own kernels,
+with BatchNorm folded in and everything around a convolution in its launch.
+
+Beside its time a row says what a step of the network launches (`launches_per_step`) and what it moves for each clip,
+whose next frame it predicts (`bytes_per_frame`), as `python -m bench traffic` counts them on shapes; not of what
+torch.compile makes.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,24 +25,30 @@ from bench.harness import suite
 from bench.harness.case import Case, Work
 from bench.harness.variants import Computation, Tensors, Variant, always, needs_cuda, needs_kernels
 from bench.recipe import TINY, Recipe, arithmetic, build_model, count
+from bench.traffic import totals
+from bench.traffic import work as work_of_traffic
+from fastjepa.fused.folded_networks import FoldedPredictor
 from fastjepa.fused.folding import folded_batch_norm
 from fastjepa.graphs import GraphedRollout
 from fastjepa.model.context import CONTEXT
 from fastjepa.model.networks import StateOnlyPredictor
 
-EAGER, EAGER_BF16 = "eager", "eager bf16"
+EAGER, EAGER_BF16, OWN = "eager", "eager bf16", "folded convolutions"
 Available = Callable[[torch.device], str | None]
 
 
 @dataclass(frozen=True)
 class Way:
-    """How one variant predicts a step. `folded`: BatchNorm in the convolutions' weights."""
+    """How one variant predicts a step. `folded`: BatchNorm in the convolutions' weights; `own_convolutions`: by our
+    kernels too.
+    """
 
     bf16: bool = False
     folded: bool = False
     compile: bool = False
     fused: bool = False
     graph: bool = False
+    own_convolutions: bool = False
 
 
 def as_graph(way: Way) -> Way:
@@ -56,6 +68,8 @@ def make_predictor(recipe: Recipe, way: Way, device: torch.device, dtype: torch.
     jepa = build_model(recipe, device, torch.promote_types(dtype, torch.float32))[0]
     settle(jepa, recipe)
     predictor = jepa.predictor.eval()
+    if way.own_convolutions:
+        return predictor  # whose weights are folded as they are, and then rounded
     if way.folded:
         predictor = folded_batch_norm(predictor)
     for layer in predictor.modules():
@@ -76,7 +90,17 @@ class Rollout:
         self.steps, self.way = steps, way
         self.predictor = make_predictor(recipe, way, device, dtype)
         self.predict = self._compiled() if way.compile else self._predict
-        self.graphed = GraphedRollout(self.predictor, steps) if way.graph else None
+        self.graphed: GraphedRollout | None = None
+        self.folded: FoldedPredictor | None = None
+        half = torch.bfloat16 if way.bf16 else None
+        if way.own_convolutions and way.graph:
+            self.graphed = GraphedRollout(
+                self.predictor, steps, autocast_dtype=half, fold_batch_norm=True, convolutions="fused"
+            )
+        elif way.own_convolutions:
+            self.folded = FoldedPredictor.from_eager(self.predictor, half)
+        elif way.graph:
+            self.graphed = GraphedRollout(self.predictor, steps)
 
     @torch.no_grad()
     def __call__(self, inputs: Tensors) -> Tensors:
@@ -85,6 +109,8 @@ class Rollout:
         with arithmetic("fp32"):
             if self.graphed is not None:
                 return {"frames": self.graphed(states)[:, :, CONTEXT:]}
+            if self.folded is not None:
+                return {"frames": self.folded.roll_out(states, self.steps)[:, :, CONTEXT:]}
             for _ in range(self.steps):
                 states = torch.cat((states, self.predict(states[:, :, -CONTEXT:])), dim=2)
         return {"frames": states[:, :, CONTEXT:]}
@@ -122,6 +148,16 @@ def work(recipe: Recipe, steps: int, phase: str, dtype: torch.dtype) -> Work:
     return Work(steps * (layers.elements + weights) * dtype.itemsize, steps * layers.forward)
 
 
+@functools.cache
+def step_traffic(recipe: Recipe, way: Way) -> dict[str, float]:
+    """Kernels of one step of the network, and bytes that they move for each clip, counted on shapes."""
+    counted = work_of_traffic.Way(
+        "", bf16=way.bf16, channels_last=True, fused=way.fused, folded=way.folded, own_convolutions=way.own_convolutions
+    )
+    step = totals.by_part(work_of_traffic.rollout_step(recipe, counted))[totals.ALL]
+    return {"launches_per_step": float(step.kernels), "bytes_per_frame": step.kernel_bytes / recipe.batch}
+
+
 def make_case(recipe: Recipe, steps: int, note: str = "") -> Case:
     """The rollout of `steps` frames."""
     return Case(
@@ -153,6 +189,10 @@ def make_variants(recipe: Recipe, steps: int) -> list[Variant]:
         ("folded, in one graph", Way(folded=True, graph=True), always),
         ("folded bf16, in one graph", Way(bf16=True, folded=True, graph=True), needs_cuda),
         ("fused bf16, in one graph", Way(bf16=True, fused=True, graph=True), needs_kernels),
+        (OWN, Way(own_convolutions=True), needs_kernels),
+        (f"{OWN} bf16", Way(bf16=True, own_convolutions=True), needs_kernels),
+        (f"{OWN}, in one graph", Way(own_convolutions=True, graph=True), needs_kernels),
+        (f"{OWN} bf16, in one graph", Way(bf16=True, own_convolutions=True, graph=True), needs_kernels),
     ]
     return [
         Variant(
@@ -162,6 +202,7 @@ def make_variants(recipe: Recipe, steps: int) -> list[Variant]:
             torch.bfloat16 if way.bf16 else torch.float32,
             available,
             given="BatchNorm folded" if way.folded and not way.graph else "",
+            facts=None if way.compile else partial(step_traffic, recipe, replace(way, graph=False)),
         )
         for name, way, available in table
     ]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import evaluation, layers, projected_losses, rollout, step
+from bench import convolution, evaluation, layers, projected_losses, rollout, step
 from bench.harness.case import Case, Runner
 from bench.harness.variants import Variant
 from bench.recipe import TINY, Recipe
@@ -26,6 +26,7 @@ def plans() -> Iterator[tuple[Case, list[Variant]]]:
         projected_losses.make_variants(),
     )
     yield from islice(layers.plans(TINY), 4)  # both networks and two blocks
+    yield from islice(convolution.plans((1,), quick=True), 2)
     yield rollout.make_case(TINY, 4), rollout.make_variants(TINY, 4)
     yield step.make_case(TINY), step.make_variants(TINY, DEVICE)
     yield evaluation.make_case(TINY), evaluation.make_variants(TINY)

@@ -1,8 +1,9 @@
 """`python -m bench tune`: time candidate launch configurations of the fused kernels on this GPU, and rank them.
 
 Each candidate replaces one entry of a launch table for the length of a call; forward and backward run as one phase, in
-bf16, at the default recipe's size. Nothing is changed: put the winner into its table by hand, and audit it
-(`python -m bench audit`), since a table's comments say why each entry is what it is.
+bf16, at the default recipe's size. The table of convolutions is a function, so their candidates are launched in the
+place of what it chooses (`tune_convolution.py`). Nothing is changed: put the winner into its table by hand, and audit
+it (`python -m bench audit`), since a table's comments say why each entry is what it is.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from typing import Any
 
 import torch
 
-from bench import batch_norm, projected_losses
+from bench import batch_norm, projected_losses, tune_convolution
 from bench.harness import suite
 from bench.harness.case import BOTH, Case
 from bench.harness.rows import Row, format_table
 from bench.harness.variants import Computation, Tensors, Variant, always, channels_last, needs_kernels
+from bench.launch_words import describe
 from bench.recipe import Recipe
 from fastjepa.kernels.launch import LaunchConfig
 from fastjepa.kernels.projected_losses import closed_form
@@ -110,16 +112,6 @@ def launch_candidates(entry: Entry) -> list[Any]:
     return found
 
 
-def describe(value: Any) -> str:
-    """A candidate in a few words."""
-    if isinstance(value, tuple):
-        return ", ".join(map(describe, value))
-    if isinstance(value, LaunchConfig):
-        blocks = " ".join(f"{name}={size}" for name, size in value.blocks.items())
-        return f"{blocks} warps={value.num_warps} stages={value.num_stages}"
-    return " ".join(f"{n}={v}" for n, v in vars(value).items()) if hasattr(value, "__dict__") else str(value)
-
-
 def _case_and_variants(
     case: Case, build: Callable[[torch.device], Computation], entry: Entry, candidates: list[Any]
 ) -> tuple[Case, list[Variant]]:
@@ -183,6 +175,7 @@ def plans(quick: bool) -> Iterator[tuple[Case, list[Variant]]]:
     )
     for entry in entries:
         yield _case_and_variants(case, fused_losses, entry, launch_candidates(entry))
+    yield from tune_convolution.plans(quick)
 
 
 def print_ranking(rows: list[Row]) -> None:

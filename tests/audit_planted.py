@@ -3,6 +3,9 @@ whose instructions it must count."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -30,6 +33,13 @@ def _matmul_kernel(a_ptr, b_ptr, c_ptr, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
         b = tl.load(b_ptr + (k + offs_k)[:, None] * BLOCK_N + offs_n[None, :])
         acc = tl.dot(a, b, acc)
     tl.store(c_ptr + offs_m[:, None] * BLOCK_N + offs_n[None, :], acc)
+
+
+@triton.jit
+def _two_matmuls_kernel(a_ptr, b_ptr, c_ptr, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A product of large tiles, and one of few rows, which is not made for wgmma."""
+    _matmul_kernel(a_ptr, b_ptr, c_ptr, K, BLOCK_M, BLOCK_N, BLOCK_K)
+    _matmul_kernel(a_ptr, b_ptr, c_ptr, K, 16, BLOCK_N, BLOCK_K)
 
 
 @triton.jit
@@ -100,6 +110,31 @@ def loop_cases() -> list[AuditCase]:
     ]
 
 
+def instruction_cases() -> list[AuditCase]:
+    """Of kernels that are made for one kind of matrix instruction; on sm_90 only tiles of 64 rows make wgmma."""
+    matmul = {"a_ptr": "*bf16", "b_ptr": "*bf16", "c_ptr": "*fp32", "K": "i32"}
+
+    def case(name: str, rows: int, instructions: dict[int, str], kernel: Any = _matmul_kernel) -> AuditCase:
+        config = LaunchConfig(4, 2, {"BLOCK_M": rows, "BLOCK_N": 64, "BLOCK_K": 64})
+        return AuditCase(
+            name, kernel, matmul, {}, config, 4_300_000, 0, ("K",), expects_tensor_cores=True, instructions=instructions
+        )
+
+    return [
+        case("wgmma as declared", 64, {90: "wgmma"}),
+        case("mma.sync as declared", 16, {80: "mma.sync", 90: "mma.sync"}),
+        case("mma.sync instead of wgmma", 16, {90: "wgmma"}),
+        case("wgmma instead of mma.sync", 64, {90: "mma.sync"}),
+        case("wgmma and mma.sync", 64, {90: "wgmma"}, _two_matmuls_kernel),
+        replace(
+            case("nothing instead of wgmma", 64, {90: "wgmma"}),
+            **{"kernel": _copy_kernel, "signature": {"x_ptr": "*fp32", "y_ptr": "*fp32", "n": "i32"}},
+            **{"config": LaunchConfig(blocks={"BLOCK": 1024}), "divisible_by_16": ("n",)},
+        ),
+        case("does not matter on sm_90", 16, {80: "wgmma", 100: "tcgen05"}),
+    ]
+
+
 def audit_cases() -> list[AuditCase]:
     vector = {"x_ptr": "*fp32", "y_ptr": "*fp32"}
     matmul = {"a_ptr": "*bf16", "b_ptr": "*bf16", "c_ptr": "*fp32", "K": "i32"}
@@ -131,4 +166,5 @@ def audit_cases() -> list[AuditCase]:
         AuditCase("does not compile", _copy_kernel, {**vector, "n": "i32"}, {"BLOCK": 1000}, LaunchConfig(), 0, 0),
         AuditCase("argument forgotten", _copy_kernel, vector, {"BLOCK": 1024}, LaunchConfig(), 0, 0),
         *loop_cases(),
+        *instruction_cases(),
     ]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from bench.audit.command import SHARED_MEMORY_LIMIT, collect_cases
 from bench.audit.hazard import find_hazards
 from bench.audit.sass import Binary, inspect, parse_sass
 from bench.harness.roofline import H200
+from fastjepa.kernels.launch import AuditCase
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -235,8 +237,80 @@ def test_planted_faults_fail_the_audit_even_when_the_interpreter_is_asked_for(tm
     assert "n neither in signature nor in constexprs" in forgotten
     assert f"FAIL: spills on sm_90 {spills}" in done.stdout
     assert failures["too few trips"] == ["accesses 5.41e+07 bytes by its programs and loop_trips, not 1.08e+08"]
-    assert "8 of 14 pass" in done.stdout
+    check_declared_instructions(failures)
+    assert "10 of 20 pass" in done.stdout
     check_issue_slots(findings)
+
+
+def check_declared_instructions(failures: dict[str, list[str]]) -> None:
+    """Of the planted kernels that are made for one kind of matrix instruction."""
+    assert failures["wgmma as declared"] == failures["mma.sync as declared"] == []
+    for name, found, wanted in (
+        ("mma.sync instead of wgmma", "mma.sync (", "wgmma"),
+        ("wgmma instead of mma.sync", "wgmma (", "mma.sync"),
+        ("wgmma and mma.sync", "mma.sync, wgmma (", "wgmma"),
+        ("nothing instead of wgmma", "no matrix instruction;", "wgmma"),
+    ):
+        (failure,) = failures[name]
+        assert failure.startswith(f"has {found}"), failure
+        assert failure.endswith(f"it is made for {wanted}"), failure
+    assert "does not matter on sm_90" not in failures
+
+
+WGMMA, MMA, TCGEN05 = "HGMMA.64x64x16.F32.BF16", "HMMA.16816.F32.BF16", "UTCHMMA.2CTA"
+
+
+@pytest.mark.parametrize(
+    ("arch", "found", "passes"),
+    [
+        *((90, [f"{WGMMA} {operand}"], True) for operand in ("RS", "SS")),  # of either, the hazard check is the judge
+        (90, [f"{WGMMA} SS", MMA], False),
+        (90, [], False),
+        (80, [MMA, "IMMA.16816.S8.S8"], True),
+        (80, [TCGEN05], False),
+        (100, [TCGEN05], True),
+        (100, [MMA], False),
+    ],
+)
+def test_instructions_are_those_that_a_case_declares(arch: int, found: list[str], passes: bool) -> None:
+    case = planted("does not matter on sm_90", {80: "mma.sync", 90: "wgmma", 100: "tcgen05"})
+    failures = list(audit._other_instructions(case, arch, dict.fromkeys(found, 8)))
+    assert bool(failures) != passes
+    assert not list(audit._other_instructions(replace(case, instructions={}), arch, dict.fromkeys(found, 8)))
+
+
+def planted(name: str, instructions: dict[int, str]) -> AuditCase:
+    from tests.audit_planted import audit_cases
+
+    (case,) = (case for case in audit_cases() if case.name == name)
+    return replace(case, instructions=instructions)
+
+
+def test_a_case_is_compiled_for_the_architectures_that_it_declares(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(audit, "judge", lambda case, arch: audit.Finding(case.name, arch, ()))
+    declared, anywhere = planted("does not matter on sm_90", {80: "wgmma", 100: "tcgen05"}), planted("copy", {})
+    cases = {case.name: ("tests.audit_planted", case) for case in (declared, anywhere)}
+    judged = [(finding.case, finding.arch) for finding in audit.judge_all(cases, iter((80, 90, 100)), jobs=1)]
+    assert judged == [(declared.name, 80), (declared.name, 100), *(("copy", arch) for arch in (80, 90, 100))]
+    with pytest.raises(SystemExit, match="2"):  # nothing judged is nothing passed
+        audit.main(["--module", "tests.audit_planted", "--filter", declared.name, "--arch", "sm_90"])
+    assert "none of the cases is made for sm_90" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("instructions", [{75: "mma.sync"}, {90: "hmma"}])
+def test_instructions_that_nobody_would_look_for_are_refused(
+    instructions: dict[int, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "unseen.py").write_text(
+        f"from tests.test_audit import planted\ndef audit_cases():\n    return [planted('copy', {instructions})]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "unseen", raising=False)
+    with pytest.raises(ValueError, match=r"audit case 'copy' is made for .* accepted: mma\.sync, wgmma, tcgen05 on 80"):
+        collect_cases(["unseen"])
 
 
 def check_issue_slots(findings: dict[str, dict[str, Any]]) -> None:

@@ -48,6 +48,24 @@ def test_report_shows_what_the_rows_say_and_nothing_else(tmp_path: Path) -> None
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_estimates_are_a_table_that_says_so(tmp_path: Path) -> None:
+    parts = {"roofline_us": 1.25, "issue_us": 0.5, "estimate_us": 2.75}
+    counted = {"suite": "convolution", "median_ms": None, "rounds": 0, "status": "counted", "reason": "estimated"}
+    rows = [
+        a_row(**counted, case="estimate of a step", phase="conv1", quality={**parts, "programs": 128.0}),
+        a_row(**counted, case="estimate of a step", phase="all", quality=parts),
+        a_row(suite="convolution", case="conv1 B=1", variant="measured"),
+    ]
+    write_rows(rows, tmp_path / "convolution")
+    assert report.main([str(tmp_path)]) == 0
+    page = (tmp_path / "report.md").read_text()
+    assert "| estimate of a step | original | conv1 | 128 | 1.25 | 0.50 | 2.75 |" in page
+    assert "| estimate of a step | original | all |  | 1.25 | 0.50 | 2.75 |" in page
+    assert page.count("estimate, not measured") == 1
+    assert "**conv1 B=1**" in page
+    assert "**estimate of a step**" not in page
+
+
 def test_bars_have_the_heights_of_the_rows() -> None:
     drawn = figures.waterfall([a_row(), a_row(variant="faster", median_ms=4.0, speedup=2.5)])
     assert drawn is not None

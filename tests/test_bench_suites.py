@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import batch_norm, ceilings, checks, evaluation, layers, moments, rollout, step, train
+from bench import batch_norm, ceilings, checks, convolution, evaluation, layers, moments, rollout, step, train
 from bench.harness.case import BACKWARD, BOTH, FORWARD
 from bench.harness.roofline import H200
 from bench.harness.rows import Row, read_rows
@@ -17,6 +18,7 @@ from bench.recipe import HIDDEN, OUT, TINY, Recipe, build_model, count, make_bat
 from compare import assert_close_to_truth
 from fastjepa.config import Config
 from fastjepa.fused.step_memory import StepSizes, count_step
+from fastjepa.kernels.convolution.recipe import predictor_layers
 from fastjepa.model.networks import ResNet5
 from fastjepa.model.step import TrainStep
 
@@ -91,6 +93,13 @@ def test_fused_variants_give_what_they_are_compared_with(interpreted: None) -> N
     frames = rollout.build(SMALL, 2, rollout.Way(fused=True, graph=True), CPU)(states)["frames"]
     plain = rollout.truth(SMALL, 2, {"states": states["states"].double()})["frames"]
     assert_close_to_truth(frames, plain, "rollout")
+    for graph in (False, True):
+        frames = rollout.build(SMALL, 2, rollout.Way(own_convolutions=True, graph=graph), CPU)(states)["frames"]
+        assert_close_to_truth(frames, plain, f"rollout of folded convolutions, graph {graph}")
+    half = rollout.Way(own_convolutions=True, bf16=True)
+    frames = rollout.build(SMALL, 2, half, CPU)({"states": states["states"].bfloat16()})["frames"]
+    assert frames.dtype == torch.bfloat16
+    assert_close_to_truth(frames, plain, "rollout in bf16", limit=0.05)
 
 
 def test_step_writes_exact_rows_and_says_what_needs_a_gpu(tmp_path: Path) -> None:
@@ -216,7 +225,23 @@ def test_rollout_states_latency_and_frames_per_second(tmp_path: Path) -> None:
     assert rows[0].quantiles == (0.5, 0.99)
     assert rows[0].median_ms is not None
     assert rows[0].quality["frames_per_second"] == pytest.approx(3e3 / rows[0].median_ms)
-    assert status_of(rows)["eager, BatchNorm folded"] == "exact"
+    status = status_of(rows)
+    assert status["eager, BatchNorm folded"] == "exact"
+    assert status["folded convolutions bf16, in one graph"] == "unavailable"
+    # Convolutions with their biases, BatchNorms, ReLUs, skips, and what is put side by side.
+    assert rows[0].quality["launches_per_step"] > rows[1].quality["launches_per_step"] > 18
+
+
+def test_launches_and_bytes_of_a_rollout_step_are_counted(interpreted: None) -> None:
+    for clips in (1, 2):
+        recipe = replace(Recipe(), batch=clips)
+        counted = rollout.step_traffic(recipe, rollout.Way(own_convolutions=True, bf16=True))
+        layers = predictor_layers(clips)
+        moved = sum(layer.bytes_moved for layer in layers.values())
+        assert counted == {"launches_per_step": len(layers), "bytes_per_frame": moved / clips}
+    folded, eager = (rollout.step_traffic(Recipe(batch=1), rollout.Way(folded=way)) for way in (True, False))
+    assert folded["launches_per_step"] < eager["launches_per_step"]
+    assert folded["bytes_per_frame"] < eager["bytes_per_frame"]
 
 
 # -- train
@@ -301,7 +326,8 @@ def test_checks_find_graphs_equal_and_kernels_unavailable_on_a_cpu(tmp_path: Pat
     rows = read_rows(tmp_path / "checks.jsonl")
     assert {row.case for row in rows} == {"graphed training step = plain", "graphed rollout = plain"}
     for row in rows:
-        assert row.status == ("unavailable" if "fused" in row.variant else "exact"), row
+        by_kernels = "fused" in row.variant or "folded convolutions" in row.variant
+        assert row.status == ("unavailable" if by_kernels else "exact"), row
 
 
 def test_one_number_that_differs_fails_a_check() -> None:
@@ -311,3 +337,45 @@ def test_one_number_that_differs_fails_a_check() -> None:
     assert checks.differences(same, other)[checks.DIFFERENCES] == 1
     nan = {"a": torch.full((3,), torch.nan), "b": torch.zeros(2)}
     assert checks.differences(nan, nan)[checks.DIFFERENCES] == 3  # what is no number is equal to nothing
+
+
+# -- convolution
+
+
+@pytest.mark.parametrize("name", convolution.odd_layers())
+def test_a_convolutions_variants_agree(name: str, interpreted: None) -> None:
+    layer = convolution.odd_layers()[name]
+    inputs = convolution.make_inputs(layer, CPU, torch.float32)
+    exact = convolution.compute_eager(layer, {key: x.double() for key, x in inputs.items()})["out"]
+    assert exact.shape == (layer.frames, layer.head or layer.out, layer.out_height, layer.out_width)
+    fused = convolution.compute_fused(layer, convolution.as_kernels_take(layer, inputs))["out"]
+    assert_close_to_truth(fused, exact, name)
+    half = convolution.as_cudnn_takes(convolution.make_inputs(layer, CPU, torch.bfloat16))
+    assert {x.dtype for x in half.values()} == {torch.bfloat16}
+    assert_close_to_truth(convolution.compute_eager(layer, half)["out"], exact, name, limit=0.05)
+
+
+def test_work_of_a_convolution_is_its_tensors_once_and_what_pytorch_counts() -> None:
+    for layer in convolution.odd_layers().values():
+        with FlopCounterMode(display=False) as counter:
+            convolution.compute_eager(layer, convolution.make_inputs(layer, CPU, torch.float32))
+        assert convolution.work(layer, FORWARD, torch.float32).flops == counter.get_total_flops()
+        packed = convolution.as_kernels_take(layer, convolution.make_inputs(layer, CPU, torch.bfloat16))
+        out = layer.frames * layer.out_height * layer.out_width * (layer.head or layer.out) * 2
+        moved = sum(x.numel() * x.element_size() for x in packed.values()) + out
+        assert convolution.work(layer, FORWARD, torch.bfloat16).bytes_moved == moved
+
+
+def test_convolution_measures_a_few_layers_on_a_cpu(tmp_path: Path) -> None:
+    assert convolution.main(["--quick", "--device", "cpu", "--no-memory", "--out", str(tmp_path)]) == 0
+    rows = read_rows(tmp_path / "convolution.jsonl")
+    assert len({row.case for row in rows}) == 5
+    for row in rows:
+        assert row.status == ("unavailable" if row.variant.startswith(("fused", "torch.compile")) else "exact"), row
+        assert row.flops or row.status == "unavailable"
+
+
+def test_convolution_refuses_no_clips(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        convolution.main(["--estimate", "--batch", "0"])
+    assert "--batch must be at least 1" in capsys.readouterr().err

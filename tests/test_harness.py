@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,32 @@ def test_forward_only_case_has_one_phase_and_states_latency_and_rates() -> None:
     (row,) = measure([eager(toy)], case).values()
     assert (row.phase, row.timing, row.quantiles) == ("rollout", "latency", (0.5, 0.99))
     assert row.quality["frames_per_second"] == pytest.approx(8e3 / (row.median_ms or 0))
+
+
+def test_facts_stand_beside_rates_and_cost_nothing_that_was_measured() -> None:
+    asked = []
+
+    def unknown() -> dict[str, float]:
+        asked.append("unknown")
+        raise ZeroDivisionError("cannot count")
+
+    def never() -> dict[str, float]:
+        raise AssertionError("asked of a variant that was not measured")
+
+    case = toy_case(cotangents=None, rates={"frames_per_second": 8.0})
+    rows = measure(
+        [
+            replace(eager(toy), facts=lambda: {"launches": 3.0}),
+            replace(eager(toy, "uncounted"), facts=unknown),
+            replace(eager(toy, "elsewhere"), facts=never, available=needs_cuda),
+        ],
+        case,
+    )
+    known, uncounted = rows["eager", FORWARD], rows["uncounted", FORWARD]
+    assert (known.status, known.quality["launches"]) == ("exact", 3.0)
+    assert known.quality["frames_per_second"] == pytest.approx(8e3 / (known.median_ms or 0))
+    assert (uncounted.status, uncounted.quality.keys(), asked) == ("exact", {"frames_per_second"}, ["unknown"])
+    assert rows["elsewhere", FORWARD].quality == {}
 
 
 def test_time_budget_ends_the_rounds_after_the_least() -> None:

@@ -18,6 +18,8 @@ from bench.traffic.counting import Event, TrafficCounter, bytes_of
 from bench.traffic.parts import ACCUMULATION, ACTIVATIONS, CONVOLUTIONS, LAYOUT, LOSSES, OPTIMIZER, PROBES
 from fastjepa.environment import ROOT
 from fastjepa.fused.step_memory import fake_tensors
+from fastjepa.kernels.convolution.layer import DTYPES, Layer, Precision
+from fastjepa.kernels.convolution.recipe import predictor_layers
 from fastjepa.kernels.launch import TRITON_TYPE, AuditCase
 
 COMMITTED = ROOT / "bench" / "results" / "counted" / "traffic.jsonl"
@@ -144,6 +146,25 @@ def test_launches_of_frame_windows_move_what_the_audit_says(needs_triton: None) 
         assert launches(run) == [("_gather_frames_kernel", moved) for moved in expected]
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("clips", [1, 64])
+def test_launches_of_convolutions_move_what_the_audit_says(clips: int, precision: Precision, interpreted: None) -> None:
+    from bench import convolution
+    from fastjepa.kernels.convolution.audit import case_of
+    from fastjepa.kernels.convolution.table import choose
+
+    for name, layer in convolution.layers_of(clips).items():
+        layer = replace(layer, precision=precision)
+
+        def run(layer: Layer = layer) -> None:
+            inputs = convolution.make_inputs(layer, torch.device("cpu"), DTYPES[layer.precision])
+            convolution.compute_fused(layer, convolution.as_kernels_take(layer, inputs))
+
+        case = case_of(layer, choose(layer), name)
+        assert launches(run) == [(case.kernel.__name__, case.bytes_moved)], name
+        assert case.bytes_moved == layer.bytes_moved
+
+
 @pytest.fixture(scope="module")
 def steps() -> dict[str, dict[str, totals.Totals]]:
     """The training step of the recipe at full size, of every variant."""
@@ -208,6 +229,31 @@ def test_the_other_work_as_committed(name: str, needs_triton: None) -> None:
             now = totals.by_part(count(recipe, way))[totals.ALL]
             assert now.kernels <= known[way.name].kernels
             assert now.kernel_bytes <= known[way.name].kernel_bytes
+
+
+@pytest.mark.parametrize(("clips", "most_bytes"), [(1, 15e6), (64, 64 * 15e6)])
+def test_a_rollout_step_of_our_convolutions_is_a_launch_for_each(
+    clips: int, most_bytes: float, interpreted: None
+) -> None:
+    recipe = replace(Recipe(), batch=clips)
+    parts = totals.by_part(work.rollout_step(recipe, work.OWN))
+    assert parts.keys() == {CONVOLUTIONS, totals.REST, totals.ALL}  # nothing is copied, joined or cast
+    assert parts[totals.REST] == totals.Totals()
+    step = parts[totals.ALL]
+    assert step.operators == step.kernels <= 19
+    assert step.operator_bytes == step.kernel_bytes <= most_bytes
+    assert step.kernel_bytes == sum(layer.bytes_moved for layer in predictor_layers(clips).values())
+    eager = totals.by_part(work.rollout_step(recipe, work.FOLDED))[totals.ALL]
+    assert 3 * step.kernels < eager.kernels
+    assert 1.9 * step.kernel_bytes < eager.kernel_bytes
+
+
+def test_an_evaluation_with_our_convolutions_copies_little(interpreted: None) -> None:
+    own, eager = (totals.by_part(work.evaluation(Recipe(), way)) for way in (work.OWN, work.EAGER_BF16))
+    assert ACTIVATIONS not in own
+    assert 7 + 7 * 18 == own[CONVOLUTIONS].operators == own[CONVOLUTIONS].kernels  # encode, and seven steps
+    assert 10 * own[LAYOUT].kernel_bytes < eager[LAYOUT].kernel_bytes
+    assert 2 * own[totals.ALL].kernel_bytes < eager[totals.ALL].kernel_bytes
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Any, interpreted: None) -> None:

@@ -1,8 +1,9 @@
 """`python -m bench audit`: compile every kernel × config × dtype without a GPU, table the facts, and judge them.
 
 A kernel fails if it spills more than its case allows, needs more shared memory than a block can have (Triton does not
-check), lacks the tensor-core instructions its case expects, has its wgmmas serialised by ptxas, overwrites a register
-of a wgmma in flight (`hazard`), or cannot move the bytes that its case declares. The exit status is 1 if any does.
+check), lacks the tensor-core instructions its case expects or has another kind than its case declares, has its wgmmas
+serialised by ptxas, overwrites a register of a wgmma in flight (`hazard`), or cannot move the bytes that its case
+declares. The exit status is 1 if any does. A case that declares instructions is compiled for those architectures only.
 Whether it is bound by memory, by arithmetic or by issuing its instructions (`issue`) is said, and judged by nobody.
 """
 
@@ -17,7 +18,7 @@ import pkgutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from pathlib import Path
 import fastjepa.kernels
 from bench.audit.hazard import find_hazards
 from bench.audit.issue import CLOCK_HZ, MULTIPROCESSORS, SCHEDULERS, estimate_issue
-from bench.audit.sass import Binary, compile_case, inspect
+from bench.audit.sass import MATRIX_INSTRUCTIONS, Binary, compile_case, inspect, kinds_of
 from bench.harness.roofline import H200
 from bench.harness.rows import format_table, write_text
 from fastjepa.kernels.launch import AuditCase
@@ -37,7 +38,9 @@ TENSOR_MEMORY_COLUMNS = 512  # of a Blackwell SM
 
 _RATES = ", ".join(f"{H200.flops_per_second[name] / 1e12:.0f} {name}" for name in ("bf16", "tf32", "tf32x3", "fma"))
 LEGEND = f"""
-matrix-instructions: RS takes operand A from registers, SS from shared memory.
+matrix-instructions: RS takes operand A from registers, SS from shared memory. Where a case declares a kind for an
+architecture, each must be of that kind (HMMA and its like: mma.sync; HGMMA: wgmma; UTCHMMA: tcgen05), and the case is
+compiled for no other architecture. An A in registers is no failure: what could go wrong with it is what hazard says.
 wide: accesses to global memory that are 128 bits or more per thread, or bulk copies, of all of them (static counts).
 H200-roofline: the declared bytes at {H200.dram_bytes_per_second / 1e12:.1f} TB/s or the declared FLOPs at their rate
 (TFLOP/s: {_RATES}; fma: no matrix instructions), whichever takes longer.
@@ -69,7 +72,8 @@ class Finding:
 def collect_cases(module_names: Iterable[str]) -> dict[str, tuple[str, AuditCase]]:
     """{case name: (module, case)} from `audit_cases()` of each module that has it.
 
-    Raises ValueError if two cases have one name, or if there are none.
+    Raises ValueError if two cases have one name, if there are none, or if one is made for an architecture or a kind of
+    instruction that the audit does not know: it would pass unseen.
     """
     found: dict[str, tuple[str, AuditCase]] = {}
     names = list(module_names)
@@ -80,6 +84,12 @@ def collect_cases(module_names: Iterable[str]) -> dict[str, tuple[str, AuditCase
                 raise ValueError(
                     f"two audit cases are called {case.name!r}: in {found[case.name][0]} and {module_name}"
                 )
+            for arch, kind in case.instructions.items():
+                if arch not in SHARED_MEMORY_LIMIT or kind not in MATRIX_INSTRUCTIONS:
+                    raise ValueError(
+                        f"audit case {case.name!r} is made for {kind!r} on {arch!r}; accepted: "
+                        f"{', '.join(MATRIX_INSTRUCTIONS)} on {', '.join(map(str, SHARED_MEMORY_LIMIT))}"
+                    )
             found[case.name] = (module_name, case)
     if not found:
         raise ValueError(f"no audit_cases() in {', '.join(names)}")
@@ -111,8 +121,9 @@ def judge(case: AuditCase, arch: int) -> Finding:
         failures.append(f"needs {facts.shared_bytes} bytes of shared memory; a block has {SHARED_MEMORY_LIMIT[arch]}")
     if facts.tensor_memory_columns > TENSOR_MEMORY_COLUMNS:
         failures.append(f"needs {facts.tensor_memory_columns} tensor memory columns; there are {TENSOR_MEMORY_COLUMNS}")
-    if case.expects_tensor_cores and not facts.tensor_cores:
+    if case.expects_tensor_cores and not (facts.tensor_cores or case.instructions):
         failures.append("has no tensor-core instruction, but should")
+    failures.extend(_other_instructions(case, arch, facts.tensor_cores))
     failures.extend(f"ptxas warns {warning}" for warning in facts.warnings)
     if hazards:
         failures.append(f"may overwrite registers of a wgmma in flight, {len(hazards)} times; {hazards[0]}")
@@ -127,6 +138,19 @@ def judge(case: AuditCase, arch: int) -> Finding:
         flops=case.flops,
     )
     return _with_times(finding, case, binary) if arch == 90 else finding
+
+
+def is_made_for(case: AuditCase, arch: int) -> bool:
+    """Whether a case is to be compiled for `arch`."""
+    return not case.instructions or arch in case.instructions
+
+
+def _other_instructions(case: AuditCase, arch: int, tensor_cores: Mapping[str, int]) -> Iterator[str]:
+    """What is wrong if the matrix instructions are not, one and all, of the kind that the case declares for `arch`."""
+    wanted, kinds = case.instructions.get(arch), kinds_of(tensor_cores)
+    if wanted is not None and kinds != {wanted}:
+        forms = f"{', '.join(sorted(kinds))} ({_summary(tensor_cores)})" if kinds else "no matrix instruction"
+        yield f"has {forms}; it is made for {wanted}"
 
 
 def _with_times(finding: Finding, case: AuditCase, binary: Binary) -> Finding:
@@ -172,8 +196,13 @@ def _judge_named(module_name: str, case_name: str, arch: int) -> Finding:
 
 
 def judge_all(cases: dict[str, tuple[str, AuditCase]], archs: Iterable[int], jobs: int) -> list[Finding]:
-    """Judge every case for every architecture, in `jobs` processes; the order does not depend on `jobs`."""
-    tasks = [(module, name, arch) for name, (module, _) in cases.items() for arch in archs]
+    """Judge every case for every architecture that it is made for, in `jobs` processes; the order does not depend on
+    `jobs`.
+    """
+    archs = list(archs)
+    tasks = [
+        (module, name, arch) for name, (module, case) in cases.items() for arch in archs if is_made_for(case, arch)
+    ]
     if jobs == 1:
         return [judge(cases[name][1], arch) for _, name, arch in tasks]
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -212,7 +241,7 @@ def render(findings: Iterable[Finding]) -> str:
     return format_table(header.split(" "), rows)
 
 
-def _summary(forms: dict[str, int]) -> str:
+def _summary(forms: Mapping[str, int]) -> str:
     """Matrix instructions by kind and type, without their shapes: "8 HGMMA.BF16 RS"."""
     counts: Counter[str] = Counter()
     for form, count in forms.items():
@@ -237,7 +266,7 @@ def main(argv: list[str]) -> int:
     if args.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {args.jobs}")
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return _rerun_compiling(argv)
+        return rerun_compiling("audit", argv)
     try:
         cases = collect_cases(args.module or kernel_modules())
     except (ValueError, ImportError) as error:
@@ -245,7 +274,10 @@ def main(argv: list[str]) -> int:
     chosen = {name: found for name, found in cases.items() if args.filter in name}
     if not chosen:
         parser.error(f"--filter {args.filter!r} matches none of: {', '.join(cases)}")
-    findings = judge_all(chosen, [int(arch.removeprefix("sm_")) for arch in args.arch], args.jobs)
+    archs = [int(arch.removeprefix("sm_")) for arch in args.arch]
+    if not any(is_made_for(case, arch) for _, case in chosen.values() for arch in archs):
+        parser.error(f"none of the cases is made for {', '.join(args.arch)}")
+    findings = judge_all(chosen, archs, args.jobs)
     print(render(findings))
     print(LEGEND)
     if args.json:
@@ -261,10 +293,12 @@ def main(argv: list[str]) -> int:
     return 1 if failed else 0
 
 
-def _rerun_compiling(argv: list[str]) -> int:
-    """Kernels that were imported under TRITON_INTERPRET=1 cannot be compiled, so start again without it."""
+def rerun_compiling(subcommand: str, argv: Sequence[str]) -> int:
+    """Start `python -m bench SUBCOMMAND ARGV` without TRITON_INTERPRET=1, under which kernels were imported that cannot
+    be compiled; returns its exit status.
+    """
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     del environment["TRITON_INTERPRET"]
-    return subprocess.run([sys.executable, "-m", "bench", "audit", *argv], env=environment, check=False).returncode
+    return subprocess.run([sys.executable, "-m", "bench", subcommand, *argv], env=environment, check=False).returncode

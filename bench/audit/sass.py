@@ -13,6 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,14 @@ from triton.runtime.cache import get_cache_manager
 
 from fastjepa.kernels.launch import AuditCase
 
-# Mnemonics of matrix instructions: warp-wide (Ampere), warpgroup-wide (Hopper), tensor memory (Blackwell).
-TENSOR_CORE_OPCODES = (
-    *("HMMA", "IMMA", "BMMA", "DMMA", "QMMA", "OMMA"),
-    *("HGMMA", "IGMMA", "BGMMA", "QGMMA"),
-    *("UTCHMMA", "UTCIMMA", "UTCQMMA", "UTCOMMA"),
-)
+# Mnemonics of matrix instructions by their kind in PTX: warp-wide (Ampere), warpgroup-wide (Hopper), tensor memory
+# (Blackwell).
+MATRIX_INSTRUCTIONS = {
+    "mma.sync": ("HMMA", "IMMA", "BMMA", "DMMA", "QMMA", "OMMA"),
+    "wgmma": ("HGMMA", "IGMMA", "BGMMA", "QGMMA"),
+    "tcgen05": ("UTCHMMA", "UTCIMMA", "UTCQMMA", "UTCOMMA"),
+}
+_KINDS = {mnemonic: kind for kind, mnemonics in MATRIX_INSTRUCTIONS.items() for mnemonic in mnemonics}
 _LOG_FILE = "ptxas.log"
 GLOBAL_LOADS = ("LDG", "LDGSTS", "LD")
 GLOBAL_STORES = ("STG", "ST")
@@ -148,7 +151,7 @@ def inspect(binary: Binary) -> Inspection:
         shared_bytes=binary.shared_bytes,
         tensor_memory_columns=binary.tensor_memory_columns,
         instructions=len(binary.instructions),
-        tensor_cores=dict(Counter(_matrix_form(i) for i in binary.instructions if i.mnemonic in TENSOR_CORE_OPCODES)),
+        tensor_cores=dict(Counter(_matrix_form(i) for i in binary.instructions if i.mnemonic in _KINDS)),
         global_loads=sum(count[name] for name in GLOBAL_LOADS) + bulk_loads,
         wide_loads=sum(wide[name] for name in GLOBAL_LOADS) + bulk_loads,
         global_stores=sum(count[name] for name in GLOBAL_STORES) + bulk_stores,
@@ -161,6 +164,11 @@ def _matrix_form(instruction: Instruction) -> str:
     if instruction.mnemonic.endswith("GMMA"):
         return f"{instruction.opcode} {'SS' if instruction.operands[1].startswith('gdesc') else 'RS'}"
     return instruction.opcode
+
+
+def kinds_of(tensor_cores: Iterable[str]) -> set[str]:
+    """The kinds of matrix instructions, keys of `MATRIX_INSTRUCTIONS`, among the forms of `Inspection.tensor_cores`."""
+    return {_KINDS[form.split(".", 1)[0]] for form in tensor_cores}
 
 
 def _compile(source: Any, case: AuditCase, arch: int, *, again: bool) -> tuple[Any, str]:

@@ -118,7 +118,7 @@ class Session:
             "peak_extra_bytes": runner.peak(phase),
             "baseline_ms": baseline,
             "speedup": baseline / median if baseline is not None and status == "exact" and exact_baseline else None,
-            "quality": {name: units / seconds for name, units in case.rates.items()},
+            "quality": {name: units / seconds for name, units in case.rates.items()} | self._facts(variant),
         }
         work, ceilings = case.work(phase, variant.dtype), ceilings_of(device_name)
         if work is not None:
@@ -129,6 +129,14 @@ class Session:
                 shortest = ceilings.seconds(work.bytes_moved, work.flops, variant.precision)
                 row["percent_of_roofline"] = 100 * shortest / seconds
         return row
+
+    def _facts(self, variant: Variant) -> dict[str, float]:
+        """What is known of a variant without measuring; nothing that goes wrong here costs what was measured."""
+        try:
+            return {} if variant.facts is None else dict(variant.facts())
+        except Exception as error:
+            self._say(f"{variant.name}: its facts are not known: {type(error).__name__}: {error}")
+            return {}
 
     def _say(self, what: str) -> None:
         self.progress(f"{self.case.suite} {self.case.name}: {what}")

@@ -7,7 +7,7 @@ they are laid out, how the function is built, and where it can run at all.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -52,7 +52,8 @@ class Variant:
     `build(device)` returns the computation, ready to be called many times on the same inputs. `available(device)` says
     why it cannot run there, or None. `prepare` changes how the inputs are laid out, once and untimed. `precision` is
     the arithmetic by which it is judged and whose roofline applies: "fp32", "tf32", "bf16". `given` says, for the row,
-    what a peer was given that it does not do by itself.
+    what a peer was given that it does not do by itself. `facts` gives numbers for the row's `quality` that are known
+    without measuring; it is asked once the variant has been measured.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Variant:
     available: Callable[[torch.device], str | None] = always
     prepare: Callable[[Tensors], Tensors] = dict
     given: str = ""
+    facts: Callable[[], Mapping[str, float]] | None = None
 
 
 def channels_last(inputs: Tensors) -> Tensors:

@@ -19,7 +19,10 @@ from fastjepa.optional_packages import missing_packages
 
 # What the first parts measure on a GPU; the peers, and all that is worth less, come at the end.
 HEADLINE = (ORIGINAL, "TF32", EAGER_BF16, "fused blocks", GRAPH)
-_ROLLOUTS = ("eager", "fused bf16, in one graph", "folded bf16, in one graph", "eager bf16", "fused bf16")
+_ROLLOUTS = (
+    "eager", "folded convolutions bf16, in one graph", "folded bf16, in one graph", "eager bf16",
+    "folded convolutions, in one graph", "fused bf16, in one graph", "fused bf16",
+)  # fmt: skip
 _OPS = ("eager", "eager bf16", "fused", "fused bf16")
 _KERNELS = ("fused", "fused bf16")  # of every op's benchmark
 # Tests that run the kernels, besides those marked gpu.
@@ -64,6 +67,8 @@ def parts(out: Path, device: torch.device, quick: bool) -> list[Part]:
         make.suite("checks", 150, "--rounds", "2", "--no-memory", per_variant=45),
         make.suite("rollout", 150, "--batch", *make.sizes("1", "64"), "--horizon", "8", "--seconds", "0.5",
                    variants=_ROLLOUTS),
+        make.suite("convolution", 150, *make.only_on_gpu("--batch", "1", "64", "--only", "predictor"),
+                   "--seconds", "0.1", variants=_OPS),
         make.suite("projected_losses", 150, *make.only_on_gpu("--batch", "64"), "--seconds", "1", variants=_OPS),
         make.suite("moments", 150, "--seconds", "0.5", variants=_OPS),
         make.suite("frame_windows", 150, "--seconds", "0.5", variants=_OPS),
@@ -80,6 +85,7 @@ def parts(out: Path, device: torch.device, quick: bool) -> list[Part]:
     peers = [
         make.peers("step", 1000, "--seconds", "4", per_variant=400),
         make.peers("rollout", 600, "--batch", "1", "64", "--horizon", "1", "8", "50", "--seconds", "0.5"),
+        make.peers("convolution", 600, "--seconds", "0.2"),
         make.peers("projected_losses", 600, "--batch", "64", "--seconds", "1"),
         make.peers("moments", 400, "--seconds", "0.5"),
         make.peers("layers", 1000, "--seconds", "0.5"),

@@ -57,7 +57,7 @@ def _sources(rows: Sequence[Row]) -> str:
     dates = sorted({row.date[:10] for row in rows})
     span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     used = sorted({row.threads for row in rows if row.threads is not None})
-    threads = f", {' or '.join(map(str, used))} CPU threads" if rows[-1].sm_clock_mhz is None else ""
+    threads = f", {' or '.join(map(str, used))} CPU threads" if used and rows[-1].sm_clock_mhz is None else ""
     driver = f", driver {rows[-1].driver}" if rows[-1].driver else ""
     return f"{span}; commit {commits}{dirty}; {versions}{driver}{threads}."
 
@@ -72,6 +72,9 @@ def _tables(rows: Sequence[Row]) -> Iterable[str]:
         if suite == "traffic":
             yield _traffic_table(in_suite)
             continue
+        if estimates := [row for row in in_suite if "estimate_us" in row.quality]:
+            yield _estimate_table(estimates)
+            in_suite = [row for row in in_suite if row not in estimates]
         for case in dict.fromkeys(row.case for row in in_suite):
             yield f"**{case}**\n\n{_table([row for row in in_suite if row.case == case])}"
 
@@ -118,6 +121,19 @@ def _traffic_table(rows: Sequence[Row]) -> str:
             row.case, row.variant, row.phase, f"{row.quality['operators']:.0f}",
             f"{row.quality['operator_bytes'] / 1e9:.4g}", f"{row.quality['kernels']:.0f}",
             f"{(row.bytes_moved or 0) / 1e9:.4g}", f"{row.quality['ms_at_ceiling']:.4g}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return _markdown(header, body)
+
+
+def _estimate_table(rows: Sequence[Row]) -> str:
+    """Of launches, none of which was timed; their sum in the row "all"."""
+    header = ["estimate, not measured", "variant", "launch", "programs", "roofline µs", "issue µs", "estimated µs"]
+    body = [
+        [
+            row.case, row.variant, row.phase, f"{row.quality['programs']:.0f}" if "programs" in row.quality else "",
+            *(f"{row.quality[name]:.2f}" for name in ("roofline_us", "issue_us", "estimate_us")),
         ]
         for row in rows
     ]  # fmt: skip

@@ -1,8 +1,8 @@
 """`python -m bench traffic`: bytes read and written, and kernels launched, by a step, an evaluation and a rollout step.
 
 At full size on any machine: shapes are traced, and nothing of that size is allocated. "GB" counts each operator's
-tensors once, an op of ours as one operator; "GB of all passes" counts every launch of ours by itself. Convolutions are
-counted at the least that they must move, by whatever library, each as one kernel.
+tensors once, an op of ours as one operator; "GB of all passes" counts every launch of ours by itself. Convolutions of
+torch are counted at the least that they must move, by whatever library, each as one kernel.
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ class Way:
     recompute: bool = False
     projection: ProjectionPath = "eager"
     folded: bool = False  # for inference
+    own_convolutions: bool = False  # folded too, each with what surrounds it in one launch of ours
 
 
 ORIGINAL = Way("original", literal=True)
@@ -49,8 +50,9 @@ EAGER_BF16 = Way("each thing once, bf16, channels-last", bf16=True, channels_las
 FUSED = Way("fused", bf16=True, channels_last=True, fused=True, projection="fused")
 RECOMPUTED = replace(FUSED, name="fused, recomputed", recompute=True)
 FOLDED = replace(EAGER_BF16, name="bf16, channels-last, BatchNorm folded", folded=True)
+OWN = Way("own convolutions, bf16", bf16=True, channels_last=True, own_convolutions=True)
 STEP_WAYS = (ORIGINAL, ONCE, EAGER_BF16, RECOMPUTED, FUSED)
-ROLLOUT_WAYS = (replace(ORIGINAL, name="eager"), FOLDED, FUSED)
+ROLLOUT_WAYS = (replace(ORIGINAL, name="eager"), FOLDED, FUSED, OWN)
 
 
 def build_model(recipe: Recipe, way: Way) -> Model:
@@ -67,6 +69,12 @@ def build_model(recipe: Recipe, way: Way) -> Model:
 
         jepa.encoder = FusedResNet5.from_eager(jepa.encoder, recompute=way.recompute)
         jepa.predictor = FusedStateOnlyPredictor.from_eager(jepa.predictor, recompute=way.recompute)
+    if way.own_convolutions:
+        from fastjepa.fused.folded_networks import FoldedEncoder, FoldedPredictor
+
+        with fake_tensors(beside_real_ones=True):  # in which kernels are let through
+            jepa.encoder = FoldedEncoder.from_eager(jepa.encoder)
+            jepa.predictor = FoldedPredictor.from_eager(jepa.predictor)
     if way.folded:
         jepa.encoder, jepa.predictor = (folded_batch_norm(network.eval()) for network in (jepa.encoder, jepa.predictor))
     return jepa, *build_probes(dobs=1, dstc=recipe.dstc)
@@ -95,8 +103,19 @@ def training_step(recipe: Recipe, way: Way) -> list[Event]:
 
 
 def rollout_step(recipe: Recipe, way: Way) -> list[Event]:
-    """One step of a rollout: a window of states in, the next state out, in eval mode."""
+    """One step of a rollout: a window of states in, the next state out, in eval mode.
+
+    With our own convolutions a step reads bf16 states where they lie, and writes the next behind them.
+    """
     predictor: Any = build_model(recipe, way)[0].predictor.eval()
+    if way.own_convolutions:
+        half = torch.autocast("cpu", torch.bfloat16, enabled=way.bf16)
+        with fake_tensors(beside_real_ones=True), torch.no_grad(), half:
+            states = torch.empty(recipe.batch, recipe.dstc, CONTEXT + 1, recipe.pixels, recipe.pixels)
+            run, frames = predictor.ready(states, 1), predictor.in_frames(states)  # weights are folded here
+            with TrafficCounter(part_of) as counter:
+                predictor.step(run, frames[:CONTEXT], frames[CONTEXT:])
+        return counter.events
     with fake_tensors(beside_real_ones=True), torch.no_grad():
         window = torch.empty(recipe.batch, recipe.pixels, recipe.pixels, CONTEXT * recipe.dstc).permute(0, 3, 1, 2)
         with torch.autocast("cpu", torch.bfloat16, enabled=way.bf16):
@@ -107,26 +126,33 @@ def rollout_step(recipe: Recipe, way: Way) -> list[Event]:
 
 
 def evaluation(recipe: Recipe, way: Way) -> list[Event]:
-    """One evaluation of one batch, up to the probabilities that average precision ranks."""
-    model = build_model(recipe, way if way.literal else replace(way, folded=not way.fused))
+    """One evaluation of one batch, up to the probabilities that average precision ranks. BatchNorm is folded before."""
+    folds = not (way.literal or way.fused or way.own_convolutions)
+    model = build_model(recipe, replace(way, folded=folds))
     with fake_tensors(beside_real_ones=True):
         video = torch.empty(recipe.batch, recipe.frames, recipe.pixels, recipe.pixels, dtype=torch.uint8)
         maps = torch.empty(recipe.batch, recipe.frames, DetHead.CELLS, DetHead.CELLS, dtype=torch.uint8)
         is_folded = patch.object(training_evaluation, "folded_batch_norm", lambda network: network)
         no_ranking = patch.object(training_evaluation, "average_precision", lambda p, _: p.new_empty(()))
-        # In the end it reads its results, and shapes have no values.
-        reads_results = contextlib.suppress(DataDependentOutputException)
-        with is_folded, no_ranking, reads_results, TrafficCounter(part_of) as counter:
-            training_evaluation.evaluate(
-                *model, ClipSet(video, maps), recipe.batch, literal=way.literal,
-                autocast_dtype=torch.bfloat16 if way.bf16 else None,
-            )  # fmt: skip
+        with is_folded, no_ranking:
+            if way.own_convolutions:  # the first one folds
+                _evaluate(model, ClipSet(video, maps), recipe, way)
+            with TrafficCounter(part_of) as counter:
+                _evaluate(model, ClipSet(video, maps), recipe, way)
     return counter.events
+
+
+def _evaluate(model: Model, clips: ClipSet, recipe: Recipe, way: Way) -> None:
+    # In the end it reads its results, and shapes have no values.
+    with contextlib.suppress(DataDependentOutputException):
+        training_evaluation.evaluate(
+            *model, clips, recipe.batch, literal=way.literal, autocast_dtype=torch.bfloat16 if way.bf16 else None
+        )
 
 
 Work = Callable[[Recipe, Way], list[Event]]
 WORKS: dict[str, tuple[Work, tuple[Way, ...]]] = {
     "training step": (training_step, STEP_WAYS),
-    "evaluation of a batch": (evaluation, (ORIGINAL, ONCE, EAGER_BF16, FUSED)),
+    "evaluation of a batch": (evaluation, (ORIGINAL, ONCE, EAGER_BF16, FUSED, OWN)),
     "rollout step": (rollout_step, ROLLOUT_WAYS),
 }

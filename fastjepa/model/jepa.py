@@ -15,7 +15,7 @@ from fastjepa.files.safe_files import write_atomic
 from fastjepa.files.state_dicts import check_tensors, plain_state, strip_compile_prefix
 from fastjepa.files.tensor_files import read_tensor_file
 from fastjepa.kernels.frame_windows import reference
-from fastjepa.model.autoregressive import autoregressive_rollout
+from fastjepa.model.autoregressive import autoregressive_rollout, own_method
 from fastjepa.model.losses import SquareLossSeq, VCLoss
 from fastjepa.model.modes import eval_mode
 from fastjepa.model.networks import Projector, ResNet5, ResUNet, StateOnlyPredictor
@@ -216,10 +216,9 @@ def parallel_unroll(
     Returns:
         z for whatever else it is used for, the losses say, and p¹ … pᴷ, each like z.
     """
-    # Asked of the class: a wrapper hands on what it is asked for itself.
-    own_unroll = getattr(type(predictor), "unroll_parallel", None)
-    if own_unroll is not None and not _has_hooks(predictor):
-        unrolled: tuple[Tensor, list[Tensor]] = own_unroll(predictor, state, nsteps)
+    own_unroll = own_method(predictor, "unroll_parallel")
+    if own_unroll is not None:
+        unrolled: tuple[Tensor, list[Tensor]] = own_unroll(state, nsteps)
         return unrolled
     context_length = getattr(predictor, "context_length", 0)
     sequences, current = [], state
@@ -229,12 +228,6 @@ def parallel_unroll(
             current = reference.sequence(state[:, :, :context_length], predictor(current, actions))
         sequences.append(current)
     return state, sequences
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether a call of this very module does more than its `forward`."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
 
 
 def _check_frames(mode: str, frames: int, nsteps: int, context: int, window: int, compute_loss: bool) -> None:

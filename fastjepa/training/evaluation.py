@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from fastjepa.fused.folding import folded_batch_norm
 from fastjepa.graphs import GraphedRollout
+from fastjepa.model.autoregressive import own_method, parallel_tails
 from fastjepa.model.jepa import JEPA
 from fastjepa.model.modes import eval_mode
 from fastjepa.model.networks import DetHead, ImageDecoder
@@ -102,13 +104,8 @@ def rollout_tails(predictor: nn.Module, state: Tensor, steps: int) -> Iterator[T
     frames = state.shape[2]
     if not 1 <= steps <= frames - 2:
         raise ValueError(f"steps must be between 1 and T - 2 = {frames - 2}, got {steps}")
-    current = state
-    for s in range(steps):
-        # Predictions of frames s + 2 … T - 1 read the frames s … T - 2; what lies before them is final.
-        with span(f"rollout step {s + 1}"):
-            tail = predictor(current[:, :, s:-1], None)
-        yield tail
-        current = torch.cat((current[:, :, : s + 2], tail), dim=2)
+    tails = own_method(predictor, "tails") or partial(parallel_tails, predictor)
+    yield from tails(state, steps)
 
 
 def evaluate(
