@@ -19,7 +19,8 @@ from absence import python, without
 from fastjepa.fused import folded_layers, folded_maps
 from fastjepa.fused.autocast import InBf16
 from fastjepa.fused.folded_layers import unet_layers
-from fastjepa.fused.folded_networks import FoldedEncoder, FoldedModule, FoldedPredictor, Layers
+from fastjepa.fused.folded_module import FoldedModule, Layers
+from fastjepa.fused.folded_networks import FoldedEncoder, FoldedPredictor
 from fastjepa.fused.folding import folded_batch_norm
 from fastjepa.fused.swap import _copy_modes
 from fastjepa.graphs import GraphedRollout, GraphedTrainStep
@@ -119,7 +120,7 @@ def test_an_encoder_by_torch(options: dict[str, Any], size: tuple[int, int], pre
 @pytest.mark.parametrize(
     ("options", "size", "precision", "layers"),
     [
-        ({}, (5, 7), "fp32", "all"),
+        ({}, (3, 5), "fp32", "all"),
         ({}, (4, 8), "bf16", "all"),
         ({"channels": 3, "s1": 2, "avg_pool": True}, (9, 7), "fp32", ("conv1", "layer1.conv1", "layer1.conv2")),
     ],
@@ -273,12 +274,8 @@ def test_a_rollout_of_fifty_steps(precision: str, by_kernels: bool, request: pyt
     assert_exact(actual, eager, truth.to(device), precision)
 
 
-@PRECISIONS
-def test_a_rollout_by_kernels_is_the_steps_one_after_another_and_has_the_same_bits_twice(
-    precision: str, device: str
-) -> None:
-    predictor = a_predictor(4).to(device)
-    folded = FoldedPredictor.from_eager(predictor, torch.bfloat16 if precision == "bf16" else None)
+def test_a_rollout_by_kernels_is_the_steps_one_after_another_and_has_the_same_bits_twice(device: str) -> None:
+    folded = FoldedPredictor.from_eager(a_predictor(4).to(device), torch.bfloat16)
     states = states_of(frames=3, size=(4, 4)).to(device)
     found = folded.roll_out(states, 1)
     assert torch.equal(found, literal(folded, states, 1))
@@ -789,6 +786,11 @@ def test_convolutions_of_kernels_are_served(device: str) -> None:
     rollout = GraphedRollout(predictor, 1, fold_batch_norm=True, convolutions="fused")
     assert rollout.predictor is predictor
     assert torch.equal(rollout(states), FoldedPredictor.from_eager(predictor).roll_out(states, 1))
+    without_kernels, with_some = (FoldedPredictor.from_eager(predictor, layers=names) for names in ((), SOME))
+    for given, launches in ((without_kernels, 18), (with_some, len(SOME))):
+        served = GraphedRollout(given, 1, fold_batch_norm=True, convolutions="fused")._ours
+        assert served is not None
+        assert len(served.kernel_layers) == launches
 
 
 def test_convolutions_of_kernels_see_what_changes(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -839,6 +841,15 @@ def test_a_rollout_that_cannot_have_kernels_is_refused(monkeypatch: pytest.Monke
         GraphedRollout(predictor, fold_batch_norm=True, convolutions="fused")
 
 
+@pytest.mark.parametrize("call", [lambda r, x: r(x), lambda r, x: r.tails(x, 1)])
+def test_a_recorded_rollout_takes_what_the_predictor_takes(call: Any) -> None:
+    rollout = GraphedRollout(FoldedPredictor.from_eager(a_predictor(8), layers=()), 1)
+    with pytest.raises(TypeError, match=r"states has dtype torch.bfloat16, the weights have torch.float32"):
+        call(rollout, states_of(frames=3).bfloat16())
+    with pytest.raises(ValueError, match="states of 4 channels"):
+        call(rollout, torch.rand(1, D + 1, 3, 8, 8))
+
+
 # ---- the launches ----
 
 
@@ -862,6 +873,19 @@ def test_launches_are_those_of_the_recipe(device: str, monkeypatch: pytest.Monke
         encoder(torch.rand(3, 1, 64, 64).to(device))
         predictor(torch.rand(2, 16, 2, 64, 64).to(device))
     assert launched == [*layers_of_recipe(3).values(), *predictor_layers(2).values()]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("allowed", [False, True])
+def test_fp32_is_multiplied_in_tf32_where_torch_would(allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastjepa.kernels.convolution.op as op
+
+    launched: list[str] = []
+    monkeypatch.setattr(op, "launch", lambda operands, _: launched.append(operands.layer.precision))
+    folded = FoldedPredictor.from_eager(a_predictor(4).cuda())
+    torch.backends.cudnn.allow_tf32 = allowed  # put back by the fixture `exact_arithmetic`
+    folded.roll_out(states_of().cuda(), 1)
+    assert launched == ["tf32" if allowed else "fp32"] * 18
 
 
 def test_limits_are_those_of_the_kernels(needs_triton: None) -> None:
