@@ -88,6 +88,7 @@ def assert_as_exact_as_eager(folded: nn.Module, network: nn.Module, x: Tensor, p
     """Eager in bf16 is the folded copy in autocast."""
     device = x.device.type
     with torch.no_grad():
+        assert folded.folds_now()  # type: ignore[operator]
         truth = copy.deepcopy(network).double()(x.double())
         eager = network if precision == "fp32" else folded_batch_norm(network)
         with autocast(precision, device):
@@ -166,6 +167,7 @@ def test_biases_of_convolutions_and_norms_without_affine_are_folded() -> None:
     network.layer2.conv1 = nn.Conv2d(16, 32, 3, padding=1)
     network.layer2.shortcut[0] = nn.Conv2d(16, 32, 1)
     network.layer1.bn1 = nn.BatchNorm2d(16, affine=False, eps=1e-2)
+    network.eval()
     x = torch.rand(1, 1, 2, 8, 8)
     assert_as_exact_as_eager(FoldedEncoder.from_eager(network, layers=()), network, x, "fp32")
 
@@ -534,11 +536,11 @@ def test_results_are_memory_of_their_own_and_sizes_take_turns() -> None:
     with torch.inference_mode():
         assert torch.equal(folded(inputs[0]), kept[0])
         fresh, _, _ = folded_pair()[1]
-        inside = fresh(inputs[0])
-        next(fresh.parameters()).data.mul_(1)
+        inside = fresh(inputs[1])  # of which maps are resized
         fresh.refresh()
     with torch.no_grad():
-        assert torch.equal(fresh(inputs[0]), inside)  # memory that was made there is no trap
+        assert torch.equal(fresh(inputs[1]), inside)  # memory that was made there is no trap
+        fresh.refresh()
 
 
 # ---- weights are never stale ----
