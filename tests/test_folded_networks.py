@@ -439,7 +439,9 @@ def test_everything_is_shared_with_the_module_that_was_replaced() -> None:
         assert folded.is_folded
         assert not hasattr(folded, "is_fused")
         assert folded_batch_norm(folded) is folded
-        folded.train()
+        for training in (False, True):
+            assert folded.train(training).source is network  # type: ignore[comparison-overlap]
+            assert network.training is training
         folded.conv1.eval() if isinstance(folded, FoldedEncoder) else folded.predictor.eval()  # type: ignore[operator]
         _copy_modes(folded, network)
         assert network.training
@@ -512,6 +514,7 @@ def test_copies_and_pickles_fold_their_own_weights() -> None:
         with torch.no_grad():
             before = folded(x)
             other = copy.deepcopy(folded)
+            assert other._kept is None  # memory for maps, say, which it makes itself when it needs it
             assert torch.equal(other(x), before)
             next(other.parameters()).mul_(2)
             assert torch.equal(folded(x), before)
