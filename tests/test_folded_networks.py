@@ -254,7 +254,7 @@ def _in_bf16(predictor: Any) -> Any:
 @pytest.mark.parametrize("by_kernels", [False, True])
 def test_a_rollout_of_fifty_steps(precision: str, by_kernels: bool, request: pytest.FixtureRequest) -> None:
     """Of states that neither die nor explode: they still move at its end. All layers where kernels are compiled, and
-    in the interpreter one, which writes where it reads next.
+    in the interpreter one: in bf16 that which writes where it reads next, in fp32 the cheapest.
     """
     device = request.getfixturevalue("device") if by_kernels else "cpu"
     few = by_kernels and device == "cpu"
@@ -269,7 +269,9 @@ def test_a_rollout_of_fifty_steps(precision: str, by_kernels: bool, request: pyt
     predictor, states = predictor.to(device), states.to(device)
     with autocast(precision, device):
         eager = literal(predictor if precision == "fp32" else folded_batch_norm(predictor), states, 50)
-        layers: Layers = () if not by_kernels else ("dec1.conv2",) if few else "all"
+        layers: Layers = (
+            () if not by_kernels else "all" if not few else ("dec1.conv2",) if precision == "bf16" else ("up1",)
+        )
         actual = FoldedPredictor.from_eager(predictor, layers=layers).roll_out(states, 50)
     assert actual.dtype == states.dtype
     assert torch.equal(actual[:, :, :2], states)
