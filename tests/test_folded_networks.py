@@ -19,7 +19,8 @@ from absence import python, without
 from fastjepa.fused import folded_layers, folded_maps
 from fastjepa.fused.autocast import InBf16
 from fastjepa.fused.folded_layers import unet_layers
-from fastjepa.fused.folded_networks import FoldedEncoder, FoldedModule, FoldedPredictor, Layers
+from fastjepa.fused.folded_module import FoldedModule, Layers
+from fastjepa.fused.folded_networks import FoldedEncoder, FoldedPredictor
 from fastjepa.fused.folding import folded_batch_norm
 from fastjepa.fused.swap import _copy_modes
 from fastjepa.graphs import GraphedRollout, GraphedTrainStep
@@ -87,6 +88,7 @@ def assert_as_exact_as_eager(folded: nn.Module, network: nn.Module, x: Tensor, p
     """Eager in bf16 is the folded copy in autocast."""
     device = x.device.type
     with torch.no_grad():
+        assert folded.folds_now()  # type: ignore[operator]
         truth = copy.deepcopy(network).double()(x.double())
         eager = network if precision == "fp32" else folded_batch_norm(network)
         with autocast(precision, device):
@@ -119,7 +121,7 @@ def test_an_encoder_by_torch(options: dict[str, Any], size: tuple[int, int], pre
 @pytest.mark.parametrize(
     ("options", "size", "precision", "layers"),
     [
-        ({}, (5, 7), "fp32", "all"),
+        ({}, (3, 5), "fp32", "all"),
         ({}, (4, 8), "bf16", "all"),
         ({"channels": 3, "s1": 2, "avg_pool": True}, (9, 7), "fp32", ("conv1", "layer1.conv1", "layer1.conv2")),
     ],
@@ -165,6 +167,7 @@ def test_biases_of_convolutions_and_norms_without_affine_are_folded() -> None:
     network.layer2.conv1 = nn.Conv2d(16, 32, 3, padding=1)
     network.layer2.shortcut[0] = nn.Conv2d(16, 32, 1)
     network.layer1.bn1 = nn.BatchNorm2d(16, affine=False, eps=1e-2)
+    network.eval()
     x = torch.rand(1, 1, 2, 8, 8)
     assert_as_exact_as_eager(FoldedEncoder.from_eager(network, layers=()), network, x, "fp32")
 
@@ -251,7 +254,7 @@ def _in_bf16(predictor: Any) -> Any:
 @pytest.mark.parametrize("by_kernels", [False, True])
 def test_a_rollout_of_fifty_steps(precision: str, by_kernels: bool, request: pytest.FixtureRequest) -> None:
     """Of states that neither die nor explode: they still move at its end. All layers where kernels are compiled, and
-    in the interpreter one, which writes where it reads next.
+    in the interpreter one: in bf16 that which writes where it reads next, in fp32 the cheapest.
     """
     device = request.getfixturevalue("device") if by_kernels else "cpu"
     few = by_kernels and device == "cpu"
@@ -266,19 +269,17 @@ def test_a_rollout_of_fifty_steps(precision: str, by_kernels: bool, request: pyt
     predictor, states = predictor.to(device), states.to(device)
     with autocast(precision, device):
         eager = literal(predictor if precision == "fp32" else folded_batch_norm(predictor), states, 50)
-        layers: Layers = () if not by_kernels else ("dec1.conv2",) if few else "all"
+        layers: Layers = (
+            () if not by_kernels else "all" if not few else ("dec1.conv2",) if precision == "bf16" else ("up1",)
+        )
         actual = FoldedPredictor.from_eager(predictor, layers=layers).roll_out(states, 50)
     assert actual.dtype == states.dtype
     assert torch.equal(actual[:, :, :2], states)
     assert_exact(actual, eager, truth.to(device), precision)
 
 
-@PRECISIONS
-def test_a_rollout_by_kernels_is_the_steps_one_after_another_and_has_the_same_bits_twice(
-    precision: str, device: str
-) -> None:
-    predictor = a_predictor(4).to(device)
-    folded = FoldedPredictor.from_eager(predictor, torch.bfloat16 if precision == "bf16" else None)
+def test_a_rollout_by_kernels_is_the_steps_one_after_another_and_has_the_same_bits_twice(device: str) -> None:
+    folded = FoldedPredictor.from_eager(a_predictor(4).to(device), torch.bfloat16)
     states = states_of(frames=3, size=(4, 4)).to(device)
     found = folded.roll_out(states, 1)
     assert torch.equal(found, literal(folded, states, 1))
@@ -440,7 +441,9 @@ def test_everything_is_shared_with_the_module_that_was_replaced() -> None:
         assert folded.is_folded
         assert not hasattr(folded, "is_fused")
         assert folded_batch_norm(folded) is folded
-        folded.train()
+        for training in (False, True):
+            assert folded.train(training).source is network  # type: ignore[comparison-overlap]
+            assert network.training is training
         folded.conv1.eval() if isinstance(folded, FoldedEncoder) else folded.predictor.eval()  # type: ignore[operator]
         _copy_modes(folded, network)
         assert network.training
@@ -513,6 +516,7 @@ def test_copies_and_pickles_fold_their_own_weights() -> None:
         with torch.no_grad():
             before = folded(x)
             other = copy.deepcopy(folded)
+            assert other._kept is None  # memory for maps, say, which it makes itself when it needs it
             assert torch.equal(other(x), before)
             next(other.parameters()).mul_(2)
             assert torch.equal(folded(x), before)
@@ -537,11 +541,11 @@ def test_results_are_memory_of_their_own_and_sizes_take_turns() -> None:
     with torch.inference_mode():
         assert torch.equal(folded(inputs[0]), kept[0])
         fresh, _, _ = folded_pair()[1]
-        inside = fresh(inputs[0])
-        next(fresh.parameters()).data.mul_(1)
+        inside = fresh(inputs[1])  # of which maps are resized
         fresh.refresh()
     with torch.no_grad():
-        assert torch.equal(fresh(inputs[0]), inside)  # memory that was made there is no trap
+        assert torch.equal(fresh(inputs[1]), inside)  # memory that was made there is no trap
+        fresh.refresh()
 
 
 # ---- weights are never stale ----
@@ -789,6 +793,11 @@ def test_convolutions_of_kernels_are_served(device: str) -> None:
     rollout = GraphedRollout(predictor, 1, fold_batch_norm=True, convolutions="fused")
     assert rollout.predictor is predictor
     assert torch.equal(rollout(states), FoldedPredictor.from_eager(predictor).roll_out(states, 1))
+    without_kernels, with_some = (FoldedPredictor.from_eager(predictor, layers=names) for names in ((), SOME))
+    for given, launches in ((without_kernels, 18), (with_some, len(SOME))):
+        served = GraphedRollout(given, 1, fold_batch_norm=True, convolutions="fused")._ours
+        assert served is not None
+        assert len(served.kernel_layers) == launches
 
 
 def test_convolutions_of_kernels_see_what_changes(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -839,6 +848,15 @@ def test_a_rollout_that_cannot_have_kernels_is_refused(monkeypatch: pytest.Monke
         GraphedRollout(predictor, fold_batch_norm=True, convolutions="fused")
 
 
+@pytest.mark.parametrize("call", [lambda r, x: r(x), lambda r, x: r.tails(x, 1)])
+def test_a_recorded_rollout_takes_what_the_predictor_takes(call: Any) -> None:
+    rollout = GraphedRollout(FoldedPredictor.from_eager(a_predictor(8), layers=()), 1)
+    with pytest.raises(TypeError, match=r"states has dtype torch.bfloat16, the weights have torch.float32"):
+        call(rollout, states_of(frames=3).bfloat16())
+    with pytest.raises(ValueError, match="states of 4 channels"):
+        call(rollout, torch.rand(1, D + 1, 3, 8, 8))
+
+
 # ---- the launches ----
 
 
@@ -862,6 +880,19 @@ def test_launches_are_those_of_the_recipe(device: str, monkeypatch: pytest.Monke
         encoder(torch.rand(3, 1, 64, 64).to(device))
         predictor(torch.rand(2, 16, 2, 64, 64).to(device))
     assert launched == [*layers_of_recipe(3).values(), *predictor_layers(2).values()]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("allowed", [False, True])
+def test_fp32_is_multiplied_in_tf32_where_torch_would(allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastjepa.kernels.convolution.op as op
+
+    launched: list[str] = []
+    monkeypatch.setattr(op, "launch", lambda operands, _: launched.append(operands.layer.precision))
+    folded = FoldedPredictor.from_eager(a_predictor(4).cuda())
+    torch.backends.cudnn.allow_tf32 = allowed  # put back by the fixture `exact_arithmetic`
+    folded.roll_out(states_of().cuda(), 1)
+    assert launched == ["tf32" if allowed else "fp32"] * 18
 
 
 def test_limits_are_those_of_the_kernels(needs_triton: None) -> None:
