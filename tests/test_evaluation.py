@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
+from fastjepa.fused.folded_networks import FoldedEncoder, FoldedPredictor
 from fastjepa.fused.folding import folded_batch_norm
 from fastjepa.fused.swap import accelerate
 from fastjepa.graphs import GraphedRollout
+from fastjepa.model.jepa import JEPA
 from fastjepa.model.step import TrainStep
 from fastjepa.moving_mnist import ClipSet
 from fastjepa.training import evaluation
@@ -195,3 +199,57 @@ def test_a_fused_model_evaluates_the_same(device: str) -> None:
     expected, found = evaluate(*model, data, 2), evaluate(*fused, data, 2)
     assert found.ap == pytest.approx(expected.ap, rel=1e-4)
     assert found.det_loss == pytest.approx(expected.det_loss, rel=1e-5)
+
+
+# ---- folded networks ----
+
+
+def fold(jepa: JEPA, autocast_dtype: torch.dtype | None, layers: Collection[str] = ()) -> JEPA:
+    """With folded networks in the places of the plain ones."""
+    of_encoder = FoldedEncoder.from_eager(jepa.encoder, autocast_dtype, [name for name in layers if name == "conv1"])
+    of_predictor = FoldedPredictor.from_eager(jepa.predictor, autocast_dtype, layers)
+    return JEPA(of_encoder, of_encoder, of_predictor, jepa.regularizer, jepa.predcost)
+
+
+@pytest.mark.parametrize("autocast_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize(("in_one_launch", "literal"), [(False, False), (True, False), (False, True)])
+def test_a_folded_model_evaluates_the_same(
+    autocast_dtype: torch.dtype | None, in_one_launch: bool, literal: bool
+) -> None:
+    jepa, decoder, head = trained(torch.float32)
+    data = clips(5)
+    expected = evaluate(jepa, decoder, head, data, 2, literal=True)
+    strides = {name: parameter.stride() for name, parameter in jepa.named_parameters()}
+    folded = fold(jepa, autocast_dtype)
+    assert all(module.training for module in jepa.modules())
+    rollout = GraphedRollout(folded, fold_batch_norm=True) if in_one_launch else None
+    found = evaluate(folded, decoder, head, data, 2, rollout=rollout, literal=literal)
+    if autocast_dtype is None:
+        assert found.ap == pytest.approx(expected.ap, rel=1e-3)
+        assert found.pooled_ap == pytest.approx(expected.pooled_ap, rel=1e-3)
+    limit = 1e-5 if autocast_dtype is None else 1e-2
+    assert found.recon_loss == pytest.approx(expected.recon_loss, rel=limit)
+    assert found.det_loss == pytest.approx(expected.det_loss, rel=limit)
+    # They were used as they are, and nothing was laid out anew.
+    assert {name: parameter.stride() for name, parameter in jepa.named_parameters()} == strides
+    assert all(module.training for module in folded.modules())
+
+
+def test_a_model_folded_into_kernels_evaluates_the_same(device: str) -> None:
+    jepa, decoder, head = (module.to(device) for module in trained(torch.float32))
+    data = clips(2, frames=4, size=8).to(device)
+    expected = evaluate(jepa, decoder, head, data, 2)
+    found = evaluate(fold(jepa, None, ("conv1", "up1")), decoder, head, data, 2)  # type: ignore[arg-type]
+    assert found.ap == pytest.approx(expected.ap, rel=1e-3)
+    assert found.det_loss == pytest.approx(expected.det_loss, rel=1e-5)
+
+
+def test_a_folded_model_is_not_folded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    jepa, decoder, head = trained(torch.float32)
+    folded = fold(jepa, None)
+    calls = []
+    for kind, name in ((FoldedEncoder, "forward"), (FoldedPredictor, "tails")):
+        method = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda *args, m=method, n=name: calls.append(n) or m(*args))
+    evaluate(folded, decoder, head, clips(2), 2)
+    assert calls == ["forward", "tails"]

@@ -10,9 +10,9 @@ folded again before they are used; what torch cannot see changing needs `refresh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,6 @@ from fastjepa.model.networks import per_frame, pooled, require_frames
 from fastjepa.profiling import span
 
 Layers = Literal["all"] | Collection[str]
-LayersOf = Callable[[nn.Module], tuple[FoldedLayer, ...]]
-Folded = TypeVar("Folded", bound="FoldedModule")
 
 _AUTOCAST_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -48,17 +46,20 @@ class Folding:
     """What a folded module keeps: its launches, weights for each dtype, and memory for maps.
 
     Args:
-        network: whose convolutions and BatchNorms are folded.
-        layers_of: describes its launches.
+        owner: the folded module, in which it is noticed that modules are replaced.
+        described: the launches.
         layers: which of them kernels run.
+        input_channels: of one source of the input.
 
     Raises:
-        ValueError: it cannot be folded, names of no launches, or launches that kernels do not take.
+        ValueError: names of no launches, or launches that kernels do not take.
         RuntimeError: kernels cannot run where the weights are.
     """
 
-    def __init__(self, network: nn.Module, layers_of: LayersOf, layers: Layers, input_channels: int) -> None:
-        self.layers = layers_of(network)
+    def __init__(
+        self, owner: nn.Module, described: tuple[FoldedLayer, ...], layers: Layers, input_channels: int
+    ) -> None:
+        self.layers = described
         self.norms = norms_of(self.layers)
         names = [layer.name for layer in self.layers]
         asked = names if layers == "all" else [layers] if isinstance(layers, str) else list(layers)
@@ -71,7 +72,7 @@ class Folding:
             from fastjepa.kernels.convolution.op import architecture  # only here: it needs Triton
 
             architecture(self.device)
-        self._children = [(module._modules, dict(module._modules)) for module in network.modules()]
+        self._children = [(module._modules, dict(module._modules)) for module in owner.modules()]
         self._weights: dict[torch.dtype, FoldedWeights] = {}
         self._maps = MapsCache()
 
@@ -160,7 +161,7 @@ class FoldedModule(nn.Module):
 
     def compute_dtype(self) -> torch.dtype:
         """In which a call would compute now. As in autocast, float64 stays float64."""
-        folding = self._folding()
+        folding = self._folding(follow=False)
         kind = folding.device.type
         if folding.dtype == torch.float64:
             return folding.dtype
@@ -177,8 +178,9 @@ class FoldedModule(nn.Module):
         """Without what can be made again: for copies and pickles."""
         return {**self.__dict__, "_kept": None}
 
-    def _folding(self) -> Folding:
-        if self._kept is None or self._kept.outdated():
+    def _folding(self, *, follow: bool = True) -> Folding:
+        """Made again if modules were replaced; `follow`: look for that, as each call does once."""
+        if self._kept is None or (follow and self._kept.outdated()):
             self._kept = self._fold(self._asked)
         return self._kept
 
@@ -195,7 +197,7 @@ class FoldedModule(nn.Module):
         return nullcontext() if self.autocast_dtype is None else torch.autocast(device_type, dtype=self.autocast_dtype)
 
     def _check_input(self, name: str, x: Tensor) -> None:
-        folding = self._folding()
+        folding = self._folding(follow=False)
         if x.device != folding.device:
             raise ValueError(f"{name} is on {x.device}, the weights are on {folding.device}")
         if not x.is_floating_point():
@@ -254,10 +256,10 @@ class FoldedEncoder(FoldedModule):
 
     def _fold(self, layers: Layers) -> Folding:
         source: Any = self
-        return Folding(self, encoder_layers, layers, source.conv1.in_channels)
+        return Folding(self, encoder_layers(self), layers, source.conv1.in_channels)
 
     def _frames(self, x: Tensor) -> Tensor:
-        folding, dtype = self._folding(), self.compute_dtype()
+        folding, dtype = self._folding(follow=False), self.compute_dtype()
         channels, size = x.shape[1], (x.shape[2], x.shape[3])
         first = folding.layers[0]
         if channels != first.conv.in_channels:
@@ -409,14 +411,14 @@ class FoldedPredictor(FoldedModule):
         c = self.context_length
         if read != c * made:
             raise ValueError(f"the predictor reads {read} channels, which are not {c} states of {made}")
-        return Folding(network, unet_layers, layers, made if c <= 2 else read)
+        return Folding(self, unet_layers(network), layers, made if c <= 2 else read)
 
     def _check_states(self, states: Tensor) -> None:
         if states.dim() != 5:
             raise ValueError(f"expected states (B, D, T, H, W), got shape {tuple(states.shape)}")
         if states.shape[2] < self.context_length:
             raise ValueError(f"predicting takes at least {self.context_length} frames, got {states.shape[2]}")
-        made = self._folding().layers[-1].out_channels
+        made = self._folding(follow=False).layers[-1].out_channels
         if states.shape[1] != made:
             raise ValueError(f"the predictor takes states of {made} channels, got shape {tuple(states.shape)}")
         self._check_input("states", states)

@@ -6,18 +6,24 @@ is c consecutive states side by side in the channels, (B, c·D, H, W): what the 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from fastjepa.fused.folded_networks import FoldedPredictor
 from fastjepa.fused.folding import folded_batch_norm
+from fastjepa.fused.network_trial import network_trial_problem
+from fastjepa.fused.recognition import predictor_problem
 from fastjepa.graphs.cache import MAX_RECORDINGS, RecordingCache, Watch
 from fastjepa.graphs.capture import Recording
+from fastjepa.graphs.folded_rollout import RecordedFolded, RecordedFoldedRollout, RecordedFoldedTails
 from fastjepa.kernels.checks import FLOAT_DTYPES, check_tensor
 from fastjepa.model.modes import eval_mode
+from fastjepa.model.networks import ResUNet, StateOnlyPredictor
 from fastjepa.profiling import span
+
+Convolutions = Literal["auto", "fused", "eager"]
 
 
 class GraphedRollout:
@@ -33,11 +39,17 @@ class GraphedRollout:
         autocast_dtype: torch.bfloat16 runs the network in bf16 autocast; states keep their dtype.
         fold_batch_norm: run a copy of the network with BatchNorm folded into the convolutions. Faster; but the copy
             sees weights changed in place only after `refresh()`.
+        convolutions: what a folded network convolves with. "fused": kernels that do everything around a convolution in
+            its launch, for a predictor of the published structure; weights changed in place count from the next call
+            on, without `refresh()`. "eager": torch's own. "auto": kernels where the predictor is a `FoldedPredictor`,
+            as `accelerate` makes one where it is faster; no kernels otherwise.
         warmup_runs, pool: see `fastjepa.graphs.capture.Recording`.
         max_recordings: how many signatures are kept; the least recently used goes first.
 
     Raises:
-        ValueError: no predictor, or `steps` < 1.
+        ValueError: no predictor, or `steps` < 1; another `convolutions`; "fused" without `fold_batch_norm`, or for a
+            predictor that is not of the published structure, or computes something else.
+        RuntimeError: "fused" where kernels cannot run.
     """
 
     def __init__(
@@ -47,6 +59,7 @@ class GraphedRollout:
         *,
         autocast_dtype: torch.dtype | None = None,
         fold_batch_norm: bool = False,
+        convolutions: Convolutions = "auto",
         warmup_runs: int | None = None,
         pool: Any = None,
         max_recordings: int = MAX_RECORDINGS,
@@ -61,12 +74,19 @@ class GraphedRollout:
                 f"{type(predictor_or_jepa).__name__}"
             )
         _check_steps(steps)
+        if convolutions not in get_args(Convolutions):
+            raise ValueError(f"convolutions must be one of {', '.join(get_args(Convolutions))}; got {convolutions!r}")
+        if convolutions == "fused" and not fold_batch_norm:
+            raise ValueError("convolutions='fused' have BatchNorm folded into them; give fold_batch_norm=True")
         self.steps = steps
         self.autocast_dtype = autocast_dtype
-        self._predictor: Any = predictor
-        self._folded = folded_batch_norm(predictor) if fold_batch_norm else None
+        self._fold_batch_norm = fold_batch_norm
+        self._convolutions = convolutions
+        self._ours: FoldedPredictor | None = None
+        self._folded: nn.Module | None = None
+        self._take(predictor)
         self._recording_options = {"warmup_runs": warmup_runs, "pool": pool}
-        self._cache: RecordingCache[_Recorded] = RecordingCache(max_recordings)
+        self._cache: RecordingCache[_Recorded | RecordedFolded] = RecordingCache(max_recordings)
 
     @property
     def recordings_made(self) -> int:
@@ -102,8 +122,7 @@ class GraphedRollout:
         self._follow_jepa()
         context = self._check_states(states, least=self._predictor.context_length)
         given = states[:, :, -context:]
-        recorded = self._recorded(("rollout", tuple(given.shape), states.dtype, steps), given, _RecordedRollout, steps)
-        result = recorded.run(given)[0]
+        result = self._recorded("rollout", given, steps).run(given)[0]
         return result.clone(memory_format=torch.contiguous_format) if copy else result
 
     def tails(self, states: Tensor, steps: int, *, copy: bool = True) -> list[Tensor]:
@@ -125,16 +144,19 @@ class GraphedRollout:
         most = states.shape[2] - context
         if not 1 <= steps <= most:
             raise ValueError(f"steps must be between 1 and T - {context} = {most}, got {steps}")
-        recorded = self._recorded(("tails", tuple(states.shape), states.dtype, steps), states, _RecordedTails, steps)
-        results = recorded.run(states)
+        results = self._recorded("tails", states, steps).run(states)
         return [tail.clone(memory_format=torch.contiguous_format) for tail in results] if copy else list(results)
 
     def refresh(self) -> None:
         """With `fold_batch_norm`: fold the weights of now, into the memory that the recordings read."""
         self._follow_jepa()
-        if self._folded is None or self._folded is self._predictor:
+        if self._ours is not None:
+            self._ours.refresh()
             return
-        fresh = folded_batch_norm(self._predictor)
+        plain = self._plain()
+        if self._folded is None or self._folded is plain:
+            return
+        fresh = folded_batch_norm(plain)
         pairs = list(zip(self._folded.state_dict().values(), fresh.state_dict().values(), strict=True))
         if any((old.device, old.dtype) != (new.device, new.dtype) for old, new in pairs):
             self._folded = fresh  # the predictor has moved
@@ -145,12 +167,31 @@ class GraphedRollout:
                 old.copy_(new)
 
     def _follow_jepa(self) -> None:
-        """Take over the JEPA's predictor if it was swapped, as `accelerate` and `restore` do."""
-        if self._jepa is None or self._jepa.predictor is self._predictor:
-            return
-        self._predictor = self._jepa.predictor
-        self._folded = None if self._folded is None else folded_batch_norm(self._predictor)
-        self._cache.clear()
+        """Take over the JEPA's predictor if it was swapped, as `accelerate` and `restore` do, or its network was."""
+        predictor = self._predictor if self._jepa is None else self._jepa.predictor
+        replaced = predictor is not self._predictor
+        if self._ours is not None and self._ours is not predictor:  # made here, from the network of then
+            replaced |= self._ours.predictor is not predictor.predictor
+        if replaced:
+            self._take(predictor)
+            self._cache.clear()
+
+    def _take(self, predictor: Any) -> None:
+        """Prepare what runs in the place of this predictor."""
+        self._predictor = predictor
+        self._ours = self._folded = None
+        if self._convolutions != "eager" and isinstance(predictor, FoldedPredictor):
+            self._ours = predictor
+        elif self._convolutions == "fused":
+            if (problem := _trial_problem(predictor)) is not None:
+                raise ValueError(f"convolutions='fused' cannot be served: {problem}")
+            self._ours = FoldedPredictor.from_eager(predictor)
+        elif self._fold_batch_norm:
+            self._folded = folded_batch_norm(self._plain())
+
+    def _plain(self) -> Any:
+        """The predictor, or the one that it stands for."""
+        return self._predictor.source if isinstance(self._predictor, FoldedPredictor) else self._predictor
 
     def _check_states(self, states: Tensor, least: int) -> int:
         weight = next(self._predictor.parameters())
@@ -165,13 +206,18 @@ class GraphedRollout:
             raise ValueError(f"states is empty: {tuple(states.shape)}")
         return int(context)
 
-    def _recorded(self, signature: Hashable, states: Tensor, kind: type[_Recorded], steps: int) -> _Recorded:
-        predictor = self._predictor if self._folded is None else self._folded
+    def _recorded(self, kind: Literal["rollout", "tails"], states: Tensor, steps: int) -> _Recorded | RecordedFolded:
+        def make() -> _Recorded | RecordedFolded:
+            options = self._recording_options
+            if self._ours is not None:
+                of_ours = RecordedFoldedRollout if kind == "rollout" else RecordedFoldedTails
+                return of_ours(self._ours, states, steps, self.autocast_dtype, options)
+            predictor = self._plain() if self._folded is None else self._folded
+            own = self._predictor.autocast_dtype if isinstance(self._predictor, FoldedPredictor) else None
+            of_others = _RecordedRollout if kind == "rollout" else _RecordedTails
+            return of_others(predictor, states, steps, own or self.autocast_dtype, options)
 
-        def make() -> _Recorded:
-            return kind(predictor, states, steps, self.autocast_dtype, self._recording_options)
-
-        return self._cache.get(signature, states.device, make)
+        return self._cache.get((kind, tuple(states.shape), states.dtype, steps), states.device, make)
 
 
 class _Recorded:
@@ -312,6 +358,14 @@ def _is_channels_last(network: nn.Module) -> bool:
     return any(
         weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous() for weight in weights
     )
+
+
+def _trial_problem(predictor: Any) -> str | None:
+    """Why a predictor that is not known computes something else than the published one, for all its structure."""
+    network = getattr(predictor, "predictor", None)
+    if (type(predictor), type(network)) == (StateOnlyPredictor, ResUNet) or getattr(network, "is_fused", False):
+        return None
+    return predictor_problem(predictor) or network_trial_problem(predictor, "predictor")
 
 
 def _check_steps(steps: int) -> None:

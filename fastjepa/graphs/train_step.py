@@ -154,6 +154,7 @@ class _RecordedStep:
         make_capturable(owner.optimizer)  # again: load_state_dict brings other settings with it
         self._owner = owner
         self._modules: tuple[nn.Module, ...] = (owner.step.jepa, owner.step.image_decoder, owner.step.detection_head)
+        self._trained = [t for module in self._modules for t in (*module.parameters(), *module.buffers())]
         self.indices = indices.clone()
         dtype = torch.promote_types(next(owner.step.jepa.parameters()).dtype, torch.float32)
         self.losses = torch.empty(*indices.shape[:-1], len(StepLosses._fields), dtype=dtype, device=indices.device)
@@ -172,6 +173,8 @@ class _RecordedStep:
     def run(self, indices: Tensor) -> Tensor:
         self.indices.copy_(indices)
         self._recording.replay()
+        # A replay changes memory and counts nothing; who keeps something that was made of the weights looks at counts.
+        torch.autograd.graph.increment_version(self._trained)
         for parameter, gradient in self._gradients:
             parameter.grad = gradient  # a plain step in between, or another recording, left its own there
         if self._watch is None:  # only now: on a CPU, which warms nothing up, Adam has made its state just now
@@ -200,8 +203,8 @@ class _RecordedStep:
         """Put back what steps change: parameters, buffers, Adam's state, loss sums, gradients."""
         state = self._owner.optimizer.state
         before = {parameter for parameter, values in state.items() if values}
-        tensors = [t for module in self._modules for t in (*module.parameters(), *module.buffers())]
-        tensors += [*self._owner.accumulators, *(t for parameter in before for t in state[parameter].values())]
+        of_adam = (t for parameter in before for t in state[parameter].values())
+        tensors = [*self._trained, *self._owner.accumulators, *of_adam]
         saved = [tensor.detach().clone() for tensor in tensors]
         try:
             yield
