@@ -377,13 +377,10 @@ def test_inference_where_no_kernels_work(status: str) -> None:
     assert sum(choice.needs_kernels for choice in tried) <= 5
 
 
-def test_after_a_cold_compiler_own_convolutions_are_tried_alone_and_never_beside_fused_blocks() -> None:
-    """Those with everything hung, and each part alone works: two ways to do the same work are not put together."""
+def test_after_a_cold_compiler_own_convolutions_are_tried_alone() -> None:
     hung = {choice: trial(choice, status="hung") for choice in (OWN, rival())}
-    order = search("inference", {**hung, OWN_PLAIN: trial(OWN_PLAIN, 2.0)})
-    assert order[:3] == [OWN, rival(), OWN_PLAIN]
-    alone = {part: trial(part, 2.0) for part in single_parts("inference") if part != OWN_PLAIN}
-    search("inference", {**hung, OWN_PLAIN: trial(OWN_PLAIN, status="out of memory"), **alone})
+    order = search("inference", {**hung, OWN_PLAIN: own(OWN_PLAIN, 2.0, FEW)})
+    assert order[:4] == [OWN, rival(), OWN_PLAIN, Choice(convolutions=",".join(FEW))]
 
 
 def test_training_knows_no_own_convolutions() -> None:
@@ -395,7 +392,7 @@ def test_what_is_not_allowed_of_the_layers_that_won_is_not_tried() -> None:
     trials = [own(OWN_PLAIN, 3.0, FEW)]
     while (choice := next_choice("inference", among(lambda c: not c.cuda_graph, trials))) is not None:
         assert not choice.cuda_graph
-        trials.append(trial(choice, 5.0))
+        trials.append(trial(choice, 2.0 if choice.convolutions else 5.0))
         assert len(trials) < 20
     assert Choice(convolutions=",".join(FEW)) in [t.choice for t in trials]
 

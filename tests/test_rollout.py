@@ -254,6 +254,9 @@ def test_what_was_measured_takes_the_place_of_what_the_run_resolved(monkeypatch:
     verdict = Verdict(setting, (trial(OWN, 2.0), trial(Choice(cuda_graph=True), 3.0)), "")
     jepa, device = tiny_jepa(), torch.device("cpu")
     fastjepa.accelerate(jepa, choice=Choice(batch_norm=True), purpose="inference", verbose=False)
+    nothing_exact = Verdict(setting, (trial(OWN, status="wrong"),), "")
+    assert evaluate.compute_as_measured(jepa, nothing_exact, device) is None
+    assert type(jepa.encoder).__name__ == "FusedResNet5"
     assert evaluate.compute_as_measured(jepa, verdict, device) == OWN
     assert type(jepa.encoder).__name__ == "FoldedEncoder"
     # Where kernels cannot run, the best of what needs none.

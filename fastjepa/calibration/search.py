@@ -177,13 +177,11 @@ def _helps(part: Choice, trials: Sequence[Trial]) -> bool:
 
 
 def _put_together(parts: Sequence[Choice]) -> Choice:
-    """One choice with all of them; of two ways to compute the same, the one that comes first."""
+    """One choice with all of them; of two ways to compute the losses, the one that comes first."""
     values: dict[str, object] = {}
     for part in parts:
         for field in dataclasses.fields(part):
             value = getattr(part, field.name)
             if value != getattr(EAGER, field.name):
                 values.setdefault(field.name, value)
-    if "convolutions" in values:
-        values = {name: values[name] for name in values.keys() - {"batch_norm", "channels_last"}}
     return Choice(**values)  # type: ignore[arg-type]
