@@ -19,7 +19,8 @@ from absence import python, without
 from fastjepa.fused import folded_layers, folded_maps
 from fastjepa.fused.autocast import InBf16
 from fastjepa.fused.folded_layers import unet_layers
-from fastjepa.fused.folded_networks import FoldedEncoder, FoldedModule, FoldedPredictor, Layers
+from fastjepa.fused.folded_module import FoldedModule, Layers
+from fastjepa.fused.folded_networks import FoldedEncoder, FoldedPredictor
 from fastjepa.fused.folding import folded_batch_norm
 from fastjepa.fused.swap import _copy_modes
 from fastjepa.graphs import GraphedRollout, GraphedTrainStep
@@ -32,7 +33,7 @@ from fastjepa.model.modes import eval_mode
 from fastjepa.model.networks import ResNet5, ResUNet, StateOnlyPredictor
 from fastjepa.model.step import TrainStep, build_optimizer
 from fastjepa.training.evaluation import rollout_tails
-from graph_cases import same, some_clips, some_step, trained_jepa
+from graph_cases import EVERY_DEVICE, same, some_clips, some_step, trained_jepa
 from original import action_unet_jepa, original_jepa
 from tiny import tiny_batch, tiny_model
 
@@ -87,6 +88,7 @@ def assert_as_exact_as_eager(folded: nn.Module, network: nn.Module, x: Tensor, p
     """Eager in bf16 is the folded copy in autocast."""
     device = x.device.type
     with torch.no_grad():
+        assert folded.folds_now()  # type: ignore[operator]
         truth = copy.deepcopy(network).double()(x.double())
         eager = network if precision == "fp32" else folded_batch_norm(network)
         with autocast(precision, device):
@@ -119,7 +121,7 @@ def test_an_encoder_by_torch(options: dict[str, Any], size: tuple[int, int], pre
 @pytest.mark.parametrize(
     ("options", "size", "precision", "layers"),
     [
-        ({}, (5, 7), "fp32", "all"),
+        ({}, (3, 5), "fp32", "all"),
         ({}, (4, 8), "bf16", "all"),
         ({"channels": 3, "s1": 2, "avg_pool": True}, (9, 7), "fp32", ("conv1", "layer1.conv1", "layer1.conv2")),
     ],
@@ -165,6 +167,7 @@ def test_biases_of_convolutions_and_norms_without_affine_are_folded() -> None:
     network.layer2.conv1 = nn.Conv2d(16, 32, 3, padding=1)
     network.layer2.shortcut[0] = nn.Conv2d(16, 32, 1)
     network.layer1.bn1 = nn.BatchNorm2d(16, affine=False, eps=1e-2)
+    network.eval()
     x = torch.rand(1, 1, 2, 8, 8)
     assert_as_exact_as_eager(FoldedEncoder.from_eager(network, layers=()), network, x, "fp32")
 
@@ -273,12 +276,8 @@ def test_a_rollout_of_fifty_steps(precision: str, by_kernels: bool, request: pyt
     assert_exact(actual, eager, truth.to(device), precision)
 
 
-@PRECISIONS
-def test_a_rollout_by_kernels_is_the_steps_one_after_another_and_has_the_same_bits_twice(
-    precision: str, device: str
-) -> None:
-    predictor = a_predictor(4).to(device)
-    folded = FoldedPredictor.from_eager(predictor, torch.bfloat16 if precision == "bf16" else None)
+def test_a_rollout_by_kernels_is_the_steps_one_after_another_and_has_the_same_bits_twice(device: str) -> None:
+    folded = FoldedPredictor.from_eager(a_predictor(4).to(device), torch.bfloat16)
     states = states_of(frames=3, size=(4, 4)).to(device)
     found = folded.roll_out(states, 1)
     assert torch.equal(found, literal(folded, states, 1))
@@ -326,6 +325,21 @@ def test_a_step_is_eighteen_launches_and_nothing_else(
     with torch.no_grad(), Operators() as counted:
         list(folded.tails(states_of(1, 6, size).to(device), 3))
     assert counted.names.count("aten::copy_") <= 1 + 3  # the given states, and what precedes each tail
+
+
+def test_in_inference_mode_and_outside_the_memory_is_the_same(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastjepa.kernels.convolution.op as op
+
+    written: list[set[int]] = []
+    monkeypatch.setattr(op, "launch", lambda operands, _: written[-1].add(operands.out.data_ptr()))
+    folded = FoldedPredictor.from_eager(a_predictor(4).to(device))
+    states, out = states_of().to(device), states_of(frames=4).to(device)
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        written.append(set())
+        with mode():
+            folded.roll_out(states, 2, out)
+            folded.predictor.conv1.weight.mul_(2)  # type: ignore[union-attr, operator]
+    assert len(written[0] & written[1] & written[2]) >= len(written[0]) - 2  # all but the two frames
 
 
 def test_an_image_of_one_channel_is_read_where_it_lies(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,7 +439,9 @@ def test_everything_is_shared_with_the_module_that_was_replaced() -> None:
         assert folded.is_folded
         assert not hasattr(folded, "is_fused")
         assert folded_batch_norm(folded) is folded
-        folded.train()
+        for training in (False, True):
+            assert folded.train(training).source is network  # type: ignore[comparison-overlap]
+            assert network.training is training
         folded.conv1.eval() if isinstance(folded, FoldedEncoder) else folded.predictor.eval()  # type: ignore[operator]
         _copy_modes(folded, network)
         assert network.training
@@ -498,6 +514,7 @@ def test_copies_and_pickles_fold_their_own_weights() -> None:
         with torch.no_grad():
             before = folded(x)
             other = copy.deepcopy(folded)
+            assert other._kept is None  # memory for maps, say, which it makes itself when it needs it
             assert torch.equal(other(x), before)
             next(other.parameters()).mul_(2)
             assert torch.equal(folded(x), before)
@@ -522,11 +539,11 @@ def test_results_are_memory_of_their_own_and_sizes_take_turns() -> None:
     with torch.inference_mode():
         assert torch.equal(folded(inputs[0]), kept[0])
         fresh, _, _ = folded_pair()[1]
-        inside = fresh(inputs[0])
-        next(fresh.parameters()).data.mul_(1)
+        inside = fresh(inputs[1])  # of which maps are resized
         fresh.refresh()
     with torch.no_grad():
-        assert torch.equal(fresh(inputs[0]), inside)  # memory that was made there is no trap
+        assert torch.equal(fresh(inputs[1]), inside)  # memory that was made there is no trap
+        fresh.refresh()
 
 
 # ---- weights are never stale ----
@@ -674,6 +691,19 @@ def test_the_statistics_of_fused_networks_are_seen(device: str) -> None:
     assert_follows(folded, x, before)
 
 
+@EVERY_DEVICE
+def test_replays_of_training_steps_are_seen(device: str) -> None:
+    step = some_step(device)
+    folded = FoldedPredictor.from_eager(step.jepa.predictor, layers=())  # type: ignore[arg-type]
+    x, graphed = states_of(1, 3).to(device), GraphedTrainStep(step, some_clips(device))
+    for _ in range(3):
+        with eval_mode(folded):
+            before = folded(x)
+        graphed(torch.tensor([0, 1], device=device))
+        with eval_mode(folded):
+            assert_follows(folded, x, before)
+
+
 def test_steps_of_training_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain ones, and those of a graph, which changes memory and counts nothing."""
     step = some_step()
@@ -703,11 +733,13 @@ def test_steps_of_training_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- in one launch ----
 
 
-def test_a_recorded_rollout_of_a_folded_predictor() -> None:
-    jepa = trained_jepa()
+@EVERY_DEVICE
+def test_a_recorded_rollout_of_a_folded_predictor(device: str) -> None:
+    """By torch on a CPU, by kernels on a GPU."""
+    jepa = trained_jepa(device)
     plain: Any = jepa.predictor.eval()
-    jepa.predictor = folded = FoldedPredictor.from_eager(plain, layers=())
-    states = states_of(2, 4, (9, 7))
+    jepa.predictor = folded = FoldedPredictor.from_eager(plain, layers="all" if device == "cuda" else ())
+    states = states_of(2, 4, (9, 7)).to(device)
     rollout = GraphedRollout(jepa, 3)
     with torch.no_grad():
         found = rollout(states)
@@ -759,6 +791,11 @@ def test_convolutions_of_kernels_are_served(device: str) -> None:
     rollout = GraphedRollout(predictor, 1, fold_batch_norm=True, convolutions="fused")
     assert rollout.predictor is predictor
     assert torch.equal(rollout(states), FoldedPredictor.from_eager(predictor).roll_out(states, 1))
+    without_kernels, with_some = (FoldedPredictor.from_eager(predictor, layers=names) for names in ((), SOME))
+    for given, launches in ((without_kernels, 18), (with_some, len(SOME))):
+        served = GraphedRollout(given, 1, fold_batch_norm=True, convolutions="fused")._ours
+        assert served is not None
+        assert len(served.kernel_layers) == launches
 
 
 def test_convolutions_of_kernels_see_what_changes(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -809,6 +846,15 @@ def test_a_rollout_that_cannot_have_kernels_is_refused(monkeypatch: pytest.Monke
         GraphedRollout(predictor, fold_batch_norm=True, convolutions="fused")
 
 
+@pytest.mark.parametrize("call", [lambda r, x: r(x), lambda r, x: r.tails(x, 1)])
+def test_a_recorded_rollout_takes_what_the_predictor_takes(call: Any) -> None:
+    rollout = GraphedRollout(FoldedPredictor.from_eager(a_predictor(8), layers=()), 1)
+    with pytest.raises(TypeError, match=r"states has dtype torch.bfloat16, the weights have torch.float32"):
+        call(rollout, states_of(frames=3).bfloat16())
+    with pytest.raises(ValueError, match="states of 4 channels"):
+        call(rollout, torch.rand(1, D + 1, 3, 8, 8))
+
+
 # ---- the launches ----
 
 
@@ -832,6 +878,19 @@ def test_launches_are_those_of_the_recipe(device: str, monkeypatch: pytest.Monke
         encoder(torch.rand(3, 1, 64, 64).to(device))
         predictor(torch.rand(2, 16, 2, 64, 64).to(device))
     assert launched == [*layers_of_recipe(3).values(), *predictor_layers(2).values()]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("allowed", [False, True])
+def test_fp32_is_multiplied_in_tf32_where_torch_would(allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastjepa.kernels.convolution.op as op
+
+    launched: list[str] = []
+    monkeypatch.setattr(op, "launch", lambda operands, _: launched.append(operands.layer.precision))
+    folded = FoldedPredictor.from_eager(a_predictor(4).cuda())
+    torch.backends.cudnn.allow_tf32 = allowed  # put back by the fixture `exact_arithmetic`
+    folded.roll_out(states_of().cuda(), 1)
+    assert launched == ["tf32" if allowed else "fp32"] * 18
 
 
 def test_limits_are_those_of_the_kernels(needs_triton: None) -> None:
@@ -958,6 +1017,7 @@ def test_kernels_that_cannot_run_are_refused_where_they_are_asked_for(monkeypatc
         (lambda _, p: p(torch.rand(1, D, 8, 8)), ValueError, r"expected states \(B, D, T, H, W\)"),
         (lambda _, p: p(torch.rand(1, D, 1, 8, 8)), ValueError, "at least 2 frames, got 1"),
         (lambda _, p: p(torch.rand(1, D + 1, 3, 8, 8)), ValueError, "states of 4 channels"),
+        (lambda _, p: p.roll_out(torch.rand(1, D, 8, 8), 2), ValueError, r"expected states \(B, D, T, H, W\)"),
         (lambda _, p: p.roll_out(torch.rand(1, D, 1, 8, 8), 2), ValueError, "at least 2 frames, got 1"),
         (lambda _, p: p.roll_out(torch.rand(1, D, 2, 8, 8).double(), 2), TypeError, "has dtype torch.float64"),
     ],

@@ -1,6 +1,7 @@
 """What replaces parts of a model to make it faster, and the swap that puts it in: fused networks, losses, folding.
 
-A fused module is made from the eager one it replaces and shares its parameters, buffers and names. Fused kernels are
-called from here and from `model.projected_losses` only; what needs Triton (`networks`) is imported when it is first
-needed. It may import `fastjepa.kernels`, `model`, and `calibration`, which it asks what `auto` takes.
+A fused module is made from the eager one it replaces and shares its parameters, buffers and names, and so is a folded
+one, for inference. Fused kernels are called from here and from `model.projected_losses` only; what needs Triton
+(`networks`, and the kernels that `folded_run` calls) is imported when it is first needed. It may import
+`fastjepa.kernels`, `model`, and `calibration`, which it asks what `auto` takes.
 """

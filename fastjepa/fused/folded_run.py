@@ -38,6 +38,8 @@ class FoldedRun:
         self._by_kernels = by_kernels
         self._maps = maps
         self._tf32 = tf32
+        last_read = {name: i for i, layer in enumerate(layers) for name in layer.read}
+        self._done = [[name for name, last in last_read.items() if last == i] for i in range(len(layers))]
 
     @torch.no_grad()
     def __call__(self, sources: Sources, out: Tensor) -> None:
@@ -59,7 +61,7 @@ class FoldedRun:
         maps: dict[str, Sources] = {INPUT: sources}
         joined: dict[tuple[str, ...], Tensor] = {}
         last = self._layers[-1].name
-        for layer in self._layers:
+        for layer, done in zip(self._layers, self._done, strict=True):
             weights = self.weights.of[layer.name]
             if layer.name in self._by_kernels:
                 made = out if layer.name == last else places[layer.name]
@@ -71,6 +73,9 @@ class FoldedRun:
             if layer.like is not None and made.shape[-2:] != maps[layer.like][0].shape[-2:]:
                 made = _resize(made, places[resized(layer.name)])
             maps[layer.name] = (made,)
+            for name in done:  # what torch has made is let go of
+                del maps[name]
+            joined = {names: tensor for names, tensor in joined.items() if not set(names) & set(done)}
 
 
 @torch.no_grad()

@@ -68,13 +68,14 @@ class FoldedWeights:
         """Fold the parameters and buffers of now."""
         # Memory that is made in inference mode could not be filled again outside.
         with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
-            self._stamp = Stamp(self._modules)
+            stamp = Stamp(self._modules)
             for layer in self._layers:
                 fresh = (_packed if layer.name in self._by_kernels else _plain)(layer)
                 if layer.name not in self.of:
                     self.of[layer.name] = _map(self._allocate, layer.name in self._by_kernels, fresh)
                 for target, source in zip(_tensors(self.of[layer.name]), _tensors(fresh), strict=True):
                     target.copy_(source)
+        self._stamp = stamp  # only now: what was interrupted is not done
 
     def _allocate(self, source: Tensor, *, keeps_fp32: bool) -> Tensor:
         """Memory for one of them: as it is laid out, for torch channels-last."""

@@ -46,6 +46,7 @@ class RecordedFolded:
         around = nullcontext() if autocast_dtype is None else torch.autocast(device.type, dtype=autocast_dtype)
         # Static memory is written in whatever mode the calls are.
         with torch.inference_mode(False), torch.no_grad(), around:
+            predictor.check_states(states)
             self.compute_dtype = predictor.compute_dtype()
             self.allocate(states)
             self.ready = predictor.ready(states, self.most)

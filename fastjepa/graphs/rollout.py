@@ -180,12 +180,15 @@ class GraphedRollout:
         """Prepare what runs in the place of this predictor."""
         self._predictor = predictor
         self._ours = self._folded = None
-        if self._convolutions != "eager" and isinstance(predictor, FoldedPredictor):
+        asked = self._convolutions
+        is_folded = isinstance(predictor, FoldedPredictor)
+        if is_folded and (asked == "auto" or (asked == "fused" and predictor.kernel_layers)):
             self._ours = predictor
-        elif self._convolutions == "fused":
-            if (problem := _trial_problem(predictor)) is not None:
+        elif asked == "fused":
+            plain = self._plain()
+            if (problem := _trial_problem(plain)) is not None:
                 raise ValueError(f"convolutions='fused' cannot be served: {problem}")
-            self._ours = FoldedPredictor.from_eager(predictor)
+            self._ours = FoldedPredictor.from_eager(plain, predictor.autocast_dtype if is_folded else None)
         elif self._fold_batch_norm:
             self._folded = folded_batch_norm(self._plain())
 
