@@ -9,6 +9,7 @@ if __name__ == "__main__":  # before the imports, which take seconds
 
     sys.exit(run_command("fastjepa.evaluate", None, "python -m fastjepa.evaluate"))
 
+import dataclasses
 import json
 import logging
 from collections.abc import Sequence
@@ -18,9 +19,11 @@ from pathlib import Path
 import torch
 
 from fastjepa.calibration.choice import EAGER, Choice
-from fastjepa.config import Config, resolve_device
+from fastjepa.calibration.setting import setting_of_rollout
+from fastjepa.calibration.verdict import Verdict, resolve
+from fastjepa.config import Config, resolve_device, resolve_precision
 from fastjepa.files.safe_files import CheckpointError, write_text_atomic
-from fastjepa.fused.swap import accelerate
+from fastjepa.fused.swap import accelerate, restore
 from fastjepa.graphs import CudaGraphChoice, GraphedRollout, use_cuda_graph
 from fastjepa.kernels.checks import unavailable_reason
 from fastjepa.model.jepa import JEPA, build_jepa
@@ -53,7 +56,8 @@ class Options:
     literal: bool = False
     """Repeat the work as the original does."""
     cuda_graph: CudaGraphChoice = "auto"
-    """Roll a batch out in one launch (a GPU only): on, off, or auto: where the run was trained with graphs."""
+    """Roll a batch out in one launch (a GPU only): on, off, or auto: where `python -m fastjepa.calibrate --inference`
+    found it to be faster, or, where that was not measured, where the run was trained with graphs."""
     cache_dir: Path | None = None
     """Folder of the data; default: as in training."""
     json: Path | None = None
@@ -101,6 +105,31 @@ def load_run_and_choice(checkpoint: Path, device: torch.device) -> tuple[Choice,
     return choice, config, jepa, decoder.to(device), head.to(device)
 
 
+def look_up_rollout(config: Config, device: torch.device, batch: int, cache_dir: Path | None) -> Verdict:
+    """What a calibration found for rollouts of the run, `batch` clips at a time, in the cache (default: the run's) or
+    the package. Nothing is measured.
+    """
+    setting = setting_of_rollout(config, device, resolve_precision(config.precision, device), batch)
+    return resolve(setting, device, cache_dir=cache_dir or config.cache_dir, measuring=False)
+
+
+def compute_as_measured(jepa: JEPA, verdict: Verdict, device: torch.device) -> Choice | None:
+    """Let the networks compute in the way that was measured to be fastest, and exact, in place of that of the run.
+
+    A CUDA graph in the choice that is returned is the caller's to make. None: nothing was measured to be exact, and
+    nothing has changed.
+    """
+    if not any(row.status == "exact" for row in verdict.rows):
+        return None
+    with_kernels = unavailable_reason(device) is None
+    best = verdict.best(lambda choice: with_kernels or not choice.needs_kernels)
+    if getattr(jepa, "acceleration", None) is not None:
+        restore(jepa)
+    if (networks := dataclasses.replace(best, cuda_graph=False)) != EAGER:
+        accelerate(jepa, choice=networks, purpose="inference", verbose=False)
+    return best
+
+
 def main(argv: Sequence[str] | None = None, prog: str = "python -m fastjepa.evaluate") -> None:
     """The command line, typed as `prog`."""
     options = parse_options(Options, argv, prog=prog)
@@ -114,10 +143,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m fastjepa.eval
         use_cuda_graph(options.cuda_graph, device)  # refuses what cannot be served, before anything is read
         choice, config, jepa, decoder, head = load_run_and_choice(options.checkpoint, device)
         set_precision(config.precision)
+        batch = options.batch_size or config.batch_size
+        if options.cuda_graph == "auto" and device.type == "cuda" and not options.literal:
+            verdict = look_up_rollout(config, device, batch, options.cache_dir)
+            choice = compute_as_measured(jepa, verdict, device) or choice
         graph = use_cuda_graph(options.cuda_graph, device, measured_faster=choice.cuda_graph) and not options.literal
         _, clips = load_run_clips(config, options.cache_dir)
         result = evaluate(
-            jepa, decoder, head, clips.to(device), options.batch_size or config.batch_size,
+            jepa, decoder, head, clips.to(device), batch,
             autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None, literal=options.literal,
             rollout=GraphedRollout(jepa, fold_batch_norm=True) if graph else None,
         )  # fmt: skip

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastjepa.calibration.setting import setting_of_rollout
-from fastjepa.calibration.verdict import resolve, say_on_stderr
-from fastjepa.config import Config, resolve_device, resolve_precision
+from fastjepa.calibration.choice import EAGER, Choice
+from fastjepa.calibration.verdict import say_on_stderr
+from fastjepa.config import Config, resolve_device
 from fastjepa.environment import device_name
-from fastjepa.evaluate import load_run
+from fastjepa.evaluate import compute_as_measured, load_run, look_up_rollout
 from fastjepa.graphs import CudaGraphChoice, GraphedRollout, use_cuda_graph
 from fastjepa.model.context import CONTEXT
 from fastjepa.model.jepa import JEPA
@@ -53,7 +53,7 @@ class Options:
     device: str = "auto"
     """"auto", "cpu", "cuda" or "cuda:N"."""
     cuda_graph: CudaGraphChoice = "auto"
-    """Predict in one launch (a GPU only): on, off, or auto: where that was measured to be faster."""
+    """Predict in one launch (a GPU only): on, off, or auto: in the way that was measured to be fastest."""
     cache_dir: Path | None = None
     """Folder of the data; default: as in training."""
 
@@ -105,7 +105,8 @@ def roll_out(options: Options) -> Result:
         raise ValueError(
             f"--clips must be at most {len(validation)}, the validation clips of the run; got {options.clips}"
         )
-    graph = use_cuda_graph(options.cuda_graph, device, measured_faster=_measured_faster(options, config, jepa, device))
+    fastest = _as_measured(options, config, jepa, device)
+    graph = use_cuda_graph(options.cuda_graph, device, measured_faster=fastest.cuda_graph)
     video, _ = validation.subset(options.clips).to(device).batch(torch.arange(options.clips, device=device))
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16")
     with eval_mode(jepa, decoder, head), autocast:
@@ -128,19 +129,20 @@ def roll_out(options: Options) -> Result:
     return Result(path, options.clips * options.horizon, seconds, graph, device_name(device))
 
 
-def _measured_faster(options: Options, config: Config, jepa: JEPA, device: torch.device) -> bool:
-    """Whether a calibration found a graph to be faster at these sizes. It is only looked up: a picture that takes
-    seconds is not worth a minute of measuring. Where there is nothing to look up, this says which command measures.
+def _as_measured(options: Options, config: Config, jepa: JEPA, device: torch.device) -> Choice:
+    """What a calibration found to be fastest at these sizes; the networks of `jepa` compute so from now on, and as the
+    run resolved where there is nothing to look up, or a flag says how to roll out.
+
+    It is only looked up: a picture that takes seconds is not worth a minute of measuring. Where there is nothing, this
+    says which command measures.
     """
     if device.type != "cuda" or options.cuda_graph != "auto":
-        return False
-    precision = resolve_precision(config.precision, device)
-    setting = setting_of_rollout(config, device, precision, _batch(options))
-    verdict = resolve(setting, device, cache_dir=options.cache_dir or config.cache_dir, measuring=False)
+        return EAGER
+    verdict = look_up_rollout(config, device, _batch(options), options.cache_dir)
     if not verdict.rows:
         say_on_stderr(f"no CUDA graph: {verdict.origin}; this measures it: {calibrate_command(options, config)}")
-    fused = any(getattr(module, "is_fused", False) for module in jepa.modules())
-    return verdict.best(lambda choice: choice.batch_norm == fused).cuda_graph
+        return EAGER
+    return compute_as_measured(jepa, verdict, device) or EAGER
 
 
 def calibrate_command(options: Options, config: Config) -> str:

@@ -503,6 +503,14 @@ def test_auto_on_a_gpu_says_why_nothing_was_taken(monkeypatch: pytest.MonkeyPatc
     assert set(off.reasons.values()) == {"FASTJEPA_CALIBRATE=0 is set"}
     inference = decided(monkeypatch, trial(Choice(batch_norm=True), 5.0), purpose="inference")
     assert inference.reasons["projected_losses"] == "inference computes no losses"
+    own, few = Choice(convolutions="all"), "encoder.conv1,predictor.up1"
+    graph = trial(Choice(cuda_graph=True, convolutions=few), 1.0)
+    inference = decided(monkeypatch, trial(own, 20.0), graph, purpose="inference")
+    assert inference.choice == Choice()
+    assert inference.reasons["batch_norm"] == "measured here: own convolutions: 0.50× eager (20.00 ms), exact"
+    assert "with fastjepa.graphs.GraphedRollout, own convolutions (2 of 25 layers) + CUDA" in inference.calibration
+    inference = decided(monkeypatch, trial(own, 4.0), trial(Choice(convolutions=few), 3.0), purpose="inference")
+    assert inference.choice == Choice(convolutions=few)
 
 
 def test_auto_on_a_gpu_leaves_what_is_not_of_the_published_form(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -550,6 +558,7 @@ def test_memory_that_is_set_aside_is_given_to_who_measures(monkeypatch: pytest.M
 
 # ---- recomputation ----
 
+OWN = Choice(losses="fused", convolutions="all")
 PLENTY, SCARCE = Memory(keeping=3, recomputing=2, free=9), Memory(keeping=3, recomputing=2, free=2)
 
 
@@ -587,7 +596,7 @@ def test_a_fused_model_recomputes_where_memory_asks_for_it(monkeypatch: pytest.M
         assert found.calibration == str(memory)
     assert counted_and_decided(monkeypatch, None, recompute="on").choice == FUSED
     assert counted_and_decided(monkeypatch, None, recompute="off").choice == KEEPING
-    assert counted_and_decided(monkeypatch, None, purpose="inference").choice == KEEPING  # which keeps nothing
+    assert counted_and_decided(monkeypatch, None, purpose="inference").choice == OWN  # which keeps nothing
     # What is not of the published form has no count.
     monkeypatch.setattr(decision, "setting_of_jepa", lambda *_, **__: "its encoder strides")
     found = decision.decide(tiny_jepa(), torch.device("cuda"), "fused", "keep", None, "train", None)
@@ -616,6 +625,7 @@ def test_auto_takes_what_was_measured_of_what_fits(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"choice": OWN, "recompute": "auto"}, "own convolutions are for inference, and the choice .* serve 'train'"),
         ({"backend": "eager"}, "recompute='on' is for fused networks in training: backend='eager' has none"),
         ({}, "recompute='on' is for fused networks in training: auto takes none on a CPU; use 'auto' or 'off'"),
         ({"purpose": "inference"}, "in training: a rollout keeps nothing"),
@@ -623,7 +633,7 @@ def test_auto_takes_what_was_measured_of_what_fits(monkeypatch: pytest.MonkeyPat
         ({"recompute": "maybe"}, "recompute must be one of auto, on, off; got 'maybe'"),
     ],
 )
-def test_recomputation_that_cannot_be_served(options: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_served_for_this_purpose(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fastjepa.accelerate(tiny_jepa(), **{"recompute": "on", **options})
 
@@ -644,11 +654,133 @@ def test_a_choice_is_served_laid_out_and_undone(device: str) -> None:
     assert torch.equal(weight, original().encoder.layer1.conv1.weight.to(device))
 
 
+# ---- own convolutions, for inference ----
+
+
+def own_jepa(device: str) -> tuple[OriginalJEPA, OriginalJEPA, torch.Tensor]:
+    """Two of the original's structure with statistics that folding shows, in eval mode, and a video."""
+    eager, fast = original().to(device), original().to(device)
+    generator = torch.Generator().manual_seed(3)
+    for jepa in (eager, fast):
+        generator.manual_seed(3)
+        for layer in jepa.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.running_mean.copy_(0.1 * torch.randn(layer.num_features, generator=generator))
+                layer.running_var.copy_(0.5 + torch.rand(layer.num_features, generator=generator))
+        jepa.eval()
+    return eager, fast, tiny_batch(1, 3, (8, 8))[0].to(device)
+
+
+@torch.no_grad()
+def assert_same_states(fast: OriginalJEPA, eager: OriginalJEPA, video: torch.Tensor) -> None:
+    state = eager.encoder(video)
+    torch.testing.assert_close(fast.encoder(video), state, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fast.predictor(state, None), eager.predictor(state, None), rtol=1e-4, atol=1e-5)
+
+
+FEW = Choice(convolutions="encoder.conv1,encoder.layer3.conv2,predictor.dec1.conv2,predictor.up1")
+
+
+def test_own_convolutions_in_some_layers_and_what_the_report_says(device: str) -> None:
+    eager, fast, video = own_jepa(device)
+    keys, ids = list(fast.state_dict()), [(name, id(p)) for name, p in fast.named_parameters()]
+    modules = fast.encoder, fast.predictor
+    fastjepa.accelerate(fast, choice=FEW, purpose="inference", verbose=False)
+    assert fast.acceleration.swapped == ("encoder", "predictor")
+    assert fast.encoder.kernel_layers == ("conv1", "layer3.conv2")
+    assert fast.predictor.kernel_layers == ("up1", "dec1.conv2")
+    assert fast.action_encoder is fast.encoder
+    assert list(fast.state_dict()) == keys
+    assert [(name, id(p)) for name, p in fast.named_parameters()] == ids
+    reasons = {swap.part: swap.reason for swap in fast.acceleration.swaps}
+    assert reasons["encoder"] == (
+        "torch's convolutions run layer1.conv1, layer1.conv2, layer2.conv1, layer2.conv2, layer3.conv1"
+    )
+    left = reasons["predictor"].removeprefix("torch's convolutions run ").split(", ")
+    assert set(left) == set(fast.predictor.layer_names) - {"up1", "dec1.conv2"}
+    assert "Encoder → FoldedEncoder: torch's convolutions run layer1.conv1," in str(fast.acceleration)
+    assert_same_states(fast, eager, video)
+    fast.encoder.train()
+    fastjepa.restore(fast)
+    assert (fast.encoder, fast.predictor) == modules
+    assert fast.action_encoder is fast.encoder
+    assert fast.encoder.layer1.conv1.training
+    assert not fast.predictor.training
+
+
+def test_one_part_may_have_no_layer_by_own_convolutions(device: str) -> None:
+    eager, fast, video = own_jepa(device)
+    fastjepa.accelerate(fast, choice=Choice(convolutions="predictor.up1"), purpose="inference", verbose=False)
+    assert fast.encoder.kernel_layers == ()
+    reasons = {swap.part: swap.reason for swap in fast.acceleration.swaps}
+    assert reasons["encoder"] == "torch's convolutions run all its layers"
+    assert_same_states(fast, eager, video)
+
+
+def test_a_fused_backend_for_inference_means_own_convolutions(device: str) -> None:
+    eager, fast, video = own_jepa(device)
+    fastjepa.accelerate(fast, backend="fused", purpose="inference", verbose=False)
+    assert fast.acceleration.swapped == ("encoder", "predictor", "regularizer", "predcost")
+    assert [type(module).__name__ for module in (fast.encoder, fast.predictor)] == ["FoldedEncoder", "FoldedPredictor"]
+    for network in (fast.encoder, fast.predictor):
+        assert network.kernel_layers == network.layer_names
+    assert [swap.reason for swap in fast.acceleration.swaps[:2]] == ["", ""]
+    assert_same_states(fast, eager, video)
+
+
+def test_own_convolutions_in_bf16(device: str) -> None:
+    eager, fast, video = own_jepa(device)
+    fastjepa.accelerate(fast, choice=FEW, purpose="inference", precision="bf16", verbose=False)
+    assert fast.encoder.autocast_dtype is fast.predictor.autocast_dtype is torch.bfloat16
+    with torch.no_grad():
+        state = fast.encoder(video)
+        assert state.dtype == torch.float32
+        torch.testing.assert_close(state, eager.encoder(video), rtol=0.1, atol=0.1)
+
+
+def test_own_convolutions_of_what_is_not_of_the_published_form(device: str) -> None:
+    own = Choice(convolutions="all")
+    jepa = original().to(device)
+    jepa.encoder.__class__ = Leaky
+    with pytest.raises(ValueError, match="encoder: it has the published names but computes something else"):
+        fastjepa.accelerate(jepa, choice=own, purpose="inference")
+    assert type(jepa.predictor).__name__ == "PairPredictor"  # all or nothing
+    fastjepa.accelerate(jepa, choice=own, purpose="inference", strict=False, verbose=False)
+    assert jepa.acceleration.swapped == ("predictor",)
+    torch.manual_seed(0)
+    jepa = action_unet_jepa().to(device)
+    with pytest.raises(ValueError, match="predictor: "):
+        fastjepa.accelerate(jepa, backend="fused", purpose="inference")
+    assert jepa.predictor is jepa.get_submodule("predictor")
+    fastjepa.accelerate(jepa, choice=own, purpose="inference", strict=False, verbose=False)
+    assert jepa.acceleration.swapped == ("encoder",)  # nothing is folded inside a wrapper of another kind
+    jepa = original().to(device)
+    jepa.encoder.layer2.bn1 = nn.BatchNorm2d(jepa.encoder.layer2.bn1.num_features, track_running_stats=False).to(device)
+    with pytest.raises(ValueError, match=r"encoder: .*no running statistics"):
+        fastjepa.accelerate(jepa, choice=own, purpose="inference")
+
+
+def test_a_folded_form_is_held_against_the_module(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastjepa.fused import folded_weights
+
+    fold = folded_weights.fold
+
+    def wrong(conv: nn.Module, norm: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        weight, bias = fold(conv, norm)
+        return 1.1 * weight, bias
+
+    monkeypatch.setattr(folded_weights, "fold", wrong)
+    with pytest.raises(ValueError, match=r"encoder: its folded form computes something else \(.* off\)"):
+        fastjepa.accelerate(original().to(device), choice=Choice(convolutions="all"), purpose="inference")
+
+
 @pytest.mark.usefixtures("needs_triton")
 def test_a_choice_that_cannot_be_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastjepa.kernels.launch.INTERPRET", False)
     with pytest.raises(RuntimeError, match=r"the choice \(fused losses\) cannot be served: Triton kernels need"):
         fastjepa.accelerate(original(), choice=Choice(losses="fused"))
+    with pytest.raises(RuntimeError, match=r"the choice \(own convolutions\) cannot be served: Triton kernels need"):
+        fastjepa.accelerate(original(), choice=Choice(convolutions="all"), purpose="inference")
 
 
 def test_in_bf16_a_network_still_says_what_it_is() -> None:

@@ -17,12 +17,22 @@ from typing import Any
 import pytest
 import torch
 
-from calibration_standins import BOTH, CHANNELS_LAST, LIMITS, MANY_BEST, some_setting, trial
+from calibration_standins import (
+    BOTH,
+    CHANNELS_LAST,
+    LIMITS,
+    MANY_BEST,
+    SOME,
+    SOME_LAYERS,
+    some_setting,
+    trial,
+)  # fmt: skip
 from fastjepa.calibration import children
 from fastjepa.calibration.choice import EAGER, Choice
+from fastjepa.calibration.layers import LAYERS
 from fastjepa.calibration.memory import Memory
-from fastjepa.calibration.search import among, everything, neighbours, next_choice, single_parts
-from fastjepa.calibration.setting import Purpose
+from fastjepa.calibration.search import among, everything, neighbours, next_choice, rival, single_parts
+from fastjepa.calibration.setting import Purpose, Setting
 from fastjepa.calibration.store import read_rows, rows_folder, rows_path, write_rows
 from fastjepa.calibration.trial import Trial, settled
 from fastjepa.calibration.verdict import Verdict, _Kept, resolve
@@ -41,11 +51,11 @@ class Rehearsal:
         return next(row for row in self.verdict.rows if row.choice == choice)
 
 
-def rehearse(cache: Path, makers: str, **options: Any) -> Rehearsal:
+def rehearse(cache: Path, makers: str, setting: Setting | None = None, **options: Any) -> Rehearsal:
     said: list[str] = []
     verdict = resolve(
-        some_setting(), CPU, cache_dir=cache, makers=f"calibration_standins:{makers}", limits=LIMITS, say=said.append,
-        **options,
+        setting or some_setting(), CPU, cache_dir=cache, makers=f"calibration_standins:{makers}", limits=LIMITS,
+        say=said.append, **options,
     )  # fmt: skip
     return Rehearsal(verdict, said, cache)
 
@@ -306,9 +316,104 @@ def test_everything_comes_first_and_then_each_part_is_left_out(purpose: Purpose)
     order = search(purpose, {top: trial(top, 1.0)})
     assert order[0] == top
     assert set(neighbours(purpose, top)) <= set(order)
-    assert set(single_parts(purpose)).isdisjoint(order[: len(list(neighbours(purpose, top)))])
+    plain = dataclasses.replace(top, cuda_graph=False)
+    assert order[1] == plain
+    assert (set(single_parts(purpose)) - {plain}).isdisjoint(order[: len(list(neighbours(purpose, top)))])
     if purpose == "inference":
         assert not any(choice.recompute or choice.losses != "eager" for choice in order)
+
+
+OWN = everything("inference")
+OWN_PLAIN = dataclasses.replace(OWN, cuda_graph=False)
+FEW = ("encoder.conv1", "predictor.up1")
+
+
+def own(choice: Choice, milliseconds: float, faster: tuple[str, ...]) -> Trial:
+    return trial(choice, milliseconds, faster_layers=faster)
+
+
+def test_inference_tries_own_convolutions_then_the_layers_that_won_and_then_their_rival() -> None:
+    some = Choice(cuda_graph=True, convolutions=",".join(FEW))
+    order = search("inference", {OWN: own(OWN, 3.0, FEW), OWN_PLAIN: own(OWN_PLAIN, 9.0, FEW), some: trial(some, 2.0)})
+    assert order == [
+        OWN, OWN_PLAIN, some, rival(), dataclasses.replace(rival(), cuda_graph=False),
+        # Around the best, and around the best without a graph.
+        Choice(convolutions=some.convolutions), Choice(cuda_graph=True, channels_last=True), Choice(cuda_graph=True),
+        Choice(channels_last=True),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("faster", [(), tuple(sorted(LAYERS)), None])
+def test_where_all_layers_won_or_none_did_no_other_choice_of_them_is_tried(faster: tuple[str, ...] | None) -> None:
+    order = search("inference", {OWN: trial(OWN, 3.0, faster_layers=faster)})
+    assert {choice.convolutions for choice in order} == {"", "all"}
+    assert order[2] == rival()
+    assert len(order) <= 9
+
+
+def test_layers_that_won_where_the_graph_does_not_work_are_tried_without() -> None:
+    some = Choice(convolutions=",".join(FEW))
+    order = search("inference", {OWN: trial(OWN, status="crashed"), OWN_PLAIN: own(OWN_PLAIN, 3.0, FEW)})
+    assert order[:3] == [OWN, OWN_PLAIN, some]
+
+
+@pytest.mark.parametrize("status", ["wrong", "failed", "crashed"])
+def test_where_own_convolutions_do_not_work_fused_blocks_are_still_measured(status: str) -> None:
+    broken = {choice: trial(choice, status=status) for choice in (OWN, OWN_PLAIN)}
+    order = search("inference", {**broken, rival(): trial(rival(), 2.0)})
+    assert order[:4] == [OWN, OWN_PLAIN, rival(), dataclasses.replace(rival(), cuda_graph=False)]
+    assert sum(bool(choice.convolutions) for choice in order) == 2
+    assert set(neighbours("inference", rival())) <= set(order)
+
+
+@pytest.mark.parametrize("status", ["wrong", "failed", "crashed", "hung", "unavailable"])
+def test_inference_where_no_kernels_work(status: str) -> None:
+    tried: list[Choice] = []
+    trials: list[Trial] = []
+    while (choice := next_choice("inference", trials)) is not None:
+        tried.append(choice)
+        trials.append(trial(choice, status=status) if choice.needs_kernels else trial(choice, 5.0))
+    assert {Choice(cuda_graph=True), Choice(channels_last=True), BOTH} <= set(tried)
+    assert sum(choice.needs_kernels for choice in tried) <= 5
+
+
+def test_after_a_cold_compiler_own_convolutions_are_tried_alone() -> None:
+    hung = {choice: trial(choice, status="hung") for choice in (OWN, rival())}
+    order = search("inference", {**hung, OWN_PLAIN: own(OWN_PLAIN, 2.0, FEW)})
+    assert order[:4] == [OWN, rival(), OWN_PLAIN, Choice(convolutions=",".join(FEW))]
+
+
+def test_training_knows_no_own_convolutions() -> None:
+    for outcome in ({}, {ALL: trial(ALL, status="crashed")}, {ALL: trial(ALL, 1.0)}):
+        assert not any(choice.convolutions for choice in search("train", outcome))
+
+
+def test_what_is_not_allowed_of_the_layers_that_won_is_not_tried() -> None:
+    trials = [own(OWN_PLAIN, 3.0, FEW)]
+    while (choice := next_choice("inference", among(lambda c: not c.cuda_graph, trials))) is not None:
+        assert not choice.cuda_graph
+        trials.append(trial(choice, 2.0 if choice.convolutions else 5.0))
+        assert len(trials) < 20
+    assert Choice(convolutions=",".join(FEW)) in [t.choice for t in trials]
+
+
+def test_a_verdict_by_layer(tmp_path: Path) -> None:
+    """Through child processes: own convolutions are faster in some layers, and just those make the fastest whole."""
+    setting = some_setting(purpose="inference", frames=2)
+    found = rehearse(tmp_path, "some_layers_faster", setting)
+    assert [row.choice for row in found.verdict.rows[:3]] == [OWN, OWN_PLAIN, SOME]
+    assert found.of(OWN).faster_layers == found.of(OWN_PLAIN).faster_layers == SOME_LAYERS
+    assert found.of(SOME).faster_layers is None
+    assert found.verdict.best() == SOME
+    assert found.verdict.best(lambda choice: not choice.cuda_graph) == dataclasses.replace(SOME, cuda_graph=False)
+    report = found.verdict.report(SOME)
+    assert "→ own convolutions (3 of 25 layers) + CUDA graph: " in report
+    left = next(line for line in report.splitlines() if line.startswith("    torch's convolutions run "))
+    assert set(left.removeprefix("    torch's convolutions run ").split(", ")) == set(LAYERS) - set(SOME_LAYERS)
+    assert str(found.of(OWN)).endswith(" exact; alone, 3 of 25 layers are faster than torch's")
+    again = rehearse(tmp_path, "nothing", setting)
+    assert again.said == []
+    assert again.verdict.rows == found.verdict.rows
 
 
 @pytest.mark.parametrize(

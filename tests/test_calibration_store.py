@@ -17,6 +17,7 @@ from fastjepa import calibrate
 from fastjepa.calibration import setting as setting_module
 from fastjepa.calibration import store
 from fastjepa.calibration.choice import Choice
+from fastjepa.calibration.layers import LAYERS, LAYERS_OF
 from fastjepa.calibration.memory import Memory
 from fastjepa.calibration.setting import Setting, setting_of_config, setting_of_jepa, sources_hash
 from fastjepa.calibration.store import (
@@ -31,6 +32,7 @@ from fastjepa.calibration.store import (
 from fastjepa.calibration.trial import Trial
 from fastjepa.calibration.verdict import Verdict
 from fastjepa.config import Config
+from fastjepa.fused.folded_networks import FoldedEncoder, FoldedPredictor
 from original import original_jepa
 from tiny import tiny_jepa
 
@@ -46,6 +48,28 @@ def test_rows_survive(tmp_path: Path) -> None:
     assert find_rows(some_setting(batch=2), path.parent, pytest.fail) is None
 
 
+@pytest.mark.parametrize("faster", [None, (), ("encoder.conv1", "predictor.up1"), tuple(sorted(LAYERS))])
+def test_rows_of_own_convolutions_survive(faster: tuple[str, ...] | None, tmp_path: Path) -> None:
+    setting = some_setting(purpose="inference")
+    some = Choice(cuda_graph=True, convolutions="encoder.conv1,predictor.up1")
+    rows = (trial(Choice(convolutions="all"), 4.0, faster_layers=faster), trial(some, 3.0))
+    assert read_rows(write_rows(setting, rows, tmp_path)) == (setting, rows)
+
+
+def test_rows_of_before_own_convolutions_are_measured_again(tmp_path: Path) -> None:
+    """They were made by other code, so that no start looks for them; who shows all of them is told."""
+    path = write_rows(some_setting(), ROWS, tmp_path)
+    values = json.loads(path.read_text())
+    for row in values["trials"]:
+        del row["choice"]["convolutions"], row["faster_layers"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="a trial is a table of choice, status"):
+        read_rows(path)
+    path.write_text(json.dumps({**values, "version": 2}))
+    with pytest.raises(ValueError, match="it has version 2; this fastjepa reads 3"):
+        read_rows(path)
+
+
 def test_an_error_without_limit_is_kept_as_none(tmp_path: Path) -> None:
     rows = (trial(BOTH, status="wrong", error=float("inf"), bound=1.0),)
     assert read_rows(write_rows(some_setting(), rows, tmp_path))[1][0].error is None
@@ -55,7 +79,7 @@ def test_an_error_without_limit_is_kept_as_none(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"format": "x"}, "it is not a file of calibration"),
-        ({"version": 1}, "it has version 1; this fastjepa reads 2"),
+        ({"version": 1}, "it has version 1; this fastjepa reads 3"),
         ({"trials": []}, "it has no trials"),
         ({"trials": [1]}, "a trial is a table of choice, status"),
         ({"trials": "same twice"}, "it has two rows for one candidate"),
@@ -80,7 +104,7 @@ def test_an_error_without_limit_is_kept_as_none(tmp_path: Path) -> None:
         ({"setting": {"gpu": "\x1b[2J"}}, "gpu must be printable text of at most 200 characters"),
         ({"setting": {"gpu": "x" * 201}}, "gpu must be printable text of at most 200 characters"),
         ({"setting": {"batch": 10**400}}, "batch must be at most 2147483648, got 1000"),
-        ({"choice": {"\x1b[2J\ud800": 1}}, "channels_last, ?[2J?"),
+        ({"choice": {"\x1b[2J\ud800": 1}}, "convolutions, ?[2J?"),
         ({"version": "\x1b" * 999}, "it has version '"),
         ({"trial": {"error": "1"}}, "error must be a number ≥ 0 or null, got '1'"),
         ({"trial": {"rounds": 1.5}}, "rounds must be a whole number ≥ 1 or null, got 1.5"),
@@ -90,6 +114,21 @@ def test_an_error_without_limit_is_kept_as_none(tmp_path: Path) -> None:
         ({"choice": {"cuda_graph": 1}}, "cuda_graph must be bool, got 1"),
         ({"choice": {"losses": "quick"}}, "losses must be one of eager, closed_form, fused; got 'quick'"),
         ({"choice": {"recompute": True}}, "recompute belongs to the fused networks: it needs batch_norm"),
+        ({"choice": {"convolutions": True}}, "convolutions must be str, got True"),
+        (
+            {"choice": {"convolutions": "\x1b[2J"}},
+            "convolutions must be names of layers as encoder.conv1 or predictor.",
+        ),
+        ({"choice": {"convolutions": "encoder.conv1,"}}, "convolutions must be names of layers as encoder.conv1 or "),
+        ({"choice": {"convolutions": "predictor.up1,encoder.conv1"}}, "convolutions must be sorted, and each layer in"),
+        ({"choice": {"convolutions": "encoder.conv1,encoder.conv1"}}, "convolutions must be sorted, and each layer in"),
+        ({"choice": {"convolutions": ",".join(sorted(LAYERS))}}, "convolutions names every layer; say 'all'"),
+        ({"choice": {"convolutions": "all", "batch_norm": True}}, "convolutions are of networks with BatchNorm folded"),
+        ({"choice": {"convolutions": "all"}}, "it has a row of training with own convolutions"),
+        ({"trial": {"faster_layers": "all"}}, "faster_layers must be a list of names or null, got 'all'"),
+        ({"trial": {"faster_layers": [1]}}, "faster_layers must be a list of names or null, got [1]"),
+        ({"trial": {"faster_layers": ["up1"]}}, "faster_layers must be names of layers as encoder.conv1 or predictor."),
+        ({"trial": {"faster_layers": []}}, "faster_layers belong to own convolutions in all layers that were found"),
         ({"choice": {"colour": 1}}, "a choice has the fields batch_norm, losses"),
     ],
 )
@@ -342,4 +381,32 @@ def test_words_of_a_choice() -> None:
         "fused losses + fused blocks + recomputation + channels-last + CUDA graph"
     )
     assert not Choice(losses="closed_form").needs_kernels
+    own = Choice(convolutions="all")
+    assert (str(own), own.needs_kernels, own.own_layers) == ("own convolutions", True, LAYERS)
+    some = Choice(cuda_graph=True, convolutions="encoder.conv1,predictor.dec1.conv2,predictor.up1")
+    assert str(some) == "own convolutions (3 of 25 layers) + CUDA graph"
+    assert some.own_layers == ("encoder.conv1", "predictor.up1", "predictor.dec1.conv2")  # in the networks' order
+    with pytest.raises(ValueError, match="convolutions must be names of layers"):
+        Choice(convolutions="conv1")
+    no_memory = Trial(own, "exact", "no memory to time its layers", milliseconds=3.0)
+    assert str(no_memory).endswith("; no memory to time its layers")
+
+
+@pytest.mark.usefixtures("needs_triton")
+def test_layers_are_those_of_the_kernels() -> None:
+    from fastjepa.kernels.convolution.recipe import encoder_layers, predictor_layers
+
+    assert {"encoder": tuple(encoder_layers(1)), "predictor": tuple(predictor_layers(1))} == LAYERS_OF
+
+
+def test_layers_are_those_of_the_folded_networks() -> None:
+    jepa = tiny_jepa()
+    networks = (
+        FoldedEncoder.from_eager(jepa.encoder, layers=()),
+        FoldedPredictor.from_eager(jepa.predictor, layers=()),
+    )
+    assert tuple(network.layer_names for network in networks) == tuple(LAYERS_OF.values())
+
+
+def test_words_of_a_row() -> None:
     assert Trial(BOTH, "exact", milliseconds=3.0).speedup is None

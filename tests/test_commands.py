@@ -18,9 +18,12 @@ import torch
 import fastjepa
 from absence import python, run_as_main, without
 from bench import train as bench_train
+from calibration_standins import some_setting
 from fastjepa import compare_steps, evaluate
 from fastjepa.__main__ import COMMANDS
 from fastjepa.__main__ import main as command
+from fastjepa.calibration.choice import Choice
+from fastjepa.calibration.verdict import Verdict
 from fastjepa.graphs import GraphedRollout
 from fastjepa.training.command_line import parse_config
 from fastjepa.training.evaluation import Evaluation
@@ -100,6 +103,40 @@ def test_evaluating_with_rollouts_in_one_launch(
     assert json.loads((tmp_path / "a.json").read_text())["pooled_map"] == pytest.approx(
         float(row["pooled_map"]), rel=1e-2
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "batches"),
+    [("", [3]), ("--batch_size 2", [2]), ("--literal", []), ("--cuda_graph off", []), ("--cuda_graph on", [])],
+)
+@pytest.mark.parametrize("found", [Choice(cuda_graph=True, channels_last=True), None])
+def test_an_evaluation_computes_in_the_way_that_was_measured(
+    run: Path, flags: str, batches: list[int], found: Choice | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a pretended GPU, up to the clips that would lie there."""
+    asked: list[int] = []
+    graphs: list[bool] = []
+    verdict = Verdict(some_setting(purpose="inference"), (), "pretended")
+
+    def looked_up(config: Any, device: torch.device, batch: int, cache_dir: Any) -> Verdict:
+        asked.append(batch)
+        return verdict
+
+    def taken(jepa: Any, given: Verdict, device: torch.device) -> Choice | None:
+        assert given is verdict
+        return found
+
+    load = evaluate.load_run_and_choice
+    monkeypatch.setattr(evaluate, "resolve_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(evaluate, "load_run_and_choice", lambda checkpoint, _: load(checkpoint, torch.device("cpu")))
+    monkeypatch.setattr(evaluate, "look_up_rollout", looked_up)
+    monkeypatch.setattr(evaluate, "compute_as_measured", taken)
+    monkeypatch.setattr(evaluate, "use_cuda_graph", lambda *_, measured_faster=False: graphs.append(measured_faster))
+    monkeypatch.setattr(evaluate, "load_run_clips", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit):
+        evaluate.main(["--checkpoint", str(run), *flags.split()])
+    assert asked == batches
+    assert graphs == [False, found is not None and bool(batches)]  # the run was trained without
 
 
 @pytest.mark.parametrize(

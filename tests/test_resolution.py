@@ -440,6 +440,13 @@ def test_a_resumed_run_computes_as_it_began(run: Path, tmp_path: Path) -> None:
     assert read_choice(load_checkpoint(tmp_path / "run" / CHECKPOINT_NAME), tmp_path) == Choice()
 
 
+def test_a_run_from_before_own_convolutions_is_read(tmp_path: Path) -> None:
+    began = Choice(batch_norm=True, losses="fused", recompute=True)
+    record = {"precision": "fp32", **began.to_json()}
+    del record["convolutions"]
+    assert read_choice({"resolved": record}, tmp_path) == began
+
+
 def test_a_run_from_before_goes_on_as_it_did(run: Path, tmp_path: Path) -> None:
     old = resume(copy_of(run, tmp_path / "run", resolved=None), "--max_steps", "2")
     assert old.resolution.choice == Choice(losses="closed_form", channels_last=True)
@@ -465,6 +472,7 @@ def test_what_cannot_be_served_where_it_goes_on_fails(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"convolutions": "all"}, "what the run resolved is damaged: own convolutions are for inference"),
         ({"losses": "quick"}, "what the run resolved is damaged: losses must be one of"),
         ({"colour": 1}, "what the run resolved is damaged: a choice has the fields"),
         ({"precision": 1}, "what the run resolved is damaged: it is no table with a precision"),

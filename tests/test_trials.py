@@ -8,6 +8,8 @@ rest.
 from __future__ import annotations
 
 import functools
+import gc
+import itertools
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -17,7 +19,8 @@ import torch
 
 from calibration_standins import some_setting
 from fastjepa.calibration.choice import EAGER, Choice
-from fastjepa.calibration.search import everything
+from fastjepa.calibration.layers import LAYERS
+from fastjepa.calibration.search import everything, rival
 from fastjepa.calibration.setting import (
     RunPrecision,
     Setting,
@@ -32,8 +35,9 @@ from fastjepa.measuring.norms import judge_norms, norm_bound, norm_errors
 from fastjepa.measuring.out_of_memory import is_out_of_memory
 from fastjepa.measuring.policy import Error
 from fastjepa.trials import contest as contest_module
+from fastjepa.trials import layers, work
 from fastjepa.trials.contest import Contest
-from fastjepa.trials.work import Step, Tensors, Work, arithmetic, make_work
+from fastjepa.trials.work import Rollout, Step, Tensors, Work, arithmetic, make_work
 from tiny import tiny_jepa
 
 CUDA = torch.device("cuda")
@@ -64,9 +68,139 @@ def test_everything_at_once_is_trained_and_timed(device: str, monkeypatch: pytes
 
 
 def test_everything_at_once_rolls_out(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By own convolutions; two layers are timed, and in the interpreter neither is faster by them."""
     monkeypatch.setattr(norms, "norm_bound", lambda *_: WHOLE_MODEL)
-    trial = outcome(everything("inference"), device, purpose="inference", frames=2, steps=2)
+    monkeypatch.setattr(
+        work, "pairs_of_networks", lambda *a, **k: itertools.islice(layers.pairs_of_networks(*a, **k), 2)
+    )
+    monkeypatch.setattr(layers, "SECONDS", 0.0)
+    monkeypatch.setattr(layers, "TURN_MS", 0.0)
+    trial = outcome(everything("inference"), device, purpose="inference", frames=2)
     assert trial.status == "exact", trial.reason
+    assert trial.faster_layers is not None
+    assert device != "cpu" or trial.faster_layers == ()
+
+
+def test_the_rival_of_own_convolutions_rolls_out(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norms, "norm_bound", lambda *_: WHOLE_MODEL)
+    trial = outcome(rival(), device, purpose="inference", frames=2)
+    assert trial.status == "exact", trial.reason
+    assert trial.faster_layers is None
+
+
+def test_own_convolutions_in_some_layers_roll_out(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norms, "norm_bound", lambda *_: WHOLE_MODEL)
+    monkeypatch.setattr(Rollout, "faster_layers", lambda _: pytest.fail("only of all layers"))
+    some = Choice(cuda_graph=True, convolutions="encoder.conv1,predictor.dec1.conv1,predictor.up2")
+    trial = outcome(some, device, purpose="inference", frames=2, steps=2)
+    assert trial.status == "exact", trial.reason
+
+
+@pytest.mark.usefixtures("needs_triton")
+def test_own_convolutions_are_refused_in_training() -> None:
+    trial = outcome(Choice(convolutions="all"), "cpu")
+    assert trial.status == "failed"
+    assert "own convolutions are for inference" in trial.reason
+
+
+# ---- layer by layer ----
+
+
+class Layered:
+    """A rollout by own convolutions, of which so many calls were asked which layers are faster."""
+
+    def __init__(self, found: Any) -> None:
+        self.found, self.asked = found, 0
+
+    def __call__(self, *_: Any) -> Layered:
+        return self
+
+    def run(self) -> None:
+        pass
+
+    def results(self) -> Tensors:
+        return {"numbers": torch.arange(4.0)}
+
+    def faster_layers(self) -> tuple[str, ...]:
+        self.asked += 1
+        if isinstance(self.found, Exception):
+            raise self.found
+        return self.found
+
+
+@pytest.mark.usefixtures("needs_triton")
+def test_of_all_layers_alone_it_is_asked_which_are_faster_and_once() -> None:
+    work = Layered(("encoder.conv1",))
+    contest = Contest(some_setting(purpose="inference"), torch.device("cpu"), work)
+    contest.prepare()
+    trials = [contest.try_out(Choice(cuda_graph=graph, convolutions="all")) for graph in (True, False)]
+    assert [trial.faster_layers for trial in trials] == [("encoder.conv1",)] * 2
+    assert contest.try_out(Choice(convolutions="encoder.conv1")).faster_layers is None
+    assert contest.try_out(Choice(batch_norm=True)).faster_layers is None
+    assert work.asked == 1
+
+
+@pytest.mark.usefixtures("needs_triton")
+def test_where_there_is_no_memory_to_time_layers_the_whole_is_exact_all_the_same() -> None:
+    choice = Choice(convolutions="all")
+    trial = outcome(choice, "cpu", Layered(torch.OutOfMemoryError("CUDA out of memory")), purpose="inference")
+    assert (trial.status, trial.faster_layers, trial.reason) == ("exact", None, "no memory to time its layers")
+    assert outcome(choice, "cpu", Layered(RuntimeError("broken")), purpose="inference").status == "failed"
+
+
+def test_layers_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that stands still but for what calls take, and that is slow in the first round."""
+    pretended = PretendedDevice(monkeypatch)
+    monkeypatch.setattr(layers, "SECONDS", 60.0)
+    calls: list[str] = []
+
+    def call(name: str, milliseconds: float, first: float = 0.0) -> Any:
+        def run() -> None:
+            pretended.now += milliseconds + (first if name not in calls else 0.0)
+            calls.append(name)
+
+        return run
+
+    pairs = {
+        "encoder.conv1": layers.Pair(call("a", 1.0, 50.0), call("b", 2.0)),
+        "predictor.conv1": layers.Pair(call("c", 0.02), call("d", 0.01)),
+        "encoder.layer1.conv1": layers.Pair(call("e", 3.0), call("f", 3.1)),
+        "predictor.up1": layers.Pair(call("g", 3.0), call("h", 3.0)),
+    }
+    found = layers.faster_layers(pairs.items(), torch.device("cpu"))
+    assert found == ("encoder.conv1", "encoder.layer1.conv1")
+    assert calls.count("a") == calls.count("b") == 2 + 1 + layers.MOST_ROUNDS
+    # What is short is repeated in a turn, as often on both sides.
+    assert calls.count("c") == calls.count("d") == 2 + (1 + layers.MOST_ROUNDS) * layers.MOST_CALLS
+    assert gc.get_freeze_count() == 0
+
+
+def test_layers_that_take_long_get_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "SECONDS", 0.0)
+    calls: list[str] = []
+    pair = layers.Pair(lambda: calls.append("ours"), lambda: calls.append("torchs"))
+    monkeypatch.setattr(layers, "TURN_MS", 0.0)
+    layers.faster_layers([("encoder.conv1", pair)], torch.device("cpu"))
+    assert calls.count("ours") == calls.count("torchs") == 2 + 1 + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_ways_of_every_layer_compute_the_same(dtype: torch.dtype, device: str) -> None:
+    """At the sizes of a rollout: all frames are encoded at once, and the states of each clip predicted."""
+    jepa = tiny_jepa().to(device).eval()
+    video = torch.rand(2, 1, 3, 8, 8, device=device)
+    shapes = {}
+    for name, pair in layers.pairs_of_networks(jepa.encoder, jepa.predictor, video, dtype, tf32=False):
+        ours, torchs = pair.ours(), pair.torchs()
+        assert ours.dtype == torchs.dtype == dtype
+        assert ours.abs().max() > 0
+        tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+        torch.testing.assert_close(ours.float(), torchs.float(), rtol=tolerance, atol=tolerance * torchs.abs().max())
+        shapes[name] = tuple(ours.shape)
+    assert tuple(shapes) == LAYERS
+    assert shapes["encoder.layer1.conv1"] == (6, 2, 8, 8)
+    assert shapes["predictor.dec1.conv2"] == (2, 4, 8, 8)
+    assert shapes["predictor.bott.conv1"] == (2, 16, 1, 1)
 
 
 @pytest.mark.parametrize("choice", [Choice(losses="closed_form", cuda_graph=True), Choice(cuda_graph=True)], ids=str)

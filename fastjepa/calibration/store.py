@@ -26,7 +26,7 @@ else:
     import fcntl
 
 FORMAT = "fastjepa calibration"
-VERSION = 2
+VERSION = 3
 MEASURED = Path(__file__).resolve().parent / "measured"  # committed rows, package data
 _LARGEST_BYTES = 1_000_000
 _LONGEST_TEXT, _LONGEST_MESSAGE, _LARGEST_SIZE = 200, 300, 2**31
@@ -77,6 +77,8 @@ def read_rows(path: Path) -> tuple[Setting, Rows]:
         rows = tuple(Trial.from_json(trial) for trial in values["trials"])
     except ValueError as error:  # which may quote what it found
         raise ValueError(printable(str(error), _LONGEST_MESSAGE)) from error
+    if setting.purpose == "train" and any(row.choice.convolutions for row in rows):
+        raise ValueError("it has a row of training with own convolutions, which are for inference")
     if len({row.choice for row in rows}) != len(rows):
         raise ValueError("it has two rows for one candidate")
     return setting, rows

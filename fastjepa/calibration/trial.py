@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from fastjepa.calibration.choice import Choice
+from fastjepa.calibration.layers import LAYERS, checked_layers
 
 Status = Literal["exact", "wrong", "out of memory", "failed", "unavailable", "crashed", "hung", "not measured"]
 _NUMBERS = ("milliseconds", "reference_milliseconds", "error", "bound")
@@ -26,8 +27,10 @@ class Trial:
         was no memory for eager.
     error, bound: of the tensor closest to its bound, by the exactness policy, at `checked_batch` clips.
     rounds: how often the two alternated.
-    reason: why it is not "exact", in one line.
+    reason: why it is not "exact", in one line; of an exact candidate, why it has no `faster_layers`.
     attempts: how often it was tried, in one start after another.
+    faster_layers: of own convolutions in all layers, those in which they took less time than torch's, layer by layer;
+        sorted. None if that was not measured.
     """
 
     choice: Choice
@@ -40,12 +43,17 @@ class Trial:
     checked_batch: int | None = None
     rounds: int | None = None
     attempts: int = 1
+    faster_layers: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.status not in get_args(Status):
             raise ValueError(f"status must be one of {', '.join(get_args(Status))}; got {self.status!r}")
         if self.status == "exact" and self.milliseconds is None:
             raise ValueError("an exact candidate has its time")
+        if self.faster_layers is not None:
+            checked_layers("faster_layers", self.faster_layers)
+            if self.status != "exact" or self.choice.convolutions != "all":
+                raise ValueError("faster_layers belong to own convolutions in all layers that were found to be exact")
         # It may quote a compiler, or the last line of a process that died.
         object.__setattr__(self, "reason", printable(self.reason, REASON_LENGTH))
 
@@ -72,8 +80,12 @@ class Trial:
         if self.status != "exact":
             return f"{self.choice}: {self.status}" + (f": {self.reason}" if self.reason else "")
         if self.speedup is None:
-            return f"{self.choice}: {self.milliseconds:.2f} ms, exact (eager does not fit in memory beside it)"
-        return f"{self.choice}: {self.speedup:.2f}× eager ({self.milliseconds:.2f} ms), exact"
+            told = f"{self.choice}: {self.milliseconds:.2f} ms, exact (eager does not fit in memory beside it)"
+        else:
+            told = f"{self.choice}: {self.speedup:.2f}× eager ({self.milliseconds:.2f} ms), exact"
+        if self.faster_layers is not None:
+            told += f"; alone, {len(self.faster_layers)} of {len(LAYERS)} layers are faster than torch's"
+        return told + (f"; {self.reason}" if self.reason else "")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values only; an error without limit is told by `reason`."""
@@ -81,6 +93,8 @@ class Trial:
         for name in _NUMBERS:
             if values[name] is not None and not values[name] <= _LARGEST:
                 values[name] = None
+        if self.faster_layers is not None:
+            values["faster_layers"] = list(self.faster_layers)
         return values
 
     @staticmethod
@@ -109,7 +123,14 @@ class Trial:
                 raise ValueError(f"{name} must be a whole number ≥ 1 or null, got {value!r:.40}")
         if not (type(values["attempts"]) is int and 1 <= values["attempts"] <= _LARGEST):
             raise ValueError(f"attempts must be a whole number ≥ 1, got {values['attempts']!r:.40}")
-        return Trial(**{**values, "choice": Choice.from_json(values["choice"])})
+        faster = values["faster_layers"]
+        if faster is not None and not (isinstance(faster, list) and all(type(layer) is str for layer in faster)):
+            raise ValueError(f"faster_layers must be a list of names or null, got {faster!r:.40}")
+        made = {
+            "choice": Choice.from_json(values["choice"]),
+            "faster_layers": None if faster is None else tuple(faster),
+        }
+        return Trial(**{**values, **made})
 
 
 def printable(text: str, length: int) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from fastjepa.calibration.children import Limits, measure
 from fastjepa.calibration.choice import EAGER, Choice
+from fastjepa.calibration.layers import LAYERS
 from fastjepa.calibration.search import BROKEN, among, next_choice
 from fastjepa.calibration.setting import Setting
 from fastjepa.calibration.store import (
@@ -89,6 +90,9 @@ class Verdict:
         lines = [f"calibration for {self.setting}", f"  {self.origin}"]
         gain = self.gain(chosen)
         lines.append(f"  → {chosen}" + (f": {gain}" if gain else ""))
+        if chosen.convolutions not in ("", "all"):
+            left = [layer for layer in LAYERS if layer not in chosen.own_layers]
+            lines.append(f"    torch's convolutions run {', '.join(left)}")
         times = scores(self.rows)
         for row in sorted(self.rows, key=lambda row: times.get(row.choice, float("inf"))):
             if row.choice != chosen:

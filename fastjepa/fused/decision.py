@@ -43,11 +43,14 @@ def decide(
     """Which parts are wanted.
 
     Raises:
-        ValueError: `recompute` "on" where there will be no fused networks, or no training; a wrong `example`.
+        ValueError: `recompute` "on" where there will be no fused networks, or no training; a `choice` of training with
+            own convolutions; a wrong `example`.
         RuntimeError: it was measured here that no choice with recomputation works.
     """
     if purpose == "inference":
         _refuse(recompute, "a rollout keeps nothing that could be computed again")
+    elif choice is not None and choice.convolutions:
+        raise ValueError(f"own convolutions are for inference, and the choice ({choice}) is to serve {purpose!r}")
     if choice is not None:
         return Decision(choice, dict.fromkeys(_OPS, f"it is not in the choice ({choice})"))
     if backend == "eager":
@@ -58,6 +61,8 @@ def decide(
     if on_gpu or example is not None:  # so that a wrong `example` fails everywhere
         arithmetic = "bf16" if precision == "bf16" else ambient_precision(device) if on_gpu else "fp32"
         setting = setting_of_jepa(jepa, device, example=example, purpose=purpose, precision=arithmetic)
+    if backend == "fused" and purpose == "inference":
+        return Decision(Choice(losses="fused", convolutions="all"), {})
     if backend == "fused":
         memory = _count_memory(setting, device, recompute)
         wanted = _wanted(recompute, memory, purpose)
@@ -96,7 +101,7 @@ def _measured(setting: Setting, device: torch.device, recompute: Recompute) -> D
     usual = Choice(batch_norm=True, losses="fused", recompute=True) if recompute == "on" else EAGER
     chosen = verdict.best(allowed, usual)
     reasons = {
-        "batch_norm": verdict.why_not(lambda c: c.batch_norm, allowed),
+        "batch_norm": verdict.why_not(lambda c: c.batch_norm or bool(c.convolutions), allowed),
         "projected_losses": verdict.why_not(lambda c: c.losses != "eager", allowed)
         if setting.purpose == "train" or not verdict.rows
         else "inference computes no losses",

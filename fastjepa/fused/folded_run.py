@@ -78,6 +78,20 @@ class FoldedRun:
             joined = {names: tensor for names, tensor in joined.items() if not set(names) & set(done)}
 
 
+@torch.no_grad()
+def run_layer(
+    layer: FoldedLayer, weights: LayerWeights, maps: dict[str, Sources], out: Tensor, *, by_kernel: bool, tf32: bool
+) -> Tensor:
+    """One launch alone, as a run makes it, by a kernel into `out` or by torch into memory of its own; what it made.
+
+    weights: as `FoldedWeights` has them for that way. maps: what it reads, by name.
+    """
+    if not by_kernel:
+        return _by_torch(layer, weights, maps, {})
+    _by_kernel(layer, weights, maps, out, tf32)
+    return out
+
+
 @functools.cache
 def _kernels() -> Any:
     from fastjepa.kernels.convolution import fused  # only here: it needs Triton

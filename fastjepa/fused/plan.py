@@ -1,7 +1,7 @@
 """The plan of a swap: what becomes of each part of a JEPA, decided before anything is touched.
 
 Modules are recognised by structure and attribute names, never by class, and then tried: the module against the
-published one in float64, and its fused form against the module.
+published one in float64, and its fused or folded form against the module.
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
+from fastjepa.calibration.choice import Choice
+from fastjepa.calibration.layers import LAYERS_OF
 from fastjepa.fused.autocast import InBf16
 from fastjepa.fused.decision import Decision
+from fastjepa.fused.folded_networks import FoldedEncoder, FoldedPredictor
 from fastjepa.fused.losses import ClosedFormSquareLoss, ClosedFormVCLoss
 from fastjepa.fused.network_trial import example, network_trial_problem
 from fastjepa.fused.recognition import difference, encoder_problem, predictor_problem, unet_problem
@@ -24,8 +27,8 @@ from fastjepa.model.projected_losses import HiddenLayer, hidden_layer
 
 LossKind = type[ClosedFormVCLoss] | type[ClosedFormSquareLoss]
 
-# The fused form may differ from the module by this much, relative to the largest output. Each is some ten roundings of
-# the dtype (fp32: of tf32, in which a GPU may convolve), what ~40 layers may add up to.
+# The fused or folded form may differ from the module by this much, relative to the largest output. Each is some ten
+# roundings of the dtype (fp32: of tf32, in which a GPU may convolve), what ~40 layers may add up to.
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-2}
 
 
@@ -44,12 +47,12 @@ def plan(jepa: nn.Module, decision: Decision, autocast_dtype: torch.dtype | None
     """What to do with each part, decided before anything is touched."""
     source: Any = jepa
     wrapper = source.predictor
-    parts = [_network(source.encoder, "encoder", "FusedResNet5", encoder_problem, decision, autocast_dtype)]
-    part = _network(wrapper, "predictor", "FusedStateOnlyPredictor", predictor_problem, decision, autocast_dtype)
+    parts = [_network(source.encoder, "encoder", encoder_problem, decision, autocast_dtype)]
+    part = _network(wrapper, "predictor", predictor_problem, decision, autocast_dtype)
     inner = getattr(wrapper, "predictor", None)
-    if part.make is None and part.wanted and isinstance(inner, nn.Module):
-        # A wrapper of another kind, as one that reads actions, stays around a fused network.
-        part = _network(inner, "predictor.predictor", "FusedResUNet", unet_problem, decision, autocast_dtype)
+    if part.make is None and decision.choice.batch_norm and isinstance(inner, nn.Module):
+        # A wrapper of another kind, as one that reads actions, stays around a fused network; none is folded inside it.
+        part = _network(inner, "predictor.predictor", unet_problem, decision, autocast_dtype)
     parts.append(part)
     for name, kind in (("regularizer", ClosedFormVCLoss), ("predcost", ClosedFormSquareLoss)):
         parts.append(_loss(getattr(jepa, name), name, kind, decision))
@@ -59,13 +62,13 @@ def plan(jepa: nn.Module, decision: Decision, autocast_dtype: torch.dtype | None
 def _network(
     module: nn.Module,
     name: str,
-    kind: Literal["FusedResNet5", "FusedResUNet", "FusedStateOnlyPredictor"],
     problem_of: Callable[[nn.Module], str | None],
     decision: Decision,
     autocast_dtype: torch.dtype | None,
 ) -> Part:
-    """The plan for a network; `kind` is the class of `fused.networks` that would replace it."""
-    if not decision.choice.batch_norm:
+    """The plan for a network: fused, folded, or left."""
+    choice = decision.choice
+    if not (choice.batch_norm or choice.convolutions):
         return Part(name, module, None, decision.reasons["batch_norm"], wanted=False)
     if (reason := problem_of(module)) is not None:
         return Part(name, module, None, reason)
@@ -74,14 +77,39 @@ def _network(
         return Part(name, module, None, f"its weights are {weight.dtype}; kernels take fp32, bf16 and fp16")
     if (reason := network_trial_problem(module, name)) is not None:
         return Part(name, module, None, reason)
+    form, make, told = _folded(module, name, choice) if choice.convolutions else _fused(module, name, choice)
+    try:
+        tried = make(None)  # in the caller's precision
+    except ValueError as error:
+        return Part(name, module, None, str(error))
+    found = difference(tried, module, *example(module, name, batch=1, size=(8, 8)))
+    if not found <= TOLERANCE[weight.dtype]:
+        return Part(name, module, None, f"its {form} form computes something else ({found:.1e} off)")
+    return Part(name, module, partial(make, autocast_dtype), told)
+
+
+# What a network becomes, given the dtype of its own autocast; its name in words, and what a report says of it.
+Form = tuple[str, Callable[[torch.dtype | None], nn.Module], str]
+
+
+def _fused(module: nn.Module, name: str, choice: Choice) -> Form:
+    """With fused blocks between torch's convolutions."""
     from fastjepa.fused import networks  # only here: it needs Triton
 
-    from_eager: Callable[..., nn.Module] = getattr(networks, kind).from_eager
-    # In the caller's precision.
-    found = difference(from_eager(module), module, *example(module, name, batch=1, size=(8, 8)))
-    if not found <= TOLERANCE[weight.dtype]:
-        return Part(name, module, None, f"its fused form computes something else ({found:.1e} off)")
-    return Part(name, module, partial(from_eager, module, autocast_dtype, decision.choice.recompute))
+    kinds: dict[str, Any] = {
+        "encoder": networks.FusedResNet5, "predictor": networks.FusedStateOnlyPredictor,
+        "predictor.predictor": networks.FusedResUNet,
+    }  # fmt: skip
+    return "fused", lambda dtype: kinds[name].from_eager(module, dtype, choice.recompute), ""
+
+
+def _folded(module: nn.Module, name: str, choice: Choice) -> Form:
+    """With BatchNorm folded into convolutions, of which our kernels run those that the choice names."""
+    kind: Any = {"encoder": FoldedEncoder, "predictor": FoldedPredictor}[name]
+    ours = [layer for layer in LAYERS_OF[name] if f"{name}.{layer}" in choice.own_layers]
+    left = [layer for layer in LAYERS_OF[name] if layer not in ours]
+    told = f"torch's convolutions run {', '.join(left) if ours else 'all its layers'}" if left else ""
+    return "folded", lambda dtype: kind.from_eager(module, dtype, ours if left else "all"), told
 
 
 def in_bf16(part: Part) -> Part:

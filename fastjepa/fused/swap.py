@@ -1,4 +1,6 @@
-"""`accelerate` swaps fused modules into a JEPA, fastjepa's own or one built with `eb_jepa`; `restore` undoes it."""
+"""`accelerate` swaps fused or folded modules into a JEPA, fastjepa's own or one built with `eb_jepa`; `restore` undoes
+it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ Jepa = TypeVar("Jepa", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Swap:
-    """What became of one part: `by` is the new module's class, or None with the `reason` it was left as it is."""
+    """What became of one part: `by` is the new module's class, or None with the `reason` it was left as it is; of a
+    folded network, `reason` names the layers that torch's convolutions run.
+    """
 
     part: str
     was: str
@@ -69,21 +73,23 @@ def accelerate(
     strict: bool = True,
     verbose: bool = True,
 ) -> Jepa:
-    """Swap fused modules into `jepa`, in place; parameters, buffers and state_dict stay the same objects and names.
+    """Swap faster modules into `jepa`, in place; parameters, buffers and state_dict stay the same objects and names.
 
     Args:
         jepa: anything with `encoder`, `predictor.predictor`, `regularizer` and `predcost` of the published structure.
             Its device decides what can be done.
-        backend: "fused" swaps Triton kernels in, on a GPU (or in Triton's interpreter). "eager" swaps nothing. "auto"
-            swaps what is known to help: on a CPU the losses' closed form, in plain torch; on a GPU what was measured
-            there to be exact and fastest. The first call on a GPU measures, for up to a minute, in child processes,
-            and keeps what it found (`fastjepa.calibration`); the environment variable FASTJEPA_CALIBRATE=0 leaves that
-            out and swaps nothing.
+        backend: "fused" swaps Triton kernels in, on a GPU (or in Triton's interpreter): fused losses and, for training,
+            fused blocks between torch's convolutions; for inference, networks with BatchNorm folded, all of whose
+            layers run by convolutions of our own. "eager" swaps nothing. "auto" swaps what is known to help: on a CPU
+            the losses' closed form, in plain torch; on a GPU what was measured there to be exact and fastest. The first
+            call on a GPU measures, for up to a minute, in child processes, and keeps what it found
+            (`fastjepa.calibration`); the environment variable FASTJEPA_CALIBRATE=0 leaves that out and swaps nothing.
         precision: "bf16" runs the encoder and predictor in bf16 autocast, with inputs and outputs as before; "keep"
             leaves precision to the caller's own autocast (where "auto" measures, it does so in the one in force now).
         example: the shape (B, C, T, H, W) of a video at which "auto" measures, and counts memory, on a GPU; default:
             that of the recipe.
-        purpose: what "auto" measures there: "train", a training step, or "inference", a rollout.
+        purpose: "train", a training step, or "inference", a rollout: what "auto" measures there, and "fused" serves.
+            Folded networks are for inference: in train mode, or where gradients are wanted, they run as they were.
         choice: these parts, as a calibration has chosen them before, in place of asking again; with backend "auto".
             Its CUDA graph is the caller's to make (`fastjepa.graphs`).
         recompute: whether fused networks compute activations again in the backward pass, for less memory and more time,
@@ -100,8 +106,8 @@ def accelerate(
 
     Raises:
         ValueError: an unknown backend, precision, purpose or recompute; an `example` that is no such shape; a `choice`
-            beside an explicit backend or recompute; recompute "on" where there are no fused networks; a part missing;
-            with `strict`, a part of another structure.
+            beside an explicit backend or recompute, or one with own convolutions that is not for inference; recompute
+            "on" where there are no fused networks; a part missing; with `strict`, a part of another structure.
         RuntimeError: backend "fused", recompute "on", or kernels in `choice`, where kernels cannot run, or were found
             not to work; `jepa` is accelerated already.
     """

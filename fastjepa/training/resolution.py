@@ -154,7 +154,11 @@ def read_choice(state: Mapping[str, Any], path: Path) -> Choice:
     try:
         if not isinstance(values, Mapping) or type(values.get("precision")) is not str:
             raise ValueError("it is no table with a precision")
-        return Choice.from_json({name: value for name, value in values.items() if name != "precision"})
+        before = {"convolutions": ""}  # a run from before this was a field
+        choice = Choice.from_json({**before, **{name: value for name, value in values.items() if name != "precision"}})
+        if choice.convolutions:
+            raise ValueError(f"own convolutions are for inference, and it has {choice}")
+        return choice
     except ValueError as error:
         raise CheckpointError(f"{path}: what the run resolved is damaged: {error}") from error
 

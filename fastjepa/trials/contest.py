@@ -20,7 +20,7 @@ from fastjepa.measuring.norms import DRAWS, GRADIENT, JUMP
 from fastjepa.measuring.out_of_memory import is_out_of_memory
 from fastjepa.measuring.policy import Error, Judgement
 from fastjepa.measuring.timing import HostTimer, quantile
-from fastjepa.trials.work import Maker, Tensors, Work, arithmetic
+from fastjepa.trials.work import LayeredWork, Maker, Tensors, Work, arithmetic
 
 T = TypeVar("T")
 LEAST_ROUNDS, MOST_ROUNDS, ROUND_SECONDS = 3, 30, 1.0
@@ -59,6 +59,7 @@ class Contest:
         self._reference: Work | None = None  # at full size
         self._reference_fits = True
         self._reference_first: Tensors = {}
+        self._faster_layers: tuple[str, ...] | None = None
 
     def prepare(self) -> None:
         """Compute the truth, and what eager makes of it; without these nothing can be judged.
@@ -104,10 +105,13 @@ class Contest:
         if self.batch < self.setting.batch and (problem := self._full_size_problem(work.results())):
             return Trial(choice, "wrong", problem, **judged)  # type: ignore[arg-type]
         times, reference_times = self._time(work)
+        faster, reason = None, ""
+        if choice.convolutions == "all" and isinstance(work, LayeredWork):
+            faster, reason = self._find_faster_layers(work)
         return Trial(
-            choice, "exact", milliseconds=quantile(times, 0.5),
+            choice, "exact", reason, milliseconds=quantile(times, 0.5),
             reference_milliseconds=quantile(reference_times, 0.5) if reference_times else None,
-            rounds=len(times), **judged,  # type: ignore[arg-type]
+            rounds=len(times), faster_layers=faster, **judged,  # type: ignore[arg-type]
         )  # fmt: skip
 
     def _check(self, choice: Choice, setting: Setting, eager: Mapping[str, Error]) -> Judgement | str:
@@ -231,6 +235,12 @@ class Contest:
         finally:
             gc.enable()
         return times[0], times[1] if reference is not None else []
+
+    def _find_faster_layers(self, work: LayeredWork) -> tuple[tuple[str, ...] | None, str]:
+        """The layers that own convolutions make faster, found once, with a graph or without; or None and why not."""
+        if self._faster_layers is None:
+            self._faster_layers = self._if_it_fits(work.faster_layers)
+        return self._faster_layers, "" if self._faster_layers is not None else "no memory to time its layers"
 
     def _if_it_fits(self, call: Callable[[], T]) -> T | None:
         """What the call gives, None if there is no memory for it."""

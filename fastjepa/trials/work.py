@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from fastjepa.model.probes import build_probes
 from fastjepa.model.projected_losses import ProjectionPath
 from fastjepa.model.step import StepLosses, TrainStep, build_optimizer
 from fastjepa.moving_mnist import ClipSet
+from fastjepa.trials.layers import faster_layers, pairs_of_networks
 
 Tensors = dict[str, Tensor]
 SEED, LEARNING_RATE = 2025, 1e-3
@@ -38,6 +39,15 @@ class Work(Protocol):
 
     def results(self) -> Tensors:
         """What is compared, by name."""
+        ...
+
+
+@runtime_checkable
+class LayeredWork(Work, Protocol):
+    """Work by own convolutions in every layer, each of which torch's convolutions could do too."""
+
+    def faster_layers(self) -> tuple[str, ...]:
+        """The names, as of `calibration.layers` and sorted, of the layers that are faster by own convolutions."""
         ...
 
 
@@ -166,6 +176,13 @@ class Rollout:
             "encoded": self.states[:, :, -self.steps - 1].clone(),
             "predicted": self.states[:, :, -self.steps :].clone(),
         }
+
+    def faster_layers(self) -> tuple[str, ...]:
+        """See LayeredWork."""
+        dtype = self.autocast_dtype or self.video.dtype
+        device, networks = self.video.device, (self.jepa.encoder, self.jepa.predictor)
+        tf32 = device.type == "cuda" and ambient_tf32()[1]
+        return faster_layers(pairs_of_networks(*networks, self.video, dtype, tf32=tf32), device)
 
 
 def _autocast(setting: Setting, dtype: torch.dtype) -> torch.dtype | None:
