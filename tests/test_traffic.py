@@ -151,6 +151,7 @@ def test_launches_of_frame_windows_move_what_the_audit_says(needs_triton: None) 
 def test_launches_of_convolutions_move_what_the_audit_says(clips: int, precision: Precision, interpreted: None) -> None:
     from bench import convolution
     from fastjepa.kernels.convolution.audit import case_of
+    from fastjepa.kernels.convolution.stem import fits as fits_stem
     from fastjepa.kernels.convolution.table import choose
 
     for name, layer in convolution.layers_of(clips).items():
@@ -158,11 +159,15 @@ def test_launches_of_convolutions_move_what_the_audit_says(clips: int, precision
 
         def run(layer: Layer = layer) -> None:
             inputs = convolution.make_inputs(layer, torch.device("cpu"), DTYPES[layer.precision])
-            convolution.compute_fused(layer, convolution.as_kernels_take(layer, inputs))
+            given = convolution.as_kernels_take(layer, inputs)
+            if fits_stem(layer):
+                given["x0"] = given["x0"].float()  # a video
+            convolution.compute_fused(layer, given)
 
         case = case_of(layer, choose(layer), name)
         assert launches(run) == [(case.kernel.__name__, case.bytes_moved)], name
-        assert case.bytes_moved == layer.bytes_moved
+        if not fits_stem(layer):
+            assert case.bytes_moved == layer.bytes_moved
 
 
 @pytest.fixture(scope="module")

@@ -39,15 +39,18 @@ def case_of(layer: Layer, launch: Launch, name: str) -> AuditCase:
     sizes = _sizes(layer, launch.form)
     ones = {name: 1 for name, size in sizes.items() if size == 1}  # Triton compiles these as constants
     signature = {name: kind for name, kind in signature.items() if name not in ones}
-    if launch.form == "stem":
-        signature["x_ptr"] = "*fp32"  # a video, whatever the network computes in
+    bytes_moved = layer.bytes_moved
+    if launch.form == "stem":  # of a video, which is fp32 whatever the network computes in
+        signature["x_ptr"] = "*fp32"
+        pixels = layer.frames * layer.height * layer.width
+        bytes_moved += pixels * sum(layer.sources) * (4 - DTYPES[layer.precision].itemsize)
     return AuditCase(
         name=name,
         kernel=kernel,
         signature=signature,
         constexprs={**dict.fromkeys(absent_names), **ones, **flags},
         config=launch.config,
-        bytes_moved=layer.bytes_moved,
+        bytes_moved=bytes_moved,
         flops=layer.flops,
         divisible_by_16=tuple(name for name, size in sizes.items() if size % 16 == 0),
         expects_tensor_cores=True,
