@@ -12,7 +12,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -515,3 +515,18 @@ def test_rows_that_cannot_be_kept_still_count(tmp_path: Path, monkeypatch: pytes
     assert verdict.origin.startswith("measured now, but not kept: ")
     assert "every start will measure again, unless --cache_dir (of commands) or XDG_CACHE_HOME" in verdict.origin
     assert verdict.origin.endswith("or FASTJEPA_CALIBRATE=0 is set")
+
+
+@pytest.mark.parametrize("purpose", get_args(Purpose))
+def test_inference_has_the_time_to_compile_its_kernels(
+    purpose: Purpose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+    monkeypatch.setattr("fastjepa.calibration.verdict.measure", lambda *_, limits, **__: given.append(limits) or ())
+    setting = dataclasses.replace(some_setting(), purpose=purpose)
+    resolve(setting, CPU, cache_dir=tmp_path, say=lambda _: None)
+    (limits,) = given
+    assert limits == children.Limits.of(purpose)
+    training = children.Limits.of("train")
+    assert (limits.candidate > training.candidate) == (limits.total > training.total) == (purpose == "inference")
+    assert limits.start + limits.candidate <= limits.total

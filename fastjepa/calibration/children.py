@@ -19,7 +19,7 @@ from typing import Any
 
 from fastjepa.calibration.choice import Choice
 from fastjepa.calibration.search import among, next_choice
-from fastjepa.calibration.setting import Setting
+from fastjepa.calibration.setting import Purpose, Setting
 from fastjepa.calibration.trial import Trial, settled
 from fastjepa.measuring.child_process import Ended, run_child
 
@@ -35,6 +35,13 @@ class Limits:
     total: float = 60.0
     start: float = 25.0
     candidate: float = 25.0
+
+    @staticmethod
+    def of(purpose: Purpose) -> Limits:
+        """Those of a purpose: own convolutions, of inference, are some sixty kernels, in two precisions and sizes, and
+        must not seem to hang while they compile for the first time.
+        """
+        return Limits() if purpose == "train" else Limits(total=120.0, candidate=75.0)
 
 
 def measure(
@@ -64,7 +71,7 @@ def measure(
 
     A trial "not measured" is the one that was under way when the time was over, or that no child could begin.
     """
-    limits = limits or Limits()
+    limits = limits or Limits.of(setting.purpose)
     begun_at = time.monotonic()
     trials = _Trials(known, allowed, keep)
     with tempfile.TemporaryDirectory(prefix="fastjepa-calibration-", ignore_cleanup_errors=True) as folder:

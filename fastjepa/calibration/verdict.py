@@ -140,7 +140,7 @@ def resolve(
         cache_dir: default: the user's, `storage.cache_folder.default_cache_dir()`.
         measuring: False only looks up.
         redo: measure even if there are rows.
-        limits: of time; default: `Limits()`.
+        limits: of time; default: `Limits.of` the purpose.
         makers: see `children.measure`.
         say: gets progress, a line at a time.
 
@@ -161,7 +161,7 @@ def resolve(
             if found is not None and _complete(setting, *found, scope):
                 return _looked_up(setting, *found, scope)
             kept, known = _Kept(setting, folder, redo), found[0] if found else ()
-            return _measure(setting, device, known, scope, kept, limits or Limits(), makers, say)
+            return _measure(setting, device, known, scope, kept, limits or Limits.of(setting.purpose), makers, say)
     except LockTimeoutError as error:
         return Verdict(
             setting, found[0] if found else (), f"{error}; {'as far as known' if found else 'eager for now'}"

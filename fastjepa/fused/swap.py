@@ -82,8 +82,9 @@ def accelerate(
             fused blocks between torch's convolutions; for inference, networks with BatchNorm folded, all of whose
             layers run by convolutions of our own. "eager" swaps nothing. "auto" swaps what is known to help: on a CPU
             the losses' closed form, in plain torch; on a GPU what was measured there to be exact and fastest. The first
-            call on a GPU measures, for up to a minute, in child processes, and keeps what it found
-            (`fastjepa.calibration`); the environment variable FASTJEPA_CALIBRATE=0 leaves that out and swaps nothing.
+            call on a GPU measures, for up to a minute (two for inference), in child processes, and keeps what it
+            found (`fastjepa.calibration`); the environment variable FASTJEPA_CALIBRATE=0 leaves that out and swaps
+            nothing.
         precision: "bf16" runs the encoder and predictor in bf16 autocast, with inputs and outputs as before; "keep"
             leaves precision to the caller's own autocast (where "auto" measures, it does so in the one in force now).
         example: the shape (B, C, T, H, W) of a video at which "auto" measures, and counts memory, on a GPU; default:

@@ -32,11 +32,16 @@ def window_of(  # type: ignore[no-untyped-def]
     PADDING: tl.constexpr = 1 if TAPS == 9 else 0
     row = (offs_n // out_width) % out_height * STRIDE - PADDING
     column = offs_n % out_width * STRIDE - PADDING
-    inside = tl.where(mask_n, 1 << TAPS, 0)
-    for tap in tl.static_range(TAPS):
-        down, right = tap // 3, tap % 3
-        there = (row + down >= 0) & (row + down < height) & (column + right >= 0) & (column + right < width)
-        inside |= tl.where(there & mask_n, 1 << tap, 0)
+    inside = tl.where(mask_n, (2 << TAPS) - 1, 0)
+    if TAPS == 9:
+        rows = tl.where(mask_n, 1 << TAPS, 0)
+        columns = rows
+        for place in tl.static_range(
+            3
+        ):  # the taps 3·place … 3·place + 2 are in one row, place, place + 3 … in one column
+            rows |= tl.where((row + place >= 0) & (row + place < height), 7 << (3 * place), 0)
+            columns |= tl.where((column + place >= 0) & (column + place < width), 73 << place, 0)
+        inside &= rows & columns
     return (offs_n // (out_width * out_height) * height + row) * width + column, inside
 
 
