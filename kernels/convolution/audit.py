@@ -92,8 +92,15 @@ def _loop_trips(layer: Layer, launch: Launch) -> tuple[int, ...]:
     return (-(-steps // launch.config.blocks["BLOCK_P"]) if launch.form == "split_k" else steps,)
 
 
+# Channels of which nothing is a multiple: every load has a mask, and may be one number at a time.
+_UNEVEN = {
+    "uneven": Layer((20, 12), 100, 64, 64, 64, shortcut=(9, 5)),
+    "uneven.up": Layer((66,), 33, 64, 32, 32, kernel_size=2),
+}
+
+
 def audit_cases() -> list[AuditCase]:
-    """A rollout step's layers and the encoder's, at one clip and at 64, as each architecture launches them.
+    """Layers of a rollout step and of the encoder, at one clip and at 64, as each architecture launches them; and more.
 
     In bf16 all that are compiled to different code; in TF32 and fp32 one of each configuration; in fp16, whose
     configurations are those of bf16, one of each kernel.
@@ -104,6 +111,7 @@ def audit_cases() -> list[AuditCase]:
         networks = {
             "predictor": predictor_layers(clips, precision),
             "encoder": encoder_layers(10 * clips, precision),
+            "other": _UNEVEN if (precision, clips) == ("bf16", 64) else {},
         }
         for network, layers in networks.items():
             for name, layer in layers.items():

@@ -36,9 +36,8 @@ def window_of(  # type: ignore[no-untyped-def]
     if TAPS == 9:
         rows = tl.where(mask_n, 1 << TAPS, 0)
         columns = rows
-        for place in tl.static_range(
-            3
-        ):  # the taps 3·place … 3·place + 2 are in one row, place, place + 3 … in one column
+        # The taps 3·place … 3·place + 2 are in one row; place, place + 3 and place + 6 are in one column.
+        for place in tl.static_range(3):
             rows |= tl.where((row + place >= 0) & (row + place < height), 7 << (3 * place), 0)
             columns |= tl.where((column + place >= 0) & (column + place < width), 73 << place, 0)
         inside &= rows & columns
