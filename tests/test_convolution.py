@@ -480,6 +480,19 @@ def test_a_transposed_convolution_takes_nothing_else(device: str) -> None:
         op.convolution_out(out, x, None, None, None, weight, None, None, None, None, 2, 1, 1, True, False)
 
 
+def test_a_second_map_of_a_shortcut_needs_a_first(device: str) -> None:
+    arguments = list(op_arguments(LAYERS["shortcut of two"], Epilogue(), device))
+    arguments[3] = None
+    with pytest.raises(ValueError, match=r"shortcut\[1\] is given without shortcut\[0\]"):
+        op.convolution_out(*arguments)
+
+
+@pytest.mark.parametrize("out", [None, cl(1, 8, 4, 4)])
+def test_what_is_no_tensor_is_named(out: Tensor | None) -> None:
+    with pytest.raises(TypeError, match=r"sources\[0\] must be a tensor, got list"):
+        fused.convolution([[1.0]], torch.ones(9, 8), out=out)  # type: ignore[list-item]
+
+
 def test_without_kernels_it_says_so(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     monkeypatch.setattr("fastjepa.kernels.checks.unavailable_reason", lambda device: "no kernels today")
     with pytest.raises(RuntimeError, match="convolution: no kernels today"):

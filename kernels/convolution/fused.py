@@ -66,15 +66,16 @@ def convolution(
     s, s2 = (*shortcut, None, None)[:2]
     assert x is not None
     head_weight, head_bias = head or (None, None)
+    check_tensor(OP, "sources[0]", x, shape=(None,) * 4)
     if out is None:
-        for name, tensor in (("sources[0]", x), ("weight", weight), ("head", head_weight)):
+        for name, tensor in (("weight", weight), ("head[0]", head_weight)):
             if tensor is not None:
-                check_tensor(OP, name, tensor, shape=(None,) * (4 if name == "sources[0]" else 2))
+                check_tensor(OP, name, tensor, shape=(None, None))
         if stride not in (1, 2):
             raise ValueError(f"{OP}: stride is {stride}; accepted: 1, 2")
         n_out = weight.shape[1] if head_weight is None else head_weight.shape[1]
         out = _new(weight, x.shape[0], n_out, -(-x.shape[2] // stride), -(-x.shape[3] // stride))
-    few = x2 is None and x.dim() == 4 and x.shape[1] <= stem.MOST_CHANNELS and s is None and head is None
+    few = x2 is None and x.shape[1] <= stem.MOST_CHANNELS and s is None and head is None
     if not (few and kernel_size == 3):
         x = _laid(x)
     convolution_out(

@@ -107,6 +107,8 @@ def checked_operands(
     _check_choice("kernel_size", kernel_size, (1, 2, 3))
     _check_choice("stride", stride, (1, 2))
     _check_choice("shortcut_stride", shortcut_stride, (1, 2))
+    if shortcut is None and shortcut2 is not None:
+        raise ValueError(f"{OP}: shortcut[1] is given without shortcut[0]")
     device = out.device
     check_tensor(OP, "weight", weight, shape=(None, None), device=device, contiguous=True)
     check_tensor(OP, "sources[0]", x, shape=(None,) * 4, device=device)
