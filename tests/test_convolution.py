@@ -279,6 +279,14 @@ def test_nan_goes_through_relu_and_stays_in_its_frame(device: str) -> None:
     assert found.isnan().sum() == 16 * 4
 
 
+def test_a_pixel_of_an_image_reaches_its_neighbours_only(device: str) -> None:
+    arguments = operands(Layer((1,), 16, 2, 6, 6), Epilogue(), torch.float32, device)
+    arguments["sources"][0][0, 0, 4, 3] = torch.nan
+    found = fused.convolution(**arguments)
+    assert found[0, :, 3:6, 2:5].isnan().all()
+    assert found.isnan().sum() == 16 * 9
+
+
 def test_no_frames_are_no_work(device: str) -> None:
     arguments = operands(Layer((16,), 16, 2, 4, 4), Epilogue(), torch.float32, device)
     arguments["sources"] = [x[:0] for x in arguments["sources"]]
