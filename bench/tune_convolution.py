@@ -16,7 +16,7 @@ from bench.harness.case import Case
 from bench.harness.variants import Computation, Tensors, Variant, needs_kernels
 from bench.launch_words import describe
 from bench.recipe import TINY, Recipe
-from fastjepa.kernels.convolution import op, stem, strip, table
+from fastjepa.kernels.convolution import op, split_k, stem, strip, table
 from fastjepa.kernels.convolution.layer import Layer
 from fastjepa.kernels.convolution.table import Form, Launch
 from fastjepa.kernels.launch import LaunchConfig
@@ -75,8 +75,7 @@ def takes(layer: Layer, launch: Launch) -> bool:
     if layer.head and blocks["BLOCK_O"] < layer.out:  # one program has all that a head multiplies
         return False
     if launch.form == "split_k":
-        even = not any(channels % blocks["BLOCK_I"] for channels in (*layer.sources, *layer.shortcut))
-        return even and not layer.is_transposed
+        return split_k.fits(layer, blocks["BLOCK_I"]) and not layer.is_transposed
     if launch.form == "strip":
         return blocks["BLOCK_N"] >= blocks["BLOCK_W"] and strip.fits(layer, config)
     if launch.form == "stem":
