@@ -379,3 +379,18 @@ def test_convolution_refuses_no_clips(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit, match="2"):
         convolution.main(["--estimate", "--batch", "0"])
     assert "--batch must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("variant", "networks"),
+    [
+        ("each thing once", ("ResNet5", "StateOnlyPredictor")),
+        ("fused bf16", ("FusedResNet5", "FusedStateOnlyPredictor")),
+        ("folded convolutions bf16", ("FoldedEncoder", "FoldedPredictor")),
+    ],
+)
+def test_an_evaluation_has_the_networks_of_its_name(variant: str, networks: tuple[str, str], device: str) -> None:
+    found = next(v for v in evaluation.make_variants(TINY) if v.name == variant).build(torch.device(device))
+    assert isinstance(found, evaluation.Evaluate)
+    jepa = found.model[0]
+    assert (type(jepa.encoder).__name__, type(jepa.predictor).__name__) == networks
