@@ -287,6 +287,16 @@ def test_a_pixel_of_an_image_reaches_its_neighbours_only(device: str) -> None:
     assert found.isnan().sum() == 16 * 9
 
 
+def test_sums_are_rounded_to_the_nearest_before_a_head_and_in_the_end(device: str) -> None:
+    """259 lies between 258 and 260 in bf16, whose last bit is even; cut off, it would be 258."""
+    x = torch.full((1, 16, 1, 1), 16.0, dtype=torch.bfloat16, device=device)
+    weight, bias = torch.ones(16, 16, dtype=torch.bfloat16, device=device), torch.full((16,), 3.0, device=device)
+    assert (fused.convolution([x], weight, bias, kernel_size=1) == 260).all()
+    head = torch.eye(16, dtype=torch.bfloat16, device=device)
+    out = torch.empty(1, 16, 1, 1, device=device)
+    assert (fused.convolution([x], weight, bias, kernel_size=1, head=(head, None), out=out) == 260).all()
+
+
 def test_no_frames_are_no_work(device: str) -> None:
     arguments = operands(Layer((16,), 16, 2, 4, 4), Epilogue(), torch.float32, device)
     arguments["sources"] = [x[:0] for x in arguments["sources"]]

@@ -95,6 +95,7 @@ def _loop_trips(layer: Layer, launch: Launch) -> tuple[int, ...]:
 # Channels of which nothing is a multiple: every load has a mask, and may be one number at a time.
 _UNEVEN = {
     "uneven": Layer((20, 12), 100, 64, 64, 64, shortcut=(9, 5)),
+    "uneven.head": Layer((40,), 40, 64, 64, 64, shortcut=(40, 40), head=16),
     "uneven.up": Layer((66,), 33, 64, 32, 32, kernel_size=2),
 }
 

@@ -92,10 +92,10 @@ _STRIP_LEAST = 120
 def _first_that_fills(layer: Layer, tiles: tuple[Tile, ...]) -> Launch | None:
     """The first tile that is not wider than the layer, and of which there are enough."""
     for tile in tiles:
-        if layer.columns >= tile.channels and not (layer.head and layer.out > tile.channels):
+        if layer.columns >= tile.channels:
             launch = _product(layer, tile, LARGE)
             blocks = launch.config.blocks
-            if -(-layer.pixels // blocks["BLOCK_N"]) * -(-layer.columns // blocks["BLOCK_O"]) >= tile.least:
+            if _programs(layer, blocks["BLOCK_N"], blocks["BLOCK_O"]) >= tile.least:
                 return launch
     return None
 
