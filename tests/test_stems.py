@@ -23,7 +23,7 @@ def public_functions(path: Path) -> set[str]:
 
 def test_the_ops_are_the_folders_and_nothing_but_what_they_share_lies_beside_them() -> None:
     assert tuple(sorted(path.parent.name for path in KERNELS.glob("*/__init__.py"))) == OPS
-    assert {path.stem for path in KERNELS.glob("*.py")} == {"__init__", "checks", "launch", "tf32"}
+    assert {path.stem for path in KERNELS.glob("*.py")} == {"__init__", "checks", "launch", "shares", "tf32"}
 
 
 @pytest.mark.parametrize("op", OPS)

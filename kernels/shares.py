@@ -1,0 +1,71 @@
+"""A batch that lies on several processes ("ranks"): how much of it each has, and what the parts of a statistic become.
+
+Ops that reduce over a batch take an optional `Shares`. Each rank reduces its own rows; what comes out is small, is
+gathered from all ranks, and is merged in the order of the ranks: the same bits on each of them. Rows never travel.
+
+A gradient with respect to rows is that of the loss of the whole batch. A gradient with respect to a parameter is a part
+of it, whose sum over the ranks is the whole: that sum is the caller's, once for all parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Who has how much of one batch.
+
+    A rank whose count is 0 computes on an entry that is not its own, so that it takes part in everything: of what it
+    computes, zeros are gathered, and its gradients are to be dropped.
+
+    Attributes:
+        counts: entries of the batch on each rank, 0 or more, in all at least 1.
+        rank: of this process, from 0.
+        collect: gives the tensors (...) of all ranks, each of this shape and dtype, as one (ranks, ...). Every rank
+            calls it, in the same order.
+
+    Raises:
+        ValueError: counts that are negative, or all 0; a rank that is not one of theirs.
+    """
+
+    counts: tuple[int, ...]
+    rank: int
+    collect: Callable[[Tensor], Tensor]
+
+    def __post_init__(self) -> None:
+        if not self.counts or min(self.counts) < 0 or sum(self.counts) < 1:
+            raise ValueError(f"counts must be 0 or more of each rank, and 1 or more in all; got {self.counts}")
+        if not 0 <= self.rank < len(self.counts):
+            raise ValueError(f"rank must be 0 to {len(self.counts) - 1}, one for each of the counts; got {self.rank}")
+
+    @property
+    def empty(self) -> bool:
+        """Whether this rank has nothing of the batch, and computes on what is not its own."""
+        return self.counts[self.rank] == 0
+
+    @property
+    def share(self) -> float:
+        """The part of the batch that is this rank's, 0 to 1."""
+        return self.counts[self.rank] / sum(self.counts)
+
+    def rows(self, own: int) -> tuple[int, ...]:
+        """Rows of each rank where this one computes on `own` rows, as many for each entry of the batch as others."""
+        per_entry = own // max(1, self.counts[self.rank])
+        return tuple(count * per_entry for count in self.counts)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """(...) of this rank → (ranks, ...), those of all; zeros for a rank that has nothing of the batch."""
+        return self.collect(torch.zeros_like(tensor) if self.empty else tensor)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Σ over the ranks of a tensor (...), in their order."""
+        return self.gather(tensor).sum(0)
+
+    def once(self, tensor: Tensor) -> Tensor:
+        """What every rank has computed of the whole batch, as the part of one of them: zeros on all but the first."""
+        return tensor if self.rank == 0 else torch.zeros_like(tensor)
