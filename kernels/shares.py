@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -57,6 +58,13 @@ class Shares:
         """Rows of each rank where this one computes on `own` rows, as many for each entry of the batch as others."""
         per_entry = own // max(1, self.counts[self.rank])
         return tuple(count * per_entry for count in self.counts)
+
+    def weights(self, own: int, like: Tensor) -> Tensor:
+        """`rows` as a tensor (ranks,) of the dtype and device of `like`; made there by fills, because a copy from the
+        host would wait for a GPU.
+        """
+        runs = [(rows, len(list(some))) for rows, some in groupby(self.rows(own))]
+        return torch.cat([like.new_full((length,), rows) for rows, length in runs])
 
     def gather(self, tensor: Tensor) -> Tensor:
         """(...) of this rank → (ranks, ...), those of all; zeros for a rank that has nothing of the batch."""

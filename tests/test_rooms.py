@@ -28,6 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "environment": set(),
     "profiling": set(),
     "optional_packages": set(),
+    "distributed": {"kernels"},
     "model": {"files", "kernels", "profiling", "optional_packages"},
     "storage": {"files", "config", "optional_packages", "model"},
     "refusal": {"files", "measuring", "optional_packages"},
@@ -41,8 +42,8 @@ ROOMS: dict[str, set[str]] = {
     "trials": {"kernels", "measuring", "model", "moving_mnist", "calibration", "fused", "graphs"},
     "figures": {"files", "optional_packages", "model", "refusal", "entry"},
     "training": {
-        "files", "kernels", "config", "environment", "profiling", "optional_packages", "model", "storage", "refusal",
-        "moving_mnist", "calibration", "fused", "graphs", "figures",
+        "files", "kernels", "config", "environment", "profiling", "optional_packages", "model",
+        "storage", "refusal", "moving_mnist", "calibration", "fused", "graphs", "figures",
     },
     "calibrate": {"config", "refusal", "entry", "calibration", "fused"},
     "evaluate": {
