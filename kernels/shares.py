@@ -70,10 +70,25 @@ class Shares:
         """(...) of this rank → (ranks, ...), those of all; zeros for a rank that has nothing of the batch."""
         return self.collect(torch.zeros_like(tensor) if self.empty else tensor)
 
+    def filled(self, of_ranks: Tensor) -> Tensor:
+        """Of (ranks, ...) those of the ranks that have something of the batch, in their order."""
+        if min(self.counts) > 0:
+            return of_ranks
+        return torch.stack([of_ranks[rank] for rank, count in enumerate(self.counts) if count > 0])
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Σ over the ranks of a tensor (...), in their order."""
         return self.gather(tensor).sum(0)
 
     def once(self, tensor: Tensor) -> Tensor:
-        """What every rank has computed of the whole batch, as the part of one of them: zeros on all but the first."""
-        return tensor if self.rank == 0 else torch.zeros_like(tensor)
+        """What every rank has computed of the whole batch, as the part of one of them: zeros on all others. It is the
+        first that has something of the batch, because gradients of one that has nothing are dropped.
+        """
+        first = next(rank for rank, count in enumerate(self.counts) if count > 0)
+        return tensor if self.rank == first else torch.zeros_like(tensor)
+
+
+def refuse_compiled(shares: Shares | None, what: str) -> None:
+    """Raise a RuntimeError if torch.compile traces `what` of a batch on several ranks: it cannot see them talk."""
+    if shares is not None and torch.compiler.is_compiling():
+        raise RuntimeError(f"{what} of a batch on several ranks cannot be compiled; call it outside of torch.compile")

@@ -29,7 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "profiling": set(),
     "optional_packages": set(),
     "distributed": {"kernels"},
-    "model": {"files", "kernels", "profiling", "optional_packages"},
+    "model": {"files", "kernels", "profiling", "optional_packages", "distributed"},
     "storage": {"files", "config", "optional_packages", "model"},
     "refusal": {"files", "measuring", "optional_packages"},
     "entry": {"optional_packages", "refusal"},

@@ -4,6 +4,9 @@ PyTorch's own SyncBatchNorm takes CUDA tensors only, and is another module in ea
 what they are: inside `global_statistics`, every call of `F.batch_norm` that would use its batch's statistics uses those
 of all ranks. A fused network asks for `current_shares` and does the same in its kernels.
 
+Everything is computed on x − pivot, a value of each rank's own for each channel: exact for values near each other, so
+that a mean far from zero costs no precision.
+
     n = Σ nᵢ,   mean = Σ nᵢ·meanᵢ / n,   M2 = Σ M2ᵢ + Σ nᵢ·(meanᵢ − mean)²       over ranks i, in their order
     ∂x = weight·rstd·(g − Σg/n − x̂·Σg·x̂/n)                                    both sums over all ranks
 
@@ -22,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from fastjepa.kernels.shares import Shares
+from fastjepa.kernels.shares import Shares, refuse_compiled
 
 _current: Shares | None = None
 
@@ -36,9 +39,12 @@ def current_shares() -> Shares | None:
 def global_statistics(shares: Shares | None) -> Iterator[None]:
     """Inside, BatchNorm in train mode normalises by, and moves its buffers to, the statistics of all ranks' rows.
 
-    It is for the forward pass; the backward pass knows. None changes nothing.
+    It is for the forward pass; the backward pass knows. None changes nothing; once more the same changes nothing.
+
+    Raises RuntimeError under torch.compile, unless shares is None.
     """
     global _current
+    refuse_compiled(shares, "BatchNorm")
     if shares is None:
         yield
         return
@@ -126,13 +132,17 @@ def global_batch_norm(
     return out
 
 
-def _merge(mean: Tensor, m2: Tensor, rows: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
-    """Mean (C,) and M2 (C,) of all rows from those of P parts of them, (P, C) each, of `rows` (P,) each."""
-    # Relative to one of them, so that a common offset costs no precision.
-    first, rows = mean[0], rows.unsqueeze(1)
-    offset = mean - first
+def _merge(parts: Tensor, rows: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
+    """Mean (C,), relative to the first part's pivot, and M2 (C,) of all rows, from P parts of `rows` (P,) each.
+
+    parts: (P, 3, C), of each its pivot, its mean relative to that, and its M2.
+    """
+    pivot, mean, m2 = parts.unbind(1)
+    rows = rows.unsqueeze(1)
+    mean = mean + (pivot - pivot[0])
+    offset = mean - mean[0]
     shift = (offset * (rows / n_rows)).sum(0)
-    return first + shift, (m2 + rows * (offset - shift).square()).sum(0)
+    return mean[0] + shift, (m2 + rows * (offset - shift).square()).sum(0)
 
 
 class _Function(torch.autograd.Function):
@@ -142,18 +152,23 @@ class _Function(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(x.dtype, torch.float32)
         dims = [d for d in range(x.dim()) if d != 1]
-        var, mean = torch.var_mean(x.to(wide), dim=dims, correction=0)
+        pivot = x.movedim(1, -1)[(0,) * (x.dim() - 1)].to(wide)
+        out = x.to(wide) - _of_channels(pivot, x)
+        var, mean = torch.var_mean(out, dim=dims, correction=0)
         own = x.numel() // x.shape[1]
         n_rows = sum(shares.rows(own))
-        parts = shares.gather(torch.stack((mean, var * own)))
-        mean, m2 = _merge(parts[:, 0], parts[:, 1], shares.weights(own, mean), n_rows)
+        parts = shares.filled(shares.gather(torch.stack((pivot, mean, var * own))))
+        first_pivot = parts[0, 0]
+        mean, m2 = _merge(parts, shares.filled(shares.weights(own, mean)), n_rows)
+        of_own = mean + (first_pivot - pivot)
         var = m2 / n_rows
         rstd = torch.rsqrt(var + eps)
         scale = rstd if weight is None else rstd * weight.to(wide)
-        out = (x.to(wide) - _of_channels(mean, x)) * _of_channels(scale, x)
+        out.sub_(_of_channels(of_own, x)).mul_(_of_channels(scale, x))
         if bias is not None:
             out += _of_channels(bias.to(wide), x)
-        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.save_for_backward(x, weight, pivot, of_own, rstd)
+        mean = first_pivot + mean
         ctx.shares, ctx.n_rows = shares, n_rows
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(mean, var)
@@ -162,10 +177,11 @@ class _Function(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, rstd = ctx.saved_tensors
+        x, weight, pivot, mean, rstd = ctx.saved_tensors
         wide, dims = rstd.dtype, [d for d in range(x.dim()) if d != 1]
         g = grad.to(wide)
-        x_hat = (x.to(wide) - _of_channels(mean, x)) * _of_channels(rstd, x)
+        x_hat = x.to(wide) - _of_channels(pivot, x)
+        x_hat.sub_(_of_channels(mean, x)).mul_(_of_channels(rstd, x))
         own = torch.stack((g.sum(dims), (g * x_hat).sum(dims)))
         mean_g, mean_gx = ctx.shares.sum(own) / ctx.n_rows
         scale = rstd if weight is None else rstd * weight.to(wide)

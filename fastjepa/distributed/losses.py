@@ -46,24 +46,30 @@ class _Covariance(torch.autograd.Function):
         n = sum(shares.rows(len(features)))
         if n < 2:
             raise ValueError(f"the variance of {n} row is undefined; at least 2 are needed")
-        own_mean = features.mean(0)
-        centred = features - own_mean
+        # On x − pivot, a row of each rank's own: exact for values near each other, so that a common offset costs
+        # no precision.
+        pivot = features[0]
+        centred = features - pivot
+        own_mean = centred.mean(0)
+        centred -= own_mean
         with torch.autocast(features.device.type, enabled=False):
             scatter = centred.T @ centred
-        # Squares apart from the diagonal: a matrix product may be in TF32.
-        parts = shares.gather(torch.cat((own_mean[None], centred.square().sum(0)[None], scatter)))
-        weights = shares.weights(len(features), features).unsqueeze(1)
-        mean = (parts[:, 0] * (weights / n)).sum(0)
-        apart = parts[:, 0] - mean
-        squares = (parts[:, 1] + weights * apart.square()).sum(0)
-        cov = parts[:, 2:].sum(0) + (weights * apart).T @ apart
-        ctx.save_for_backward(features, mean)
+            # Squares apart from the diagonal: a matrix product may be in TF32.
+            own = torch.cat((pivot[None], own_mean[None], centred.square().sum(0)[None], scatter))
+            parts = shares.filled(shares.gather(own))
+            weights = shares.filled(shares.weights(len(features), features)).unsqueeze(1)
+            apart = parts[:, 1] + (parts[:, 0] - parts[0, 0])
+            shift = (apart * (weights / n)).sum(0)
+            apart = apart - shift
+            squares = (parts[:, 2] + weights * apart.square()).sum(0)
+            cov = parts[:, 3:].sum(0) + (weights * apart).T @ apart
+        ctx.save_for_backward(features, pivot, shift + (parts[0, 0] - pivot))
         ctx.n = n
         return squares / (n - 1), cov / (n - 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_variance: Tensor, grad_cov: Tensor) -> tuple[Tensor | None, ...]:
-        features, mean = ctx.saved_tensors
+        features, pivot, mean = ctx.saved_tensors
         symmetric = grad_cov + grad_cov.T + torch.diag(2 * grad_variance)
-        return (features - mean) @ (symmetric / (ctx.n - 1)), None
+        return (features - pivot).sub_(mean) @ (symmetric / (ctx.n - 1)), None

@@ -7,15 +7,19 @@ moved as the original's calls would move them: VC(z); then z, p¹, z, p², …
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from contextlib import nullcontext
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastjepa.distributed.batch_norm import global_statistics
+from fastjepa.distributed.losses import global_mean, global_std_and_cov_loss
 from fastjepa.kernels.checks import require_available
 from fastjepa.kernels.projected_losses import closed_form
 from fastjepa.kernels.projected_losses.reference import std_and_cov_loss
+from fastjepa.kernels.shares import Shares
 from fastjepa.model.losses import project
 from fastjepa.model.running_stats import BatchStatistics, BatchStatisticsRecorder, advance_buffers
 
@@ -75,6 +79,7 @@ def projected_losses(
     predictions: Sequence[Tensor],
     *,
     path: ProjectionPath = "auto",
+    shares: Shares | None = None,
 ) -> Losses:
     """The unweighted losses of one parallel unroll, differentiable in everything; moves the projectors' buffers.
 
@@ -86,6 +91,8 @@ def projected_losses(
         path: "eager" materialises the projections; "closed_form" needs only moments of the rows, in plain torch;
             "fused" is the closed form as Triton kernels. "auto" takes the closed form on a CPU, where it was measured
             faster and smaller (bench/results), and eager elsewhere. States below fp32 are upcast, except in "fused".
+        shares: where the clips are one rank's of several: losses, statistics and buffers are those of all of them. The
+            gradients of states are exact; those of parameters are parts, whose sum over the ranks is the whole.
 
     Raises:
         ValueError: an unknown path, or one that does not cover these projectors; the message says why.
@@ -97,10 +104,10 @@ def projected_losses(
     if path == "auto":
         path = "closed_form" if state.device.type == "cpu" and isinstance(layers, HiddenLayer) else "eager"
     if path == "eager":
-        return _eager(vc_proj, pred_proj, state, predictions)
+        return _eager(vc_proj, pred_proj, state, predictions, shares)
     if isinstance(layers, str):
         raise ValueError(f"projection={path!r} cannot be served: {layers}; use 'eager' or 'auto'")
-    losses, calls = losses_from_moments(layers, state, predictions, fused=path == "fused")
+    losses, calls = losses_from_moments(layers, state, predictions, fused=path == "fused", shares=shares)
     order = [calls[0]]  # VC(z)
     for prediction in calls[1:]:
         order += [calls[0], prediction]
@@ -109,10 +116,18 @@ def projected_losses(
 
 
 def losses_from_moments(
-    layers: HiddenLayer, state: Tensor, predictions: Sequence[Tensor], *, fused: bool
+    layers: HiddenLayer,
+    state: Tensor,
+    predictions: Sequence[Tensor],
+    *,
+    fused: bool,
+    shares: Shares | None = None,
 ) -> tuple[Losses, list[BatchStatistics]]:
-    """The losses without materialised projections, and the batch statistics of z, p¹..pᴷ; buffers do not move."""
-    compute = closed_form.projected_losses
+    """The losses without materialised projections, and the batch statistics of z, p¹..pᴷ; buffers do not move.
+
+    shares: as in `projected_losses`.
+    """
+    compute: Any = closed_form.projected_losses
     if fused:
         require_available("projected_losses", state.device)
         from fastjepa.kernels.projected_losses.fused import projected_losses as compute  # needs Triton
@@ -122,25 +137,33 @@ def losses_from_moments(
     linear1, norm, linear2 = layers
     with torch.autocast(state.device.type, enabled=False):
         found = compute(
-            state, predictions, linear1.weight, linear1.bias, norm.weight, norm.bias, linear2.weight, norm.eps
-        )
+            state, predictions, linear1.weight, linear1.bias, norm.weight, norm.bias, linear2.weight, norm.eps,
+            **({} if shares is None else {"shares": shares}),
+        )  # fmt: skip
     calls = [BatchStatistics(*call) for call in zip(found.batch_means, found.batch_vars, strict=True)]
     return Losses(found.std_loss, found.cov_loss, found.prediction_losses), calls
 
 
-def _eager(vc_proj: nn.Module, pred_proj: nn.Module, state: Tensor, predictions: Sequence[Tensor]) -> Losses:
+def _eager(
+    vc_proj: nn.Module, pred_proj: nn.Module, state: Tensor, predictions: Sequence[Tensor], shares: Shares | None
+) -> Losses:
     shared = vc_proj is pred_proj
-    with BatchStatisticsRecorder(pred_proj) as recorder:
-        target, target_stats = recorder.call(lambda: project(pred_proj, state))
-        losses, prediction_stats = [], []
-        for prediction in predictions:
-            projected, statistics = recorder.call(lambda p=prediction: project(pred_proj, p))  # type: ignore[misc]
-            losses.append(F.mse_loss(projected, target))
-            prediction_stats.append(statistics)
-    std_loss, cov_loss = std_and_cov_loss(target if shared else project(vc_proj, state))
+    with nullcontext() if shares is None else global_statistics(shares):
+        with BatchStatisticsRecorder(pred_proj) as recorder:
+            target, target_stats = recorder.call(lambda: project(pred_proj, state))
+            losses, prediction_stats = [], []
+            for prediction in predictions:
+                projected, statistics = recorder.call(lambda p=prediction: project(pred_proj, p))  # type: ignore[misc]
+                losses.append(F.mse_loss(projected, target))
+                prediction_stats.append(statistics)
+        features = target if shared else project(vc_proj, state)
+    std_loss, cov_loss = std_and_cov_loss(features) if shares is None else global_std_and_cov_loss(features, shares)
+    prediction_losses = torch.stack(losses) if losses else target.new_zeros(0)
+    if losses and shares is not None:
+        prediction_losses = global_mean(prediction_losses, shares)
     for i, layer in enumerate(recorder.layers):
         calls = [target_stats[i]] if shared else []  # VC(z)
         for statistics in prediction_stats:
             calls += [target_stats[i], statistics[i]]
         advance_buffers(layer, calls)
-    return Losses(std_loss, cov_loss, torch.stack(losses) if losses else target.new_zeros(0))
+    return Losses(std_loss, cov_loss, prediction_losses)

@@ -40,6 +40,18 @@ class Saved(NamedTuple):
     delta_moments: Tensor  # (K, H, H): ΣΔΔᵀ
 
 
+def merged_moments(mean: Tensor, scatter: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The moments (T, D), (T, D, D) of all rows from those of P parts, (P, T, D) and (P, T, D, D), of `rows` (P,) each.
+
+    Chan, Golub and LeVeque 1983, for all parts at once; relative to the first, so that an offset costs no precision.
+    """
+    rows = rows.view(-1, 1, 1)
+    apart = mean - mean[0]
+    shift = (apart * (rows / rows.sum())).sum(0)
+    apart = apart - shift
+    return mean[0] + shift, scatter.sum(0) + torch.einsum("ptd,pte->tde", rows * apart, apart)
+
+
 class HiddenAffine(NamedTuple):
     """Each tensor's first Linear and BatchNorm as one map y = A(x − μ) + β, with its statistics; float64."""
 

@@ -78,15 +78,22 @@ def _affines(affine: algebra.HiddenAffine, mean: Tensor, bn_bias: Tensor, dtype:
     ]
 
 
-def activation_moments(
+class ActivationSums(NamedTuple):
+    """Sums over the rows, with the shift s of `algebra.HiddenAffine`; float64."""
+
+    total: Tensor  # (H,): Σ(r−s) of z
+    second: Tensor  # (H, H): Σ(r−s)(r−s)ᵀ of z
+    delta_moments: Tensor  # (K, H, H): ΣΔΔᵀ
+
+
+def activation_sums(
     tensors: Sequence[Sequence[Tensor]],
     chunking: Chunking,
     affine: algebra.HiddenAffine,
     mean: Tensor,
     bn_bias: Tensor,
-    n_rows: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (H,) and scatter (H, H) of r(z), and ΣΔΔᵀ (K, H, H); float64."""
+) -> ActivationSums:
+    """The pass over the rows of which `activation_moments` makes moments."""
     affines = _affines(affine, mean, bn_bias, tensors[0][0].dtype)
     wide = affines[0].slope.dtype
     shift = affine.shift.to(wide).unsqueeze(1)
@@ -106,9 +113,23 @@ def activation_moments(
             second += row_products(r, r)
         return total, second, delta_moments
 
-    total, second, delta_moments = _sums(chunking.map(moments_of_group, list(zip(*tensors, strict=True))))
-    residual = total / n_rows
-    return residual + shift[:, 0], second - n_rows * torch.outer(residual, residual), delta_moments
+    return ActivationSums(*_sums(chunking.map(moments_of_group, list(zip(*tensors, strict=True)))))
+
+
+def activation_moments(
+    sums: ActivationSums, affine: algebra.HiddenAffine, dtype: torch.dtype, n_rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (H,) and scatter (H, H) of r(z), and ΣΔΔᵀ (K, H, H); float64. `dtype`: of the rows that were summed."""
+    residual = sums.total / n_rows
+    centred = sums.second - n_rows * torch.outer(residual, residual)
+    return residual + affine.shift.to(compute_dtype(dtype)), centred, sums.delta_moments
+
+
+class SlopeSums(NamedTuple):
+    """Sums over the rows; float64."""
+
+    dy: Tensor  # (T, H): Σdy
+    dy_x: Tensor  # (T, H, D): Σdy(x−μ)ᵀ, μ rounded as the pass has it
 
 
 def slope_gradients(
@@ -120,8 +141,8 @@ def slope_gradients(
     bn_bias: Tensor,
     mean_r: Tensor,
     out: algebra.OutputGradients,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Write Aᵀdy of every tensor to `grad_tensors`; return what `algebra.input_gradients` takes, in float64."""
+) -> SlopeSums:
+    """Write Aᵀdy of every tensor to `grad_tensors`; return the sums of which `centred_slope_sums` are made."""
     affines = _affines(affine, mean, bn_bias, tensors[0][0].dtype)
     wide = affines[0].slope.dtype
     variance, gram = out.variance.to(wide), out.gram.to(wide)
@@ -149,11 +170,17 @@ def slope_gradients(
         return sum_dy, dy_x
 
     pairs = list(zip(zip(*tensors, strict=True), zip(*grad_tensors, strict=True), strict=True))
-    sum_dy, dy_x = _sums(chunking.map(gradients_of_group, pairs))
+    return SlopeSums(*_sums(chunking.map(gradients_of_group, pairs)))
+
+
+def centred_slope_sums(
+    sums: SlopeSums, affine: algebra.HiddenAffine, mean: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `algebra.input_gradients` takes, in float64. `dtype`: of the rows that were summed."""
     # The chunks were centred at the rounded mean.
-    rounding = mean - torch.stack([a.centre[:, 0].double() for a in affines])
-    dy_x -= sum_dy.unsqueeze(-1) * rounding.unsqueeze(1)
-    return sum_dy.sum(0), dy_x, torch.einsum("th,thd->td", sum_dy, affine.slope)
+    rounding = mean - mean.to(compute_dtype(dtype)).double()
+    dy_x = sums.dy_x - sums.dy.unsqueeze(-1) * rounding.unsqueeze(1)
+    return sums.dy.sum(0), dy_x, torch.einsum("th,thd->td", sums.dy, affine.slope)
 
 
 def subtract_correction(

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastjepa.kernels.projected_losses import algebra
+from fastjepa.kernels.shares import Shares
 
 
 class ProjectedLosses(NamedTuple):
@@ -88,11 +89,22 @@ def projected_losses(
     )
 
 
-def check_shapes(op: str, z: Tensor, predictions: Sequence[Tensor], weight1: Tensor, weight2: Tensor) -> None:
-    """Raise a ValueError that names the argument if the shapes do not fit together."""
+def check_shapes(
+    op: str,
+    z: Tensor,
+    predictions: Sequence[Tensor],
+    weight1: Tensor,
+    weight2: Tensor,
+    shares: Shares | None = None,
+) -> None:
+    """Raise a ValueError that names the argument if the shapes do not fit together.
+
+    `shares`: whose rows these are part of, which together must be 2 or more.
+    """
     if z.dim() < 2:
         raise ValueError(f"{op}: z has shape {tuple(z.shape)}; accepted: (B, D, T, H, W), (B, D, H, W) or (N, D)")
     n_rows = z.numel() // max(z.shape[1], 1)
+    n_rows = n_rows if shares is None else sum(shares.rows(n_rows))
     if n_rows < 2:
         raise ValueError(f"{op}: z has shape {tuple(z.shape)}, which is {n_rows} row(s); a variance needs at least 2")
     for k, p in enumerate(predictions):
