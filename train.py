@@ -15,7 +15,7 @@ if __name__ == "__main__":
 
     try:
         with stops_at_once():
-            from fastjepa.training.command_line import parse_config, run_from_command_line
+            from fastjepa.training.command_line import main
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "numpy"):
             raise
@@ -24,4 +24,4 @@ if __name__ == "__main__":
             "environment that has it, `pip install -e '.[train]'` adds it to this one\n" % (error.name, sys.executable)
         )
         sys.exit(2)
-    sys.exit(exit_status(lambda: run_from_command_line(parse_config())))
+    sys.exit(exit_status(main))

@@ -99,8 +99,16 @@ class Config:
     """Epochs between evaluations; the last epoch is always evaluated."""
     checkpoint_every: int = 200
     """Optimiser steps between checkpoints; one is also written after each epoch."""
+    checkpoint_minutes: float | None = None
+    """Also write a checkpoint when this much time has passed since the last one."""
     log_every: int = 20
     """Optimiser steps between readings of the losses."""
+    sync_stats: bool = True
+    """Of several processes (torchrun): BatchNorm and losses take the statistics of the whole batch, so that N processes
+    compute what one would. Without, each takes those of its own clips, as plain data parallel training does, which
+    changes the numbers."""
+    timeout_minutes: float = 10.0
+    """Of several processes: how long one waits for another before the run ends."""
     profile: bool = False
     """Also write a trace of a few training steps to the run's folder, for chrome://tracing or ui.perfetto.dev."""
 
@@ -113,8 +121,10 @@ class Config:
             raise ValueError(f"--max_steps must be at least 1, got {self.max_steps}")
         if self.n_frames < 3:
             raise ValueError(f"--n_frames must be at least 3 (two frames predict the third), got {self.n_frames}")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"--lr must be a positive number, got {self.lr}")
+        for name in ("lr", "timeout_minutes", "checkpoint_minutes"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"--{name} must be a positive number, got {value}")
         for name in ("cov_coeff", "std_coeff"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -170,6 +180,7 @@ def _is_projector(sizes: Any, dstc: int) -> bool:
 MAY_CHANGE_ON_RESUME = (
     "epochs", "max_steps", "device", "data_path", "digits", "cache_dir", "out", "resume", "eval_every",
     "checkpoint_every", "log_every", "preset", "cuda_graph", "recompute", "profile",
+    "checkpoint_minutes", "timeout_minutes",
 )  # fmt: skip
 
 # "full" is the original's examples/video_jepa/cfgs/default.yaml. "readme" is the command in that example's README until

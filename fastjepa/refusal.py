@@ -16,7 +16,7 @@ from fastjepa.files.safe_files import CheckpointError
 from fastjepa.optional_packages import MissingPackageError
 
 STOPPED = 130  # 128 + SIGINT, as shells report it
-_ALWAYS: tuple[type[Exception], ...] = (ValueError, OSError, CheckpointError, MissingPackageError)
+ALWAYS_REFUSED: tuple[type[Exception], ...] = (ValueError, OSError, CheckpointError, MissingPackageError)
 
 
 def fail(reason: object) -> NoReturn:
@@ -49,7 +49,7 @@ def refusals(*kinds: type[Exception]) -> Iterator[None]:
         raise SystemExit(STOPPED) from None
     except BrokenPipeError:  # of whoever read what is printed: no mistake, and nothing to say to nobody
         raise
-    except _ALWAYS + kinds as error:
+    except ALWAYS_REFUSED + kinds as error:
         fail(error)
     except (RuntimeError, MemoryError) as error:
         from fastjepa.measuring.out_of_memory import is_out_of_memory  # which needs torch, as whoever raised this did

@@ -42,7 +42,7 @@ ROOMS: dict[str, set[str]] = {
     "trials": {"kernels", "measuring", "model", "moving_mnist", "calibration", "fused", "graphs"},
     "figures": {"files", "optional_packages", "model", "refusal", "entry"},
     "training": {
-        "files", "kernels", "config", "environment", "profiling", "optional_packages", "model",
+        "files", "kernels", "config", "environment", "profiling", "optional_packages", "distributed", "model",
         "storage", "refusal", "moving_mnist", "calibration", "fused", "graphs", "figures",
     },
     "calibrate": {"config", "refusal", "entry", "calibration", "fused"},

@@ -26,6 +26,7 @@ class GraphedTrainStep:
     `fastjepa.graphs.capture`. `losses = graphed(indices)` trains on those clips.
 
     There is one recording for each shape of `indices`: one for full batches, one for a ragged last batch, and so on.
+    Of several processes (`TrainStep`'s ranks), each is called with the whole batch's indices and takes its own part.
     A replay equals the plain step with the same optimizer bit for bit. The learning rate is a tensor on the device
     (see `make_capturable`): fill it, or let a scheduler of torch.optim do so, and the next call uses it.
 
@@ -44,7 +45,8 @@ class GraphedTrainStep:
         max_recordings: how many shapes are kept; the least recently used goes first.
 
     Raises:
-        ValueError: the step has no optimizer; clips or accumulators that do not fit.
+        ValueError: the step has no optimizer; clips or accumulators that do not fit; on a GPU, processes that exchange
+            their statistics by way of the host.
         TypeError: the optimizer is not Adam.
     """
 
@@ -64,6 +66,8 @@ class GraphedTrainStep:
         device = next(step.jepa.parameters()).device
         if clips.device != device:
             raise ValueError(f"clips are on {clips.device}, the parameters on {device}; move them with clips.to(...)")
+        if device.type == "cuda" and not step.ranks.can_be_recorded:
+            raise ValueError(f"what goes over {step.ranks.backend} cannot be in a CUDA graph; NCCL's collectives can")
         for i, accumulator in enumerate(accumulators):
             check_tensor(
                 "GraphedTrainStep", f"accumulators[{i}]", accumulator, shape=(len(StepLosses._fields),),
@@ -189,8 +193,9 @@ class _RecordedStep:
         batches = self.indices.unbind() if several else [self.indices]
         for batch, out in zip(batches, self.losses.unbind() if several else [self.losses], strict=True):
             with span("data"):
-                video, digit_location = self._owner.clips.batch(batch, self._owner.dtype)
-            losses = torch.stack(self._owner.step(video, digit_location))
+                own = self._owner.step.ranks.part(batch)
+                video, digit_location = self._owner.clips.batch(own, self._owner.dtype)
+            losses = torch.stack(self._owner.step(video, digit_location, clips=len(batch)))
             out.copy_(losses)
             for accumulator in self._owner.accumulators:
                 accumulator.add_(losses)

@@ -12,6 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastjepa.distributed.batch_norm import global_statistics
+from fastjepa.distributed.losses import global_mean
+from fastjepa.distributed.ranks import Ranks
+from fastjepa.kernels.shares import Shares
 from fastjepa.model.jepa import JEPA, parallel_unroll
 from fastjepa.model.loss_recognition import predcost_problem, regularizer_problem, std_margin
 from fastjepa.model.networks import DetHead, ResNet5
@@ -69,11 +73,17 @@ class TrainStep:
         autocast_dtype: torch.bfloat16 runs the networks in bf16 autocast; losses are computed in fp32 or better, but
             for those of eb_jepa in a literal step, which do as autocast says.
         projection: how the projected losses are computed; see `fastjepa.model.projected_losses.projected_losses`.
+        ranks: the processes over which each batch is split, each with a step of the same JEPA; default: this one alone.
+            Every one has the losses of the whole batch, and, after a call, its gradients.
+        sync_stats: BatchNorm and the losses take the statistics of the whole batch, so that N processes compute what
+            one would; False: each process those of its own part, as plain data parallel training does, with gradients
+            and losses averaged by how many clips each has.
 
     Raises:
         ValueError: `steps` < 1; a part of the JEPA is missing, or its predictor is recurrent; a probe of another JEPA,
             or with another loss; `literal` with a projection other than "auto" and "eager"; a closed form or kernels
-            asked for where a loss is not the published one.
+            asked for where a loss is not the published one; statistics of several processes for such losses, or for a
+            literal step.
     """
 
     def __init__(
@@ -87,6 +97,8 @@ class TrainStep:
         literal: bool = False,
         autocast_dtype: torch.dtype | None = None,
         projection: ProjectionPath = "auto",
+        ranks: Ranks | None = None,
+        sync_stats: bool = True,
     ) -> None:
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
@@ -108,6 +120,10 @@ class TrainStep:
         self.literal = literal
         self.autocast_dtype = autocast_dtype
         self.projection = projection
+        self.ranks = ranks or Ranks()
+        self.sync_stats = sync_stats
+        if literal and sync_stats and not self.ranks.alone:
+            raise ValueError("the literal step takes the statistics of each process alone; give sync_stats=False")
         self._encoder_seen: nn.Module | None = None  # the last one that was looked at
         self._encoder_repeats = False  # whether a call of it calls a BatchNorm more than once
         self._look_at_losses()
@@ -119,12 +135,22 @@ class TrainStep:
             self._look_at_losses()
         return self._loss_problem
 
-    def __call__(self, video: Tensor, digit_location: Tensor) -> StepLosses:
-        """Zero the gradients, compute losses and gradients, step the optimizer; returns the losses, detached."""
+    def __call__(self, video: Tensor, digit_location: Tensor, clips: int | None = None) -> StepLosses:
+        """Zero the gradients, compute losses and gradients, step the optimizer; returns the losses, detached.
+
+        Args:
+            video, digit_location: the batch, or this process's part of it (`Ranks.part`).
+            clips: how many the whole batch has, where several processes train; default: as many on each as here.
+        """
         self.zero_grad()
-        losses = self.losses(video, digit_location)
+        shares = self._shares(video, clips)
+        losses = self._losses(video, digit_location, shares)
         with span("backward"):
             losses.total.backward()
+        if shares is not None:
+            with span("sum of gradients"):
+                modules = (self.jepa, self.image_decoder, self.detection_head)
+                self.ranks.sum_gradients((p for module in modules for p in module.parameters()), drop_own=shares.empty)
         if self.optimizer is not None:
             with span("optimizer"):
                 self.optimizer.step()
@@ -135,29 +161,62 @@ class TrainStep:
         for module in (self.jepa, self.image_decoder, self.detection_head):
             module.zero_grad(set_to_none=True)
 
-    def losses(self, video: Tensor, digit_location: Tensor) -> StepLosses:
+    def losses(self, video: Tensor, digit_location: Tensor, clips: int | None = None) -> StepLosses:
         """The losses of one step, with graph. Moves BatchNorm's running buffers as one step of the original does.
+
+        Where several processes train, these are the losses of the whole batch, and a backward pass from `total` leaves
+        this process's part of the gradients: their sum over the processes is the whole.
 
         Raises:
             ValueError: shapes that do not fit, fewer than 3 frames; a loss was replaced by one that `projection` does
-                not serve.
+                not serve, or that is not for statistics of several processes.
             TypeError: a video that is not floating point.
         """
+        return self._losses(video, digit_location, self._shares(video, clips))
+
+    def _shares(self, video: Tensor, clips: int | None) -> Shares | None:
+        ranks, own = self.ranks, len(video)
+        shares = ranks.shares(own * ranks.size if clips is None else clips)
+        if shares is not None and own != max(1, shares.counts[ranks.rank]):
+            raise ValueError(
+                f"video has {own} clips, and of {clips} clips on {ranks.size} processes {shares.counts[ranks.rank]} "
+                f"are those of process {ranks.rank} (where it has none, it takes one that is not its own)"
+            )
+        return shares
+
+    def _losses(self, video: Tensor, digit_location: Tensor, shares: Shares | None) -> StepLosses:
         check_batch(video, digit_location)
+        if shares is not None and not self.sync_stats:
+            own = (
+                self._literal(video, digit_location) if self.literal else self._step_losses(video, digit_location, None)
+            )
+            # What is told is the mean over all clips; what it is differentiated by is this process's part of that.
+            told = global_mean(torch.stack(own), shares)
+            return StepLosses(*told.unbind())
         if self.literal:
             return self._literal(video, digit_location)
-        with self._autocast(video.device):
+        if shares is not None and self.loss_problem is not None:
+            raise ValueError(
+                f"statistics of several processes are for the published losses ({self.loss_problem}); give "
+                "sync_stats=False"
+            )
+        return self._step_losses(video, digit_location, shares)
+
+    def _step_losses(self, video: Tensor, digit_location: Tensor, shares: Shares | None = None) -> StepLosses:
+        with global_statistics(shares), self._autocast(video.device):
             with span("encode"):
                 state = self._encode(video)
             state, predictions = parallel_unroll(self.jepa.predictor, state, None, self.steps)
         with span("losses"):
             if self.loss_problem is None:
-                vc, vc_unweighted, std, cov, pred = self._projected(state, predictions)
+                vc, vc_unweighted, std, cov, pred = self._projected(state, predictions, shares)
             else:
                 vc, vc_unweighted, std, cov, pred = self._as_they_are(state, predictions)
             jepa = vc + pred
             recon = self._reconstruct(state.detach(), video)
             det = self._detect(state.detach(), digit_location)
+            if shares is not None:
+                recon, det = global_mean(torch.stack((recon, det)), shares).unbind()
         return StepLosses(jepa + recon + det, jepa, vc, vc_unweighted, std, cov, pred, recon, det)
 
     def _encode(self, video: Tensor) -> Tensor:
@@ -177,12 +236,14 @@ class TrainStep:
                 encoder(video)
         return state
 
-    def _projected(self, state: Tensor, predictions: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _projected(
+        self, state: Tensor, predictions: list[Tensor], shares: Shares | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """vc, unweighted, std, cov and pred of the published losses, each state projected once."""
         regularizer: Any = self.jepa.regularizer
         predcost: Any = self.jepa.predcost
         std, cov, preds = projected_losses(
-            regularizer.proj, predcost.proj, state, predictions, path=self._projection_path()
+            regularizer.proj, predcost.proj, state, predictions, path=self._projection_path(), shares=shares
         )
         vc = regularizer.std_coeff * std + regularizer.cov_coeff * cov
         return vc, std + cov, std, cov, preds.sum() / self.steps

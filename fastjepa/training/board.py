@@ -64,15 +64,16 @@ class _FileBoard:
 
 
 @contextmanager
-def open_board(folder: Path, step: int) -> Iterator[Board]:
-    """A board that goes on in `folder`/tensorboard after `step` steps; without TensorBoard, one that drops everything.
+def open_board(folder: Path | None, step: int) -> Iterator[Board]:
+    """A board that goes on in `folder`/tensorboard after `step` steps; without a folder, or without TensorBoard, one
+    that drops everything.
 
     What was told before about later steps, which are about to be made again, is not shown any more.
 
     Raises:
         CheckpointError: here, or when it is told something: the system refused to write.
     """
-    if missing_packages(*BOARD_PACKAGES):
+    if folder is None or missing_packages(*BOARD_PACKAGES):
         yield _NoBoard()
         return
     from torch.utils.tensorboard import SummaryWriter

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
+import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,14 +23,16 @@ from fastjepa.config import (
     resolve_precision,
     resolve_preset,
 )
+from fastjepa.distributed.launch import Launch, read_launch
+from fastjepa.distributed.ranks import LostRanksError, Ranks
 from fastjepa.files.safe_files import CheckpointError
 from fastjepa.graphs.capture import use_cuda_graph
 from fastjepa.kernels.checks import unavailable_reason
 from fastjepa.moving_mnist.official import MNIST_TEST_SEQ, DownloadError
 from fastjepa.optional_packages import MissingPackageError, needed_for
-from fastjepa.refusal import STOPPED, CommandParser, fail, refusals
+from fastjepa.refusal import ALWAYS_REFUSED, STOPPED, CommandParser, fail, refusals
 from fastjepa.storage.checkpoint import check_same_config
-from fastjepa.storage.run_folder import read_run_config
+from fastjepa.storage.run_folder import CHECKPOINT_NAME, read_run_config
 from fastjepa.training.eb_jepa_start import defaults_from_eb_jepa
 from fastjepa.training.flags import check_flags
 from fastjepa.training.resolution import refuse_recompute
@@ -35,6 +41,8 @@ from fastjepa.training.summary import describe, summary
 from fastjepa.training.trainer import NonFiniteLossError, Trainer
 
 T = TypeVar("T")
+
+REFUSALS = (NonFiniteLossError, DownloadError)  # of a run, besides those that any command has
 
 DESCRIPTION = """Train and evaluate a Video JEPA on Moving MNIST.
 
@@ -60,25 +68,61 @@ def parse_options(
     return tyro.cli(kind, prog=prog, description=description, default=default, args=argv, use_underscores=True)
 
 
-def parse_config(argv: Sequence[str] | None = None, prog: str = "train.py") -> Config:
-    """The configuration that the flags in `argv` (default: sys.argv) ask for.
+@dataclass(frozen=True)
+class SavedRun:
+    """A run that goes on: its folder, and the configuration that is saved there."""
 
-    The defaults of all other flags depend on --preset, --device, --data and --from_eb_jepa, or on --resume, so those
-    are looked at first.
-    Prints a clear line and exits with status 2 if the flags cannot be served.
+    folder: Path
+    config: dict[str, Any]
+
+
+def find_saved_run(argv: Sequence[str], prog: str, *, restarted: bool = False) -> SavedRun | None:
+    """The run that `argv` asks to resume; None for a new one. Of processes that torchrun has started again because one
+    failed (`restarted`), that is also the run in --out, if it has got as far as a checkpoint.
+
+    Raises:
+        CheckpointError: there is nothing to resume.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    chosen, _ = _first_parser(prog).parse_known_args(argv)
+    folder = chosen.resume
+    if folder is None and restarted and chosen.out is not None and (chosen.out / CHECKPOINT_NAME).exists():
+        folder = chosen.out
+    return None if folder is None else SavedRun(folder, read_run_config(folder))
+
+
+def _first_parser(prog: str) -> CommandParser:
+    """Of the flags on which the defaults of others depend."""
     first = CommandParser(prog=prog, add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="auto")
     first.add_argument("--device", default="auto")
     first.add_argument("--data")
     first.add_argument("--resume", type=Path)
+    first.add_argument("--out", type=Path)
     first.add_argument("--from_eb_jepa", type=Path)
     first.add_argument("--lr", nargs="?", const="")
+    return first
+
+
+def parse_config(
+    argv: Sequence[str] | None = None,
+    prog: str = "train.py",
+    *,
+    launch: Launch | None = None,
+    run: SavedRun | None = None,
+) -> Config:
+    """The configuration that the flags in `argv` (default: sys.argv) ask for.
+
+    The defaults of all other flags depend on --preset, --device, --data and --from_eb_jepa, or on --resume, so those
+    are looked at first. `launch` says how this process was started, and `run` is what `find_saved_run` gives, where
+    that was asked before.
+    Prints a clear line and exits with status 2 if the flags cannot be served.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    launch = launch or Launch()
     with refusals():
-        chosen, _ = first.parse_known_args(argv)
-        saved = None if chosen.resume is None else read_run_config(chosen.resume)
-        if saved is None:
+        chosen, _ = _first_parser(prog).parse_known_args(argv)
+        run = run or find_saved_run(argv, prog, restarted=launch.restarted)
+        if run is None:
             device = resolve_device(chosen.device)
             if chosen.from_eb_jepa is None:
                 default = preset_config(resolve_preset(chosen.preset, device))
@@ -89,20 +133,25 @@ def parse_config(argv: Sequence[str] | None = None, prog: str = "train.py") -> C
             if chosen.data == "official":  # whose frames have one size
                 default = dataclasses.replace(default, canvas=MNIST_TEST_SEQ.size)
         else:
-            default = _saved_config(saved, chosen.resume)
+            default = _saved_config(run)
         config = parse_options(Config, argv, prog=prog, description=DESCRIPTION, default=default)
         if config.preset == "auto":  # given explicitly; tyro has parsed the word, not what it stands for
             config = dataclasses.replace(config, preset=default.preset)
         device = resolve_device(config.device)
         if config.precision == "auto":
             # A run keeps what it began with, on whatever device it goes on.
-            kept = default.precision if saved is not None else "auto"
+            kept = default.precision if run is not None else "auto"
             config = dataclasses.replace(config, precision=resolve_precision(kept, device))
-        if saved is not None:
+        if run is not None:
             # Options that the run did not know yet have their defaults.
-            check_same_config(Config.from_json(saved).to_json(), config.to_json(), MAY_CHANGE_ON_RESUME)
+            check_same_config(Config.from_json(run.config).to_json(), config.to_json(), MAY_CHANGE_ON_RESUME)
             if config.out != config.resume:
                 raise ValueError("--out cannot be given with --resume: a run goes on in its own folder")
+        if launch.max_restarts and config.out is None:
+            raise ValueError(
+                "torchrun --max-restarts needs --out (or --resume): a run that is started again goes on from the "
+                "checkpoint in its folder"
+            )
         if device.type != "cuda" and config.precision == "tf32":
             raise ValueError("--precision tf32 needs a CUDA device; use fp32 or bf16")
         if config.backend == "fused" and (reason := unavailable_reason(device)) is not None:
@@ -112,26 +161,32 @@ def parse_config(argv: Sequence[str] | None = None, prog: str = "train.py") -> C
     return config
 
 
-def _saved_config(saved: dict[str, Any], folder: Path) -> Config:
-    """The configuration of the run in `folder`, about to be resumed there."""
+def _saved_config(run: SavedRun) -> Config:
+    """The configuration of a run that is about to be resumed in its folder."""
     try:
-        return dataclasses.replace(Config.from_json(saved), resume=folder, out=folder)
+        return dataclasses.replace(Config.from_json(run.config), resume=run.folder, out=run.folder)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"--resume {folder}: {error}") from error
+        raise CheckpointError(f"--resume {run.folder}: {error}") from error
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python train.py") -> int:
-    """The command line of training, typed as `prog`; the process's exit status."""
-    return run_from_command_line(parse_config(argv, prog), prog)
+    """The command line of training, typed as `prog`; the process's exit status. Under torchrun, one of several."""
+    with refusals():
+        launch = read_launch()
+    if launch.size > 1:
+        return train_as_one_of(launch, argv, prog)
+    return run_from_command_line(parse_config(argv, prog, launch=launch), prog)
 
 
-def run_from_command_line(config: Config, prog: str = "python train.py", again: str | None = None) -> int:
+def run_from_command_line(
+    config: Config, prog: str = "python train.py", again: str | None = None, ranks: Ranks | None = None
+) -> int:
     """Train, draw, export and print a summary; the process's exit status.
 
     A run that is stopped names the command that goes on: `again`, or `prog` with --resume.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("fastjepa").setLevel(logging.INFO)
+    logging.getLogger("fastjepa").setLevel(logging.INFO if ranks is None or ranks.is_first else logging.ERROR)
     started = time.perf_counter()
     trainer = None
 
@@ -140,9 +195,9 @@ def run_from_command_line(config: Config, prog: str = "python train.py", again: 
             return ""
         return f"; continue with: {again or f'{prog} --resume {shlex.quote(str(trainer.folder))}'}"
 
-    with refusals(NonFiniteLossError, DownloadError):
+    with refusals(*REFUSALS, LostRanksError):
         try:
-            trainer = Trainer(config)
+            trainer = Trainer(config, ranks)
             print(describe(trainer), flush=True)
             trained = trainer.run() is not None
             files = trainer.finish()
@@ -154,3 +209,42 @@ def run_from_command_line(config: Config, prog: str = "python train.py", again: 
             return 128 + stopped.signal_number
     print(summary(trainer, time.perf_counter() - started, files, trained=trained))
     return 0
+
+
+def train_as_one_of(launch: Launch, argv: Sequence[str] | None, prog: str) -> int:
+    """`main` of one of several processes. The first speaks for all; all have the same flags, and end together."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    ranks = Ranks(launch, refusals=(*ALWAYS_REFUSED, *REFUSALS))
+    with _heard_if(ranks.is_first), refusals(LostRanksError), ranks.joined():
+        run = ranks.from_first(lambda: find_saved_run(argv, prog, restarted=launch.restarted))
+        config = _parse_alike(ranks, lambda: parse_config(argv, prog, launch=launch, run=run))
+        torchrun = f"torchrun --nproc_per_node {ranks.size} {prog.removeprefix('python ')}"
+        return run_from_command_line(config, torchrun, ranks=ranks)
+
+
+def _parse_alike(ranks: Ranks, parse: Callable[[], Config]) -> Config:
+    """What `parse` gives, which must be the same on all; where it ends one process, all end, and one reason is told."""
+    config, status, told = None, None, io.StringIO()
+    try:
+        # The first tells its own reason, or --help, as if it were alone.
+        with nullcontext() if ranks.is_first else redirect_stderr(told):
+            config = parse()
+    except SystemExit as ended:
+        status = ended.code
+    endings = ranks.gather((status, told.getvalue()))
+    for rank, (ending, reason) in enumerate(endings):
+        if ending is not None:
+            if ranks.is_first and rank > 0:
+                print(f"on process {rank} of {ranks.size}: {reason.strip()}", file=sys.stderr)
+            ranks.wait_for_all()
+            raise SystemExit(ending)
+    assert config is not None
+    ranks.require_same({f"--{name}": value for name, value in config.to_json().items()})
+    return config
+
+
+@contextmanager
+def _heard_if(first: bool) -> Iterator[None]:
+    """Inside, only the first process prints to stdout."""
+    with open(os.devnull, "w") as nowhere, nullcontext() if first else redirect_stdout(nowhere):
+        yield

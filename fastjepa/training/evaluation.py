@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastjepa.distributed.ranks import Ranks
 from fastjepa.fused.folding import folded_batch_norm
 from fastjepa.graphs import GraphedRollout
 from fastjepa.model.autoregressive import own_method, parallel_tails
@@ -118,6 +121,7 @@ def evaluate(
     autocast_dtype: torch.dtype | None = None,
     literal: bool = False,
     rollout: GraphedRollout | None = None,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Evaluate on `clips`, in eval mode, on the device where they lie. The modules' modes are left as they were.
 
@@ -131,6 +135,8 @@ def evaluate(
         rollout: of this JEPA; predicts what is rolled out of a batch in one launch, by the same code. Kept from one
             evaluation to the next, it records once for each size of a batch; weights that have changed in place are
             seen, also where it folds BatchNorm.
+        ranks: processes that share the batches, each with the same model and clips. Every batch is one process's, and
+            all have the evaluation of all: the same as one process's, bit for bit on the same hardware.
 
     Raises:
         ValueError: no clips, or clips of fewer than 3 frames; a rollout of another predictor, or of a literal
@@ -146,10 +152,8 @@ def evaluate(
             raise ValueError("`rollout` is of another predictor than that of `jepa`")
         rollout.refresh()
     horizons = horizons_of(clips.video.shape[1])
-    recon, det, positives = [], [], []
-    probabilities: list[list[Tensor]] = [[] for _ in range(horizons)]
-    targets: list[list[Tensor]] = [[] for _ in range(horizons)]
-    weights = []
+    ranks = ranks or Ranks()
+    found: list[_OfBatch] = []
     with span("evaluation"), eval_mode(jepa, image_decoder, detection_head):
         encoder, predictor = jepa.encoder, jepa.predictor
         if not literal:
@@ -159,10 +163,11 @@ def evaluate(
                 for folded, original in ((encoder, jepa.encoder), (predictor, jepa.predictor)):
                     if folded is not original:  # which keeps its layout
                         folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        for indices in sequential_batches(len(clips), batch_size, clips.video.device):
+        batches = sequential_batches(len(clips), batch_size, clips.video.device)
+        for indices in batches[ranks.rank :: ranks.size]:
             with span("data"):
                 video, digit_location = clips.batch(indices)
-            weights.append(len(indices) / len(clips))
+            probabilities, targets = [], []
             with torch.autocast(video.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
                 with span("encode"):
                     state = encoder(video)
@@ -178,18 +183,48 @@ def evaluate(
                 else:
                     tails = rollout.tails(state, horizons, copy=False)  # read before the next batch overwrites them
                 for s, tail in enumerate(tails):
-                    probabilities[s].append(detection_head(tail))
-                    targets[s].append(digit_location[:, 2 + s :])
-            recon.append(F.mse_loss(image.to(video.dtype), video))
-            det.append(detection_loss(detected, digit_location))
-            positives.append(digit_location[:, 2:].mean())
-        per_batch = [
-            torch.stack([average_precision(p, t) for p, t in zip(probabilities[s], targets[s], strict=True)]).nanmean()
-            for s in range(horizons)
-        ]
-        pooled = [average_precision(torch.cat(probabilities[s]), torch.cat(targets[s])) for s in range(horizons)]
-        clip_means = torch.stack([torch.stack(values) for values in (recon, det, positives)]).double()
-        means = clip_means @ torch.tensor(weights, dtype=torch.float64, device=clip_means.device)
+                    probabilities.append(detection_head(tail))
+                    targets.append(digit_location[:, 2 + s :])
+            recon = F.mse_loss(image.to(video.dtype), video)
+            means = torch.stack((recon, detection_loss(detected, digit_location), digit_location[:, 2:].mean()))
+            found.append(_OfBatch(len(indices), means, probabilities, targets))
+        return _evaluation_of(_of_all_batches(found, ranks, clips.device), horizons)
+
+
+class _OfBatch(NamedTuple):
+    """What one batch gives, before average precision is taken."""
+
+    clips: int
+    means: Tensor  # (3,): reconstruction and detection losses, share of positive cells
+    probabilities: list[Tensor]  # of each horizon s: (B, T - 2 - s, 8, 8)
+    targets: list[Tensor]  # likewise
+
+    def to(self, device: torch.device) -> _OfBatch:
+        moved = ([tensor.to(device) for tensor in tensors] for tensors in (self.probabilities, self.targets))
+        return _OfBatch(self.clips, self.means.to(device), *moved)
+
+
+def _of_all_batches(found: list[_OfBatch], ranks: Ranks, device: torch.device) -> list[_OfBatch]:
+    """Those of all processes, in the order of the batches, of which process r has every size-th from r on."""
+    if ranks.alone:
+        return found
+    of_all = ranks.gather([batch.to(torch.device("cpu")) for batch in found])
+    return [batch.to(device) for group in zip_longest(*of_all) for batch in group if batch is not None]
+
+
+def _evaluation_of(batches: list[_OfBatch], horizons: int) -> Evaluation:
+    per_batch = [
+        torch.stack([average_precision(b.probabilities[s], b.targets[s]) for b in batches]).nanmean()
+        for s in range(horizons)
+    ]
+    pooled = [
+        average_precision(torch.cat([b.probabilities[s] for b in batches]), torch.cat([b.targets[s] for b in batches]))
+        for s in range(horizons)
+    ]
+    clips = sum(batch.clips for batch in batches)
+    weights = [batch.clips / clips for batch in batches]
+    clip_means = torch.stack([batch.means for batch in batches], dim=1).double()
+    means = clip_means @ torch.tensor(weights, dtype=torch.float64, device=clip_means.device)
     recon_loss, det_loss, positive_share = means.tolist()
     return Evaluation(
         recon_loss,

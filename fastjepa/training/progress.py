@@ -40,9 +40,11 @@ def say(text: str) -> None:
     tqdm.write(text)
 
 
-def progress_bar(title: str, total: int, done: int) -> AbstractContextManager[Bar]:
-    """A bar of steps on stderr, `done` of `total` made before; without tqdm, one that shows nothing."""
-    if missing_packages(*PROGRESS_PACKAGES):
+def progress_bar(title: str, total: int, done: int, *, shown: bool = True) -> AbstractContextManager[Bar]:
+    """A bar of steps on stderr, `done` of `total` made before; one that shows nothing unless it is to be `shown`, and
+    without tqdm.
+    """
+    if not shown or missing_packages(*PROGRESS_PACKAGES):
         return nullcontext(_NoBar())
     from tqdm import tqdm
 

@@ -15,6 +15,7 @@ from fastjepa.calibration.memory import Memory, recompute_first
 from fastjepa.calibration.setting import setting_of_config
 from fastjepa.calibration.verdict import VARIABLE, resolve, switched_off
 from fastjepa.config import Config
+from fastjepa.distributed.ranks import Ranks
 from fastjepa.files.safe_files import CheckpointError
 from fastjepa.fused.step_memory import memory_on
 from fastjepa.graphs import use_cuda_graph
@@ -35,21 +36,28 @@ class Resolution:
         return {"precision": self.precision, **self.choice.to_json()}
 
 
-def resolve_run(config: Config, device: torch.device) -> Resolution:
+def resolve_run(config: Config, device: torch.device, ranks: Ranks | None = None) -> Resolution:
     """How a new run computes; `config.precision` is resolved already. On a GPU, what its flags leave to "auto" is
-    calibrated, or, of recomputation, counted.
+    calibrated, or, of recomputation, counted; of several processes, at the clips of one, and without what joins them.
 
     Raises:
         ValueError: a flag that this device cannot serve, or whose every candidate was found not to work on it;
             FASTJEPA_CALIBRATE is neither 0 nor 1.
     """
-    assert config.precision != "auto"
+    ranks = ranks or Ranks()
+    config = dataclasses.replace(config, batch_size=max(ranks.counts(config.batch_size)))
     refuse_recompute(config, device)
+    graph_problem = graph_problem_of(ranks, device)
+    if graph_problem and config.cuda_graph == "on":
+        raise ValueError(f"--cuda_graph on cannot be served: {graph_problem}; use auto or off")
+    if graph_problem:
+        config = dataclasses.replace(config, cuda_graph="off")
+    assert config.precision != "auto"
     memory = _count_memory(config, device)
     recompute = recompute_first(memory) if config.recompute == "auto" else config.recompute == "on"
     usual = _without_measuring(config, device, recompute)
     if device.type != "cuda" or (config.backend != "auto" and config.cuda_graph != "auto"):
-        return Resolution(config.precision, usual, str(memory))
+        return Resolution(config.precision, usual, _lines(str(memory), graph_problem))
 
     def allowed(choice: Choice) -> bool:
         of_backend = {
@@ -78,7 +86,18 @@ def resolve_run(config: Config, device: torch.device) -> Resolution:
         )
     chosen = verdict.best(allowed, usual)
     report = verdict.report(chosen) + (f"\n  {memory}" if str(memory) else "")
-    return Resolution(config.precision, chosen, report)
+    return Resolution(config.precision, chosen, _lines(report, graph_problem))
+
+
+def graph_problem_of(ranks: Ranks, device: torch.device) -> str:
+    """Why steps of these processes cannot be recorded as CUDA graphs; "" if they can."""
+    if device.type != "cuda" or ranks.can_be_recorded:
+        return ""
+    return f"statistics and gradients go over {ranks.backend}, by way of the host, and only NCCL can be in a CUDA graph"
+
+
+def _lines(report: str, graph_problem: str) -> str:
+    return "\n".join(filter(None, (report, graph_problem and f"no CUDA graphs: {graph_problem}")))
 
 
 def refuse_recompute(config: Config, device: torch.device) -> None:

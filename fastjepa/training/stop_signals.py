@@ -19,15 +19,20 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the run has been sav
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM inside, so that the loop can end between two steps; a second one ends at once."""
+def stop_signals(*, once: bool = True) -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM inside, so that the loop can end between two steps; a second one ends at once.
+
+    Not so without `once`, for a process of torchrun: that hands on a signal which its processes have had already.
+    """
     received: list[int] = []
 
     def receive(number: int, _: FrameType | None) -> None:
-        if received:
+        if received and once:
             raise KeyboardInterrupt
+        if not received:
+            again = " (again to stop at once)" if once else ""
+            say(f"received {signal.Signals(number).name}: finishing the step and saving{again}")
         received.append(number)
-        say(f"received {signal.Signals(number).name}: finishing the step and saving (again to stop at once)")
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

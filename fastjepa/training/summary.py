@@ -19,11 +19,25 @@ def describe(trainer: Trainer) -> str:
         how += f"\n{resolution.report}"
     return (
         f"preset {config.preset}{small}; {device_name(trainer.device)}\n"
+        f"{_of_processes(trainer)}"
         f"precision {config.precision} (--precision changes it); {how}\n"
         f"{parameters:,} parameters; {len(trainer.train_clips):,} + {len(trainer.val_clips):,} clips of "
         f"{config.n_frames}×{config.canvas}×{config.canvas} ({config.data}); {config.epochs} epochs of batches of "
         f"{config.batch_size}\nfolder: {trainer.folder}"
     )
+
+
+def _of_processes(trainer: Trainer) -> str:
+    ranks = trainer.ranks
+    if ranks.alone:
+        return ""
+    statistics = (
+        "BatchNorm and losses take the statistics of the whole batch, as one process would (--no-sync_stats)"
+        if trainer.config.sync_stats
+        else "BatchNorm and losses take the statistics of each process's own clips (--no-sync_stats), as plain data "
+        "parallel training does; these are not the numbers of one process"
+    )
+    return f"{ranks.size} processes over {ranks.backend}, each with its part of every batch; {statistics}\n"
 
 
 def summary(trainer: Trainer, seconds: float, files: Sequence[Path], *, trained: bool) -> str:

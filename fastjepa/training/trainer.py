@@ -8,6 +8,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from fastjepa.config import Config, resolve_device, resolve_precision
+from fastjepa.distributed.launch import device_of
+from fastjepa.distributed.ranks import Ranks
 from fastjepa.environment import run_environment
 from fastjepa.files.safe_files import CheckpointError, write_atomic, write_text_atomic
 from fastjepa.fused.swap import accelerate
@@ -56,6 +59,9 @@ class Trainer:
 
     The folder is locked against other processes until `run()` has ended.
 
+    Several processes that train together (`ranks`) have a trainer each, with the same configuration. All of them train,
+    each on its part of every batch, and evaluate; the first alone has the folder and speaks.
+
     Attributes:
         rows: the rows of metrics.csv, one for each epoch that is done.
         cut_short: the row that metrics.csv shows below them while `max_steps` ends the run within an epoch; a resumed
@@ -68,36 +74,64 @@ class Trainer:
             left out, with a warning at the start.
     """
 
-    def __init__(self, config: Config) -> None:
-        require_packages("evaluation", "torchmetrics")  # asked now, not after the first epochs
-        say_what_is_left_out()
-        before = read_start(config)  # before there is a folder
-        self.device = resolve_device(config.device)
-        self._run_folder = RunFolder(config)
-        self.folder = self._run_folder.path
+    def __init__(self, config: Config, ranks: Ranks | None = None) -> None:
+        self.ranks = ranks = ranks or Ranks()
+        before, self.device = ranks.together(lambda: self._prepare(config))
+        ranks.open(self.device, timedelta(minutes=config.timeout_minutes))
+        self._run_folder: RunFolder | None = None
+        self.folder = ranks.from_first(lambda: self._take_folder(config))
         try:
             self._build(config, before)
         except BaseException:
-            self._run_folder.release()
+            self._release()
             raise
+
+    def _prepare(self, config: Config) -> tuple[EbJepaRun | None, torch.device]:
+        """What can be refused before there is a folder: what the run begins with, and its device."""
+        require_packages("evaluation", "torchmetrics")  # asked now, not after the first epochs
+        if self.ranks.is_first:
+            say_what_is_left_out()
+        if config.batch_size < self.ranks.size:
+            raise ValueError(
+                f"--batch_size {config.batch_size} is less than the {self.ranks.size} processes, which share it; every "
+                "one needs a clip"
+            )
+        before = read_start(config)
+        device = resolve_device(config.device)
+        return before, device_of(device, self.ranks.launch)
+
+    def _take_folder(self, config: Config) -> Path:
+        self._run_folder = RunFolder(config)
+        return self._run_folder.path
+
+    def _release(self) -> None:
+        if self._run_folder is not None:
+            self._run_folder.release()
 
     def _build(self, config: Config, before: EbJepaRun | None) -> None:
         """What to train, on what: from the checkpoint where the run is resumed, and else on disk as its first one.
 
         `before` is the run of the original that a new one goes on from.
         """
+        ranks = self.ranks
         precision = resolve_precision(config.precision, self.device)
         self.config = config = dataclasses.replace(config, out=self.folder, precision=precision)
         set_precision(precision)
         # Before anything is on the device: a calibration needs its memory.
         path = self.folder / CHECKPOINT_NAME
-        saved = None if config.resume is None else load_checkpoint(path)
-        self.resolution = (
-            resolve_run(config, self.device) if saved is None else resolution_of(saved, config, self.device, path)
+        saved = ranks.from_first(lambda: None if config.resume is None else load_checkpoint(path))
+        # The first process alone measures: all must compute alike.
+        self.resolution = ranks.from_first(
+            lambda: (
+                resolve_run(config, self.device, ranks)
+                if saved is None
+                else resolution_of(saved, config, self.device, path)
+            )
         )
         choice = self.resolution.choice
-        train, validation = load_run_clips(config)
+        train, validation = ranks.first_of_each_host(lambda: load_run_clips(config))
         self.data_fingerprint = f"{fingerprint(train.video.numpy())} {fingerprint(validation.video.numpy())}"
+        ranks.require_same({"their clips": self.data_fingerprint})
         self.train_clips, self.val_clips = train.to(self.device), validation.to(self.device)
 
         torch.manual_seed(config.seed)
@@ -122,6 +156,8 @@ class Trainer:
             steps=config.steps,
             projection=choice.losses,
             autocast_dtype=self.autocast_dtype,
+            ranks=ranks,
+            sync_stats=config.sync_stats,
         )
         # Position: `epoch` epochs are done, and `batch` batches of the next one.
         self.epoch = self.batch = self.global_step = 0
@@ -140,15 +176,30 @@ class Trainer:
         self.steps_per_launch = steps_per_launch(config.log_every, config.checkpoint_every) if several else 1
         self.rows: list[dict[str, float]] = []
         self.cut_short: dict[str, float] | None = None
+        self._saved_at = time.monotonic()
         if saved is not None:
-            self._resume(saved)
+            ranks.together(lambda: self._resume(saved))
+            if self.last_row is not None:
+                ranks.on_first(self._write_metrics)  # what was written after the checkpoint is about to be done again
         else:
             if before is not None:
-                self.epoch, self.global_step = continue_from(before, config, self.modules, self.optimizer)
-            write_text_atomic(self.folder / "config.json", json.dumps(self.config.to_json(), indent=2) + "\n")
-            environment = {**run_environment(self.device), "resolved": self.resolution.to_json()}
-            write_text_atomic(self.folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+                self.epoch, self.global_step = ranks.together(
+                    lambda: continue_from(before, config, self.modules, self.optimizer)
+                )
+            ranks.on_first(self._describe_in_folder)
+            ranks.copy_from_first(self._trained)
             self.save()
+
+    @property
+    def _trained(self) -> list[Tensor]:
+        return [t for module in self.modules.values() for t in (*module.parameters(), *module.buffers())]
+
+    def _describe_in_folder(self) -> None:
+        write_text_atomic(self.folder / "config.json", json.dumps(self.config.to_json(), indent=2) + "\n")
+        environment = {**run_environment(self.device), "resolved": self.resolution.to_json()}
+        if not self.ranks.alone:
+            environment["processes"] = self.ranks.size
+        write_text_atomic(self.folder / "environment.json", json.dumps(environment, indent=2) + "\n")
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -163,10 +214,11 @@ class Trainer:
         """
         evaluation = None
         try:
+            first = self.ranks.is_first
             with (
-                open_board(self.folder, self.global_step) as board,
-                stop_signals() as received,
-                trace_steps(self.folder / TRACE_NAME if self.config.profile else None, say) as step_done,
+                open_board(self.folder if first else None, self.global_step) as board,
+                stop_signals(once=self.ranks.alone) as received,
+                trace_steps(self.folder / TRACE_NAME if self.config.profile and first else None, say) as step_done,
             ):
                 while not (self.finished and self.evaluated):
                     complete, row = self._train_to_a_row(board, received, step_done)
@@ -176,12 +228,13 @@ class Trainer:
                     if complete:
                         self.rows.append(row)
                     self.cut_short = None if complete else row
-                    self._write_metrics()
+                    self.ranks.on_first(self._write_metrics)
                     self.save()
-                    if received and not self.finished:
-                        raise Interrupted(received[0])
+                    stopped_by, _ = self._agree(received)
+                    if stopped_by and not self.finished:
+                        raise Interrupted(stopped_by)
         finally:
-            self._run_folder.release()
+            self._release()
         return evaluation
 
     @property
@@ -221,7 +274,8 @@ class Trainer:
         config = self.config
         batches = epoch_indices(len(self.train_clips), config.batch_size, config.seed, self.epoch, self.device)
         started = time.perf_counter()
-        with progress_bar(f"epoch {self.epoch + 1}/{config.epochs}", len(batches), self.batch) as bar:
+        title = f"epoch {self.epoch + 1}/{config.epochs}"
+        with progress_bar(title, len(batches), self.batch, shown=self.ranks.is_first) as bar:
             while self.batch < len(batches) and not self.finished:
                 count = self._steps_of_next_launch(batches)
                 self._step(torch.stack(batches[self.batch : self.batch + count]) if count > 1 else batches[self.batch])
@@ -231,14 +285,23 @@ class Trainer:
                 bar.update(count)
                 if self.global_step % config.log_every == 0:
                     self._log(board, bar, config.log_every)
-                if received or self.global_step % config.checkpoint_every == 0:
+                stopped_by, time_is_up = self._agree(received)
+                if stopped_by or time_is_up or self.global_step % config.checkpoint_every == 0:
                     now = time.perf_counter()
                     self.seconds, started = self.seconds + now - started, now
                     self.save()
-                    if received:
-                        raise Interrupted(received[0])
+                    if stopped_by:
+                        raise Interrupted(stopped_by)
         self.seconds += time.perf_counter() - started
         return self.batch == len(batches)
+
+    def _agree(self, received: Sequence[int]) -> tuple[int, bool]:
+        """(the signal by which the run is stopped here, 0 if it is not; whether the clock asks for a checkpoint)."""
+        self.ranks.step = self.global_step
+        minutes = self.config.checkpoint_minutes
+        due = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes and self.ranks.is_first
+        stopped_by, time_is_up = self.ranks.agree(received[0] if received else 0, int(due))
+        return stopped_by, bool(time_is_up)
 
     def _steps_of_next_launch(self, batches: Sequence[Tensor]) -> int:
         if self.steps_per_launch == 1:
@@ -252,14 +315,14 @@ class Trainer:
 
     def _step(self, indices: Tensor) -> None:
         """One step on these clips (B,), or several in one launch (K, B), their losses added to the sums; nothing here
-        waits for the device.
+        waits for the device. Of several processes, each trains on its part of them.
         """
         if self.graphed_step is not None:
             self.graphed_step(indices, copy=False)
         else:
             with span("data"):
-                batch = self.train_clips.batch(indices)
-            losses = torch.stack(self.step(*batch)).double()
+                batch = self.train_clips.batch(self.ranks.part(indices))
+            losses = torch.stack(self.step(*batch, clips=len(indices))).double()
             self.epoch_losses += losses
             self.interval_losses += losses
 
@@ -275,17 +338,28 @@ class Trainer:
         values = dict(zip(LOSS_NAMES, losses.tolist(), strict=True))
         bad = [name for name, value in values.items() if not np.isfinite(value)]
         if bad:
-            raise NonFiniteLossError(
-                f"{', '.join(bad)} became NaN or infinite at or before step {self.global_step}. The checkpoint in "
-                f"{self.folder} is from before that; try a smaller --lr, or --precision fp32"
-            )
+            with self.ranks.told_once():  # every process has the same losses
+                raise NonFiniteLossError(
+                    f"{', '.join(bad)} became NaN or infinite at or before step {self.global_step}. The checkpoint in "
+                    f"{self.folder} is from before that; try a smaller --lr, or --precision fp32"
+                )
         return values
 
     def _evaluate(self, board: Board) -> Evaluation:
+        self._share_buffers()
         evaluation = evaluate(
             self.jepa, self.image_decoder, self.detection_head, self.val_clips, self.config.batch_size,
-            autocast_dtype=self.autocast_dtype, rollout=self.graphed_rollout,
+            autocast_dtype=self.autocast_dtype, rollout=self.graphed_rollout, ranks=self.ranks,
         )  # fmt: skip
+        self.ranks.on_first(lambda: self._show_evaluation(evaluation, board))
+        return evaluation
+
+    def _share_buffers(self) -> None:
+        """Where each process has its own statistics, all go on with the first's, as in plain data parallel training."""
+        if not self.config.sync_stats:
+            self.ranks.copy_from_first(b for module in self.modules.values() for b in module.buffers())
+
+    def _show_evaluation(self, evaluation: Evaluation, board: Board) -> None:
         for name, value in evaluation.as_row().items():
             board.add_scalar(f"val/{name}", value, self.global_step)
         clips = self.val_clips.subset(min(PICTURED_CLIPS, len(self.val_clips)))
@@ -298,7 +372,6 @@ class Trainer:
             f"step {self.global_step}: mAP {evaluation.map:.3f}, AP_0 {evaluation.ap[0]:.3f} "
             f"(chance {evaluation.positive_share:.3f}), reconstruction {evaluation.recon_loss:.4f}"
         )
-        return evaluation
 
     def _training_row(self) -> dict[str, float]:
         row = {"epoch": self.epoch + 1, "step": self.global_step, "seconds": round(self.seconds, 3)}
@@ -307,8 +380,13 @@ class Trainer:
     # ---- files -------------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write the checkpoint, after making sure that it is worth keeping."""
+        """Write the checkpoint, after making sure that it is worth keeping; of several processes, the first does."""
         self._read(self.epoch_losses)
+        self._share_buffers()
+        self.ranks.on_first(self._write_checkpoint)
+        self._saved_at = time.monotonic()
+
+    def _write_checkpoint(self) -> None:
         progress = {
             "epoch": self.epoch, "batch": self.batch, "global_step": self.global_step, "seconds": self.seconds
         }  # fmt: skip
@@ -339,8 +417,6 @@ class Trainer:
         self.global_step, self.seconds = int(progress["global_step"]), float(progress["seconds"])
         self.epoch_losses.copy_(losses["epoch"])
         self.interval_losses.copy_(losses["interval"])
-        if self.last_row is not None:
-            self._write_metrics()  # what was written after the checkpoint is about to be done again
 
     def _write_metrics(self) -> None:
         rows = [*self.rows, *([self.cut_short] if self.cut_short else [])]
@@ -353,6 +429,9 @@ class Trainer:
 
     def finish(self) -> list[Path]:
         """Draw the pictures and export the weights; the files and folders that the run leaves."""
+        return self.ranks.from_first(self._finish)
+
+    def _finish(self) -> list[Path]:
         missing = left_out()
         pretrained, written = self.folder / "pretrained", []
         if WEIGHTS not in missing:
