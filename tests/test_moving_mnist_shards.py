@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -521,3 +522,22 @@ def test_a_set_read_through_does_not_come_to_lie_in_memory(way: str, large_set: 
         assert grown < SET_BYTES // 10
     else:
         assert grown > SET_BYTES * 9 // 10
+
+
+# ---- the page ----
+
+
+def test_the_example_of_the_page_writes_a_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8"), re.DOTALL)
+    for number, smaller in (("18_000", "12"), ("2_000", "5"), ("500", "4"), ("canvas=64", "canvas=28"), ("1024", "8")):
+        assert number in code
+        code = code.replace(number, smaller)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/scaling.md", "exec"), {})
+    sizes = {"n_train": 12, "n_val": 4, "canvas": 28}
+    train, validation = load_clips("shards", data_path=Path("shards"), cache_dir=tmp_path, seed=0, **sizes)
+    assert isinstance(train, ShardedClips)
+    assert [shard.n_clips for shard in train.index.shards] == [8, 4]
+    video = torch.cat([train.resident().video, validation.resident().video])
+    assert len(torch.unique(video.flatten(1), dim=0)) == 16  # no two clips are the same
+    train.verify()
