@@ -23,6 +23,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "layers": ("bench.layers", "networks and batch_norm in one run"),
     "saved": ("bench.saved", "count the bytes a training step keeps for its backward pass, without a GPU"),
     "traffic": ("bench.traffic.command", "count the bytes and kernels of a step, an evaluation and a rollout"),
+    "scaling": (
+        "bench.scaling",
+        "estimate a step on several GPUs: count what it exchanges, and add it up",
+    ),
     "ceilings": ("bench.ceilings", "time copies, matrix products and cuDNN's convolutions: what the device can do"),
     "checks": ("bench.checks", "check every kernel at small odd sizes, and that a graph equals plain calls"),
     "step": ("bench.step", "time one training step, from the original's to everything at once"),

@@ -66,12 +66,14 @@ class Config:
     device: str = "auto"
     """"auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N"."""
 
-    data: Literal["embedded", "idx", "official"] = "embedded"
-    """Moving MNIST from the embedded digits, from an MNIST idx file (--digits), or the official test sequences."""
+    data: Literal["embedded", "idx", "official", "shards"] = "embedded"
+    """Moving MNIST from the embedded digits, from an MNIST idx file (--digits), or the official test sequences; or
+    clips in shards on disk, of which no more than batches is in memory (docs/scaling.md)."""
     digits: Path | None = None
     """MNIST image file, train-images-idx3-ubyte, gzipped or not; implies --data idx."""
     data_path: Path | None = None
-    """mnist_test_seq.npy for --data official; default: looked for in, or downloaded to, the cache."""
+    """mnist_test_seq.npy for --data official; default: looked for in, or downloaded to, the cache. For --data shards
+    the folder in which train and validation are."""
     cache_dir: Path | None = None
     """Folder for generated and downloaded data; default: ~/.cache/fastjepa."""
     n_train: int = 18_000

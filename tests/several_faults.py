@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from typing import Any
 
 from fastjepa.distributed.launch import read_launch
 from fastjepa.training.command_line import main
@@ -23,7 +24,7 @@ FAULTS = [
 _step, _write = Trainer._step, Trainer._write_checkpoint
 
 
-def step(self: Trainer, indices: object) -> None:
+def step(self: Trainer, *arguments: Any) -> None:
     for what, at in FAULTS:
         if at == self.global_step:
             if what == "kill":
@@ -34,7 +35,7 @@ def step(self: Trainer, indices: object) -> None:
                 time.sleep(3600)
             else:
                 raise OSError("the disk of this process is on fire")
-    _step(self, indices)  # type: ignore[arg-type]
+    _step(self, *arguments)
 
 
 def write_checkpoint(self: Trainer) -> None:

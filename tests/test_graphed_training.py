@@ -107,9 +107,9 @@ class Watched:
             self.checkpoints.append(copy.deepcopy(state))
             save(path, state)
 
-        def counted(trainer: Trainer, indices: torch.Tensor) -> None:
+        def counted(trainer: Trainer, indices: torch.Tensor, *others: Any) -> None:
             self.launches.append(1 if indices.dim() == 1 else len(indices))
-            step(trainer, indices)
+            step(trainer, indices, *others)
 
         random.seed(0)  # its state, which is in a checkpoint, is the process's
         with patch.context() as during:
@@ -173,9 +173,9 @@ def test_a_stop_signal_waits_for_the_launch_and_the_run_goes_on_exactly(
     single = Watched(cache, tmp_path / "single", flags, 1, monkeypatch)
     step = Trainer._step
 
-    def signalled(run: Trainer, indices: torch.Tensor) -> None:
+    def signalled(run: Trainer, *arguments: Any) -> None:
         signal.raise_signal(signal.SIGTERM)
-        step(run, indices)
+        step(run, *arguments)
 
     with monkeypatch.context() as once:
         once.setattr(Trainer, "_step", signalled)

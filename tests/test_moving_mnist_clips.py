@@ -269,7 +269,7 @@ def test_official_sizes_are_checked_before_any_download(tmp_path: Path, change: 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"data": "imagenet"}, ValueError, "data: expected one of embedded, idx, official, got 'imagenet'"),
+        ({"data": "imagenet"}, ValueError, "data: expected one of embedded, idx, official, shards, got 'imagenet'"),
         ({"data": "idx"}, ValueError, "digits: data 'idx' needs the path"),
         ({"data_path": Path("x.npy")}, ValueError, "data_path: x.npy has no use with data 'embedded'"),
         ({"digits": Path("missing.gz")}, FileNotFoundError, "digits: there is no file missing.gz"),

@@ -15,10 +15,14 @@ import pytest
 import torch
 
 import fastjepa
+from fastjepa.distributed.ranks import Ranks
 from fastjepa.files.safe_files import CheckpointError
+from fastjepa.moving_mnist import write_shards
 from fastjepa.storage.checkpoint import load_checkpoint, save_checkpoint
 from fastjepa.storage.run_folder import CHECKPOINT_NAME
 from fastjepa.training.command_line import parse_config
+from fastjepa.training.resolution import graph_problem_of
+from fastjepa.training.run_clips import load_run_clips
 from fastjepa.training.trainer import NonFiniteLossError, Trainer
 
 pytestmark = pytest.mark.packages("tyro", "torchmetrics", "cv2", "sklearn")
@@ -166,7 +170,7 @@ def test_resume_with_another_configuration(
 def test_resume_with_other_clips(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
     trainer(cache, "--out", str(folder), "--max_steps", "2").run()
-    monkeypatch.setattr("fastjepa.training.trainer.fingerprint", lambda _: "other")
+    monkeypatch.setattr("fastjepa.moving_mnist.ClipSet.fingerprint", lambda _: "other")
     with pytest.raises(CheckpointError, match="trained on other clips"):
         Trainer(parse_config(["--resume", str(folder)]))
 
@@ -195,3 +199,19 @@ def test_a_checkpoint_from_before_rows_that_were_cut_short_were_kept(cache: Path
     assert resumed.global_step == 9
     assert rows() == before
     assert [row["step"] for row in before] == ["7", "9"]
+
+
+def test_a_run_on_clips_streamed_from_disk_is_that_on_resident_ones(
+    uninterrupted: Path, cache: Path, tmp_path: Path
+) -> None:
+    """Also one that is stopped within an epoch and goes on."""
+    for name, clips in zip(("train", "validation"), load_run_clips(parse_config(TINY), cache), strict=True):
+        write_shards(clips, tmp_path / "shards" / name, clips_per_shard=6)
+    streamed = ["--data", "shards", "--data_path", str(tmp_path / "shards"), "--out", str(tmp_path / "run")]
+    trainer(cache, *streamed, "--max_steps", "9").run()
+    Trainer(parse_config(["--resume", str(tmp_path / "run"), "--max_steps", "100"])).run()
+    assert_same_run(tmp_path / "run", uninterrupted)
+    cuda = torch.device("cuda")
+    config = parse_config([*TINY, *streamed])
+    assert "those of --data shards are streamed from disk" in graph_problem_of(config, Ranks(), cuda)
+    assert graph_problem_of(parse_config(TINY), Ranks(), cuda) == ""

@@ -72,6 +72,9 @@ def _tables(rows: Sequence[Row]) -> Iterable[str]:
         if suite == "traffic":
             yield _traffic_table(in_suite)
             continue
+        if suite == "scaling":
+            yield _scaling_table(in_suite)
+            continue
         if estimates := [row for row in in_suite if "estimate_us" in row.quality]:
             yield _estimate_table(estimates)
             in_suite = [row for row in in_suite if row not in estimates]
@@ -121,6 +124,22 @@ def _traffic_table(rows: Sequence[Row]) -> str:
             row.case, row.variant, row.phase, f"{row.quality['operators']:.0f}",
             f"{row.quality['operator_bytes'] / 1e9:.4g}", f"{row.quality['kernels']:.0f}",
             f"{(row.bytes_moved or 0) / 1e9:.4g}", f"{row.quality['ms_at_ceiling']:.4g}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return _markdown(header, body)
+
+
+def _scaling_table(rows: Sequence[Row]) -> str:
+    """Of steps on several GPUs, none of which was timed."""
+    header = ["estimate, not measured", "way", "GPUs", "clips of a GPU", "step ms", "statistics ms", "gradients ms",
+              "efficiency", "collectives", "MB sent by a GPU"]  # fmt: skip
+    body = [
+        [
+            row.case, row.variant, *(f"{row.quality[name]:g}" for name in ("gpus", "clips")),
+            *(f"{row.quality[name]:.2f}" for name in ("step_ms", "statistics_ms", "gradients_ms")),
+            f"{100 * row.quality['efficiency']:.1f} %", f"{row.quality['collectives']:.0f}",
+            f"{(row.bytes_moved or 0) / 1e6:.2f}",
         ]
         for row in rows
     ]  # fmt: skip

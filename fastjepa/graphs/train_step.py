@@ -15,7 +15,7 @@ from fastjepa.graphs.capture import Recording
 from fastjepa.kernels.checks import check_tensor
 from fastjepa.model.loss_recognition import std_margin
 from fastjepa.model.step import StepLosses, TrainStep
-from fastjepa.moving_mnist import ClipSet
+from fastjepa.moving_mnist import Clips, ClipSet
 from fastjepa.profiling import span
 
 WARMUP_RUNS_OF_SEVERAL = 2  # of several steps in one launch: the first run is as many steps already
@@ -38,7 +38,7 @@ class GraphedTrainStep:
         step: the step, of a JEPA and probes of fastjepa or eb_jepa; losses that it must call as they are
             (`TrainStep.loss_problem`) must not wait for the device. Its optimizer must be `torch.optim.Adam`; it is
             made capturable, in place.
-        clips: where batches come from, on the device of the parameters.
+        clips: where batches come from, resident on the device of the parameters: a `ClipSet`.
         accumulators: float64 tensors (9,) to which every step adds its losses, in the order of `StepLosses`.
         dtype: of the video.
         warmup_runs, pool: see `fastjepa.graphs.capture.Recording`; K steps in one launch warm up in 2 runs by default.
@@ -47,13 +47,13 @@ class GraphedTrainStep:
     Raises:
         ValueError: the step has no optimizer; clips or accumulators that do not fit; on a GPU, processes that exchange
             their statistics by way of the host.
-        TypeError: the optimizer is not Adam.
+        TypeError: the optimizer is not Adam; the clips are not resident.
     """
 
     def __init__(
         self,
         step: TrainStep,
-        clips: ClipSet,
+        clips: Clips,
         *,
         accumulators: Sequence[Tensor] = (),
         dtype: torch.dtype = torch.float32,
@@ -63,6 +63,12 @@ class GraphedTrainStep:
     ) -> None:
         if step.optimizer is None:
             raise ValueError("the step has no optimizer: a graphed step would compute gradients that nobody can read")
+        if not isinstance(clips, ClipSet):
+            raise TypeError(
+                f"clips must be a ClipSet, resident on the device, because a graph gathers its batches there; got "
+                f"{type(clips).__name__}, which reads them from disk. Read them into memory with clips.resident() if "
+                "they fit there, or train without a graph (--cuda_graph off)"
+            )
         device = next(step.jepa.parameters()).device
         if clips.device != device:
             raise ValueError(f"clips are on {clips.device}, the parameters on {device}; move them with clips.to(...)")

@@ -6,7 +6,7 @@ Legend: N clips, B batch, T frames, H×W pixels, 8×8 cells of a digit map.
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -26,9 +26,12 @@ from fastjepa.moving_mnist.generator import GENERATOR_VERSION, check_sizes, gene
 from fastjepa.moving_mnist.labels import CELLS, DIGIT_MAP_VERSION, digit_maps
 from fastjepa.moving_mnist.official import MNIST_TEST_SEQ, SequenceFile, load_official
 
+if TYPE_CHECKING:
+    from fastjepa.moving_mnist.shards import Clips, ShardedClips
+
 logger = logging.getLogger(__name__)
 
-DataSource = Literal["embedded", "idx", "official"]
+DataSource = Literal["embedded", "idx", "official", "shards"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +66,11 @@ class ClipSet:
         """Where the clips are."""
         return self.video.device
 
+    @property
+    def n_frames(self) -> int:
+        """T."""
+        return self.video.shape[1]
+
     def to(self, device: torch.device | str) -> "ClipSet":
         """The same clips on `device`."""
         return ClipSet(self.video.to(device), self.digit_maps.to(device))
@@ -84,10 +92,27 @@ class ClipSet:
             The video (B, 1, T, H, W) in [0, 1], each byte divided by 255 and rounded once, and the digit
             location (B, T, cells, cells), 0 or 1.
         """
-        # A tensor and not the number 255: CUDA would multiply by the rounded reciprocal of a number.
-        white = torch.full((), 255, dtype=dtype, device=self.device)
-        video = self.video.index_select(0, indices).unsqueeze(1).to(dtype).div_(white)
-        return video, self.digit_maps.index_select(0, indices).to(dtype)
+        return as_batch(self.video.index_select(0, indices), self.digit_maps.index_select(0, indices), dtype)
+
+    def fingerprint(self) -> str:
+        """Hash of the video, 32 hexadecimal digits, by which a run knows its clips again; reads all of it."""
+        return fingerprint(self.video.cpu().numpy())
+
+
+def as_batch(video: Tensor, digit_maps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Bytes as a training step takes them, on their device.
+
+    Args:
+        video: uint8 (B, T, H, W).
+        digit_maps: uint8 (B, T, cells, cells), 0 or 1.
+        dtype: floating dtype of both results.
+
+    Returns:
+        The video (B, 1, T, H, W) in [0, 1], each byte divided by 255 and rounded once, and the digit maps in `dtype`.
+    """
+    # A tensor and not the number 255: CUDA would multiply by the rounded reciprocal of a number.
+    white = torch.full((), 255, dtype=dtype, device=video.device)
+    return video.unsqueeze(1).to(dtype).div_(white), digit_maps.to(dtype)
 
 
 def epoch_indices(n: int, batch_size: int, seed: int, epoch: int, device: torch.device | str = "cpu") -> list[Tensor]:
@@ -128,26 +153,28 @@ def load_clips(
     digit_size: int = 28,
     seed: int,
     official_file: SequenceFile = MNIST_TEST_SEQ,
-) -> tuple[ClipSet, ClipSet]:
-    """Training and validation clips with their digit maps, on the CPU, cached in `cache_dir`.
+) -> "tuple[Clips, Clips]":
+    """Training and validation clips with their digit maps, on the CPU, cached in `cache_dir`; shards stay on disk.
 
     Args:
         data: "embedded" generates clips from scikit-learn's digits, "idx" from the images in `digits`, which giving
-            `digits` is enough to ask for; "official" reads the published file.
+            `digits` is enough to ask for; "official" reads the published file, and "shards" the folders that
+            `write_shards` wrote.
         digits: MNIST idx image file.
-        data_path: the official file; None looks in `cache_dir` and downloads it there.
+        data_path: the official file, where None looks in `cache_dir` and downloads it there; or the folder of the
+            shards, in which `train` and `validation` are.
         cache_dir: folder for generated clips, digit maps and the download.
-        n_train: clips for training; at most 18,000 of the official set.
-        n_val: clips for validation; at most 2,000 of the official set.
+        n_train: clips for training; at most 18,000 of the official set, and at most what the shards have.
+        n_val: clips for validation; at most 2,000 of the official set, and at most what the shards have.
         n_frames: frames of a clip; 10 in the official set.
         canvas: side of a frame in pixels; 64 in the official set.
-        digit_size: side of a digit's box in pixels; the official file has what it has and ignores this.
+        digit_size: side of a digit's box in pixels; the official file and shards have what they have and ignore this.
         seed: of the generated clips and of the split of `digits`. The official split is fixed.
         official_file: what the official file must be.
 
     Raises:
         ValueError: options that contradict each other or the data, or a file that is not what it should be.
-        FileNotFoundError: `digits` or `data_path` is not a file.
+        FileNotFoundError: `digits` or `data_path` is not a file, or there are no shards in it.
         OSError: `cache_dir` cannot be written.
         MissingPackageError: OpenCV or scikit-learn is not installed, and what it would make is not in the cache.
     """
@@ -164,6 +191,13 @@ def load_clips(
         return (
             _with_digit_maps(train, fingerprint(train), cache_dir),
             _with_digit_maps(validation, fingerprint(validation), cache_dir),
+        )
+
+    if data == "shards":
+        assert data_path is not None  # as _check_source has found
+        return (
+            _shards(data_path / "train", "n_train", n_train, n_frames, canvas),
+            _shards(data_path / "validation", "n_val", n_val, n_frames, canvas),
         )
 
     check_sizes(canvas, digit_size, n_frames=n_frames)  # before anything is written
@@ -214,15 +248,32 @@ def _with_digit_maps(video: np.ndarray, content: str, cache_dir: Path) -> ClipSe
     return ClipSet(torch.from_numpy(video), torch.from_numpy(maps))
 
 
+def _shards(folder: Path, name: str, n_clips: int, n_frames: int, canvas: int) -> "ShardedClips":
+    """The first `n_clips` in the shards of `folder`, whose number the option `name` asks for."""
+    from fastjepa.moving_mnist.shards import ShardedClips  # which imports this module
+
+    clips = ShardedClips(folder)
+    T, H, W = clips.index.clip_shape
+    if n_frames != T:
+        raise ValueError(f"n_frames: the clips in {folder} have {T}, got {n_frames}")
+    if (canvas, canvas) != (H, W):
+        raise ValueError(f"canvas: the frames in {folder} are {H}x{W}, got {canvas}")
+    if n_clips > len(clips):
+        raise ValueError(f"{name}: {folder} has {len(clips)} clips, got {n_clips}")
+    return clips.subset(n_clips)
+
+
 def _check_source(data: str, digits: Path | None, data_path: Path | None) -> None:
     if data not in get_args(DataSource):
         raise ValueError(f"data: expected one of {', '.join(get_args(DataSource))}, got {data!r}")
     if data == "idx" and digits is None:
         raise ValueError("digits: data 'idx' needs the path of an MNIST idx image file")
-    if data == "official" and digits is not None:
-        raise ValueError(f"digits: {digits} has no use with data 'official', which brings its own digits")
-    if data != "official" and data_path is not None:
-        raise ValueError(f"data_path: {data_path} has no use with data {data!r}, only with 'official'")
+    if data in ("official", "shards") and digits is not None:
+        raise ValueError(f"digits: {digits} has no use with data {data!r}, which brings its own digits")
+    if data == "shards" and data_path is None:
+        raise ValueError("data_path: data 'shards' needs the folder in which train and validation are")
+    if data not in ("official", "shards") and data_path is not None:
+        raise ValueError(f"data_path: {data_path} has no use with data {data!r}, only with 'official' and 'shards'")
 
 
 def _check_official_sizes(file: SequenceFile, n_train: int, n_val: int, n_frames: int, canvas: int) -> None:

@@ -35,7 +35,7 @@ from fastjepa.storage.checkpoint import check_same_config
 from fastjepa.storage.run_folder import CHECKPOINT_NAME, read_run_config
 from fastjepa.training.eb_jepa_start import defaults_from_eb_jepa
 from fastjepa.training.flags import check_flags
-from fastjepa.training.resolution import refuse_recompute
+from fastjepa.training.resolution import graph_problem_of, refuse_recompute
 from fastjepa.training.stop_signals import Interrupted
 from fastjepa.training.summary import describe, summary
 from fastjepa.training.trainer import NonFiniteLossError, Trainer
@@ -157,6 +157,8 @@ def parse_config(
         if config.backend == "fused" and (reason := unavailable_reason(device)) is not None:
             raise ValueError(f"--backend fused cannot be served: {reason}; use auto or eager")
         use_cuda_graph(config.cuda_graph, device)
+        if config.cuda_graph == "on" and (problem := graph_problem_of(config, Ranks(), device)):
+            raise ValueError(f"--cuda_graph on cannot be served: {problem}; use auto or off")
         refuse_recompute(config, device)
     return config
 

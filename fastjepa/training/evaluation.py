@@ -23,7 +23,7 @@ from fastjepa.model.jepa import JEPA
 from fastjepa.model.modes import eval_mode
 from fastjepa.model.networks import DetHead, ImageDecoder
 from fastjepa.model.probes import detection_loss
-from fastjepa.moving_mnist import ClipSet, sequential_batches
+from fastjepa.moving_mnist import Clips, sequential_batches
 from fastjepa.optional_packages import needed_for
 from fastjepa.profiling import span
 
@@ -115,7 +115,7 @@ def evaluate(
     jepa: JEPA,
     image_decoder: ImageDecoder,
     detection_head: DetHead,
-    clips: ClipSet,
+    clips: Clips,
     batch_size: int,
     *,
     autocast_dtype: torch.dtype | None = None,
@@ -123,7 +123,7 @@ def evaluate(
     rollout: GraphedRollout | None = None,
     ranks: Ranks | None = None,
 ) -> Evaluation:
-    """Evaluate on `clips`, in eval mode, on the device where they lie. The modules' modes are left as they were.
+    """Evaluate on `clips`, in eval mode, on their device. The modules' modes are left as they were.
 
     Args:
         jepa, image_decoder, detection_head: the model.
@@ -151,7 +151,7 @@ def evaluate(
         if rollout.predictor is not jepa.predictor:
             raise ValueError("`rollout` is of another predictor than that of `jepa`")
         rollout.refresh()
-    horizons = horizons_of(clips.video.shape[1])
+    horizons = horizons_of(clips.n_frames)
     ranks = ranks or Ranks()
     found: list[_OfBatch] = []
     with span("evaluation"), eval_mode(jepa, image_decoder, detection_head):
@@ -163,7 +163,7 @@ def evaluate(
                 for folded, original in ((encoder, jepa.encoder), (predictor, jepa.predictor)):
                     if folded is not original:  # which keeps its layout
                         folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        batches = sequential_batches(len(clips), batch_size, clips.video.device)
+        batches = sequential_batches(len(clips), batch_size, clips.device)
         for indices in batches[ranks.rank :: ranks.size]:
             with span("data"):
                 video, digit_location = clips.batch(indices)

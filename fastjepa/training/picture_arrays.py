@@ -10,17 +10,17 @@ from fastjepa.figures.data import RolloutArrays
 from fastjepa.model.jepa import JEPA
 from fastjepa.model.modes import eval_mode
 from fastjepa.model.networks import DetHead, ImageDecoder
-from fastjepa.moving_mnist import ClipSet
+from fastjepa.moving_mnist import Clips
 from fastjepa.training.evaluation import rollout_tails
 
 
-def rollout_arrays(jepa: JEPA, image_decoder: ImageDecoder, detection_head: DetHead, clips: ClipSet) -> RolloutArrays:
+def rollout_arrays(jepa: JEPA, image_decoder: ImageDecoder, detection_head: DetHead, clips: Clips) -> RolloutArrays:
     """Decoded one-step predictions and full rollout of every frame from the third on, with detections.
 
     The full rollout sees only the first two frames of each clip. Decoded images are clipped to [0, 1].
     """
     with eval_mode(jepa, image_decoder, detection_head):
-        video, _ = clips.batch(torch.arange(len(clips), device=clips.device))
+        video, digit_location = clips.batch(torch.arange(len(clips), device=clips.device))
         tails = list(rollout_tails(jepa.predictor, jepa.encoder(video), video.shape[2] - 2))
         # The last rollout: frame s + 2 became final in step s, as the first frame of that step's tail.
         rollout = torch.cat([tail[:, :, :1] for tail in tails], dim=2)
@@ -29,7 +29,7 @@ def rollout_arrays(jepa: JEPA, image_decoder: ImageDecoder, detection_head: DetH
             one_step=_numpy(image_decoder(tails[0]).clamp(0, 1))[:, 0],
             rollout=_numpy(image_decoder(rollout).clamp(0, 1))[:, 0],
             detections=_numpy(detection_head(rollout)),
-            digit_maps=clips.digit_maps.cpu().numpy(),
+            digit_maps=digit_location.to(torch.uint8).cpu().numpy(),
         )
 
 

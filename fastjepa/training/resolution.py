@@ -47,7 +47,7 @@ def resolve_run(config: Config, device: torch.device, ranks: Ranks | None = None
     ranks = ranks or Ranks()
     config = dataclasses.replace(config, batch_size=max(ranks.counts(config.batch_size)))
     refuse_recompute(config, device)
-    graph_problem = graph_problem_of(ranks, device)
+    graph_problem = graph_problem_of(config, ranks, device)
     if graph_problem and config.cuda_graph == "on":
         raise ValueError(f"--cuda_graph on cannot be served: {graph_problem}; use auto or off")
     if graph_problem:
@@ -89,9 +89,13 @@ def resolve_run(config: Config, device: torch.device, ranks: Ranks | None = None
     return Resolution(config.precision, chosen, _lines(report, graph_problem))
 
 
-def graph_problem_of(ranks: Ranks, device: torch.device) -> str:
-    """Why steps of these processes cannot be recorded as CUDA graphs; "" if they can."""
-    if device.type != "cuda" or ranks.can_be_recorded:
+def graph_problem_of(config: Config, ranks: Ranks, device: torch.device) -> str:
+    """Why steps of this run cannot be recorded as CUDA graphs, where there are such; "" if they can."""
+    if device.type != "cuda":
+        return ""
+    if config.data == "shards":
+        return "a graph gathers clips that lie on the GPU, and those of --data shards are streamed from disk"
+    if ranks.can_be_recorded:
         return ""
     return f"statistics and gradients go over {ranks.backend}, by way of the host, and only NCCL can be in a CUDA graph"
 

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastjepa.config import Config
-from fastjepa.moving_mnist import ClipSet, load_clips
+from fastjepa.moving_mnist import Clips, load_clips
 from fastjepa.storage.cache_folder import default_cache_dir
 
 
-def load_run_clips(config: Config, cache_dir: Path | None = None) -> tuple[ClipSet, ClipSet]:
+def load_run_clips(config: Config, cache_dir: Path | None = None) -> tuple[Clips, Clips]:
     """Training and validation clips of the run, on the CPU: `moving_mnist.load_clips`, with what it raises; where that
     names an argument, the message names the flag.
 

@@ -7,7 +7,8 @@ import dataclasses
 import io
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,7 @@ from fastjepa.graphs import GraphedRollout, GraphedTrainStep
 from fastjepa.model.jepa import build_jepa
 from fastjepa.model.probes import build_probes
 from fastjepa.model.step import StepLosses, TrainStep, build_optimizer
-from fastjepa.moving_mnist import epoch_indices
-from fastjepa.moving_mnist.cache import fingerprint
+from fastjepa.moving_mnist import ClipSet, epoch_indices, prefetched
 from fastjepa.optional_packages import require_packages
 from fastjepa.profiling import span
 from fastjepa.storage.checkpoint import load_checkpoint, load_snapshot, save_checkpoint, snapshot
@@ -130,7 +130,7 @@ class Trainer:
         )
         choice = self.resolution.choice
         train, validation = ranks.first_of_each_host(lambda: load_run_clips(config))
-        self.data_fingerprint = f"{fingerprint(train.video.numpy())} {fingerprint(validation.video.numpy())}"
+        self.data_fingerprint = f"{train.fingerprint()} {validation.fingerprint()}"
         ranks.require_same({"their clips": self.data_fingerprint})
         self.train_clips, self.val_clips = train.to(self.device), validation.to(self.device)
 
@@ -167,6 +167,7 @@ class Trainer:
         self.interval_losses = torch.zeros_like(self.epoch_losses)
         self.graphed_step: GraphedTrainStep | None = None
         if choice.cuda_graph:
+            assert isinstance(self.train_clips, ClipSet), "graphs are for resident clips"
             sums = (self.epoch_losses, self.interval_losses)
             self.graphed_step = GraphedTrainStep(self.step, self.train_clips, accumulators=sums)
         # Of evaluations: recorded at the first, and replayed in those after it.
@@ -275,10 +276,15 @@ class Trainer:
         batches = epoch_indices(len(self.train_clips), config.batch_size, config.seed, self.epoch, self.device)
         started = time.perf_counter()
         title = f"epoch {self.epoch + 1}/{config.epochs}"
-        with progress_bar(title, len(batches), self.batch, shown=self.ranks.is_first) as bar:
+        left = [self.ranks.part(indices) for indices in batches[self.batch :]]
+        with (
+            progress_bar(title, len(batches), self.batch, shown=self.ranks.is_first) as bar,
+            closing(prefetched(self.train_clips, left)) as own_parts,
+        ):
             while self.batch < len(batches) and not self.finished:
                 count = self._steps_of_next_launch(batches)
-                self._step(torch.stack(batches[self.batch : self.batch + count]) if count > 1 else batches[self.batch])
+                indices = batches[self.batch] if count == 1 else torch.stack(batches[self.batch : self.batch + count])
+                self._step(indices, own_parts)
                 step_done()
                 self.batch += count
                 self.global_step += count
@@ -313,15 +319,16 @@ class Trainer:
             steps_left.append(config.max_steps - done)
         return next_launch(self.steps_per_launch, *steps_left)
 
-    def _step(self, indices: Tensor) -> None:
+    def _step(self, indices: Tensor, own_parts: Iterator[tuple[Tensor, Tensor]]) -> None:
         """One step on these clips (B,), or several in one launch (K, B), their losses added to the sums; nothing here
-        waits for the device. Of several processes, each trains on its part of them.
+        waits for the device. Of several processes, each trains on its part of them, the next of `own_parts`, unless a
+        graph gathers it.
         """
         if self.graphed_step is not None:
             self.graphed_step(indices, copy=False)
         else:
             with span("data"):
-                batch = self.train_clips.batch(self.ranks.part(indices))
+                batch = next(own_parts)
             losses = torch.stack(self.step(*batch, clips=len(indices))).double()
             self.epoch_losses += losses
             self.interval_losses += losses
