@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
@@ -196,6 +196,133 @@ def test_modules_within_use_the_statistics_of_all_ranks(counts: tuple[int, ...])
     for name, value in _merge(found.results, counts).items():
         like = "bn1.bias" if name == "conv.bias" else name  # exactly 0: what is left is rounding
         assert (value - expected[name]).abs().max() <= FLOAT64_LIMIT * expected[like].abs().max(), name
+
+
+# ---- BatchNorm, the residual and the ReLU, fused ---------------------------------------------------------------------
+
+
+class _Act(NamedTuple):
+    """One call of `batch_norm_act_repeatable`."""
+
+    residual: Literal["none", "raw", "normalised"] = "none"
+    relu: bool = True
+    uses: int = 1
+    momentum: float | None = 0.2
+    eval: str = ""  # which of "bn" and "residual_bn" are in eval mode
+    dtype: torch.dtype = torch.float32
+    offset: float = 0.0
+    gathers: tuple[int, int] = (1, 1)  # forward, backward
+
+
+ACTS = {
+    "plain": _Act(),
+    "no ReLU": _Act(relu=False),
+    "cumulative": _Act(momentum=None),
+    "residual": _Act("raw", uses=2),
+    "residual, no ReLU": _Act("raw", relu=False),
+    "normalised residual": _Act("normalised"),
+    "normalised residual, 3 uses": _Act("normalised", uses=3, relu=False),
+    "bn in eval": _Act("normalised", eval="bn"),
+    "both in eval": _Act("normalised", eval="bn residual_bn", gathers=(0, 0)),
+    "far from zero": _Act(offset=1e3),
+    "normalised residual far from zero": _Act("normalised", offset=1e3),
+    "bf16": _Act("normalised", uses=2, dtype=torch.bfloat16),
+}
+CHANNELS = 5
+
+
+def _act_modules(act: _Act, device: str) -> nn.ModuleDict:
+    g = torch.Generator().manual_seed(1)
+    norms = {}
+    for name in ("bn", "residual_bn"):
+        norm = nn.BatchNorm2d(CHANNELS, momentum=act.momentum, eps=1e-4)
+        norm.weight.data = 1 + 0.2 * torch.randn(CHANNELS, generator=g)
+        norm.bias.data = torch.randn(CHANNELS, generator=g)
+        assert norm.running_mean is not None
+        norm.running_mean.copy_(torch.randn(CHANNELS, generator=g))
+        norms[name] = norm.train(name not in act.eval.split())
+    return nn.ModuleDict(norms).to(device)
+
+
+def _act_inputs(act: _Act, n: int, device: str) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(2)
+
+    def draw(offset: float = 0.0) -> Tensor:
+        x = torch.randn(n, CHANNELS, 3, 4, generator=g) * (0.01 if offset else 1.0) + offset
+        return x.to(device, act.dtype).contiguous(memory_format=torch.channels_last)
+
+    inputs = {"x": draw(act.offset)} | ({} if act.residual == "none" else {"residual": draw(act.offset)})
+    return inputs | {f"grad{i}": draw() for i in range(act.uses)}
+
+
+def _run_act(act: _Act, norms: nn.ModuleDict, inputs: dict[str, Tensor], function: Any) -> dict[str, Tensor]:
+    """`function(x, bn, residual, residual_bn)` gives the result once for each use."""
+    x = inputs["x"].detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    residual = inputs.get("residual")
+    if residual is not None:
+        residual = residual.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    outs = function(x, norms["bn"], residual, norms["residual_bn"] if act.residual == "normalised" else None)
+    torch.autograd.backward(outs, [inputs[f"grad{i}"] for i in range(act.uses)])
+    assert x.grad is not None
+    results = {"y": outs[0].detach(), "x": x.grad}
+    if residual is not None:
+        assert residual.grad is not None
+        results["z"] = residual.grad
+    results |= {name: p.grad for name, p in norms.named_parameters() if p.grad is not None}
+    return results | {name: b for name, b in norms.named_buffers() if "running" in name}
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"), [*((name, (2, 0, 1)) for name in ACTS), ("normalised residual", (0, 1, 1)), ("plain", (1, 3))]
+)
+def test_fused_batch_norm_of_all_ranks(name: str, counts: tuple[int, ...], device: str) -> None:
+    from fastjepa.kernels.batch_norm.fused import batch_norm_act_repeatable  # only here: it needs Triton
+
+    act = ACTS[name]
+    inputs, norms = _act_inputs(act, sum(counts), device), _act_modules(act, device)
+
+    def of_rank(shares: Shares) -> dict[str, Tensor]:
+        own = {name: split(x, counts, shares.rank) for name, x in inputs.items()}
+
+        def fused(x: Tensor, bn: Any, residual: Tensor | None, residual_bn: Any) -> Any:
+            outs, again = batch_norm_act_repeatable(
+                x, bn, residual, residual_bn, act.relu, uses=act.uses, shares=shares
+            )
+            assert torch.equal(again(residual), outs[0])
+            return outs
+
+        return _run_act(act, copy.deepcopy(norms), own, fused)
+
+    def eager(x: Tensor, bn: Any, residual: Tensor | None, residual_bn: Any) -> Any:
+        y = bn(x)
+        if residual is not None:
+            y = y + (residual if residual_bn is None else residual_bn(residual))
+        return [y.relu() if act.relu else y] * act.uses
+
+    found = Ranks(counts, of_rank)
+    n_norms = 2 - len(act.eval.split()) if act.residual == "normalised" else 1
+    forward = [(n_norms, 3, CHANNELS)] * act.gathers[0]
+    backward = [(3 if act.residual == "normalised" else 2, CHANNELS)] * act.gathers[1]
+    assert found.gathered == [*forward, *backward]
+    expected = _run_act(act, copy.deepcopy(norms), inputs, eager)
+    truth = _run_act(act, copy.deepcopy(norms).double(), {name: x.double() for name, x in inputs.items()}, eager)
+    for name, value in _merge(found.results, counts).items():
+        limit = None if act.offset else 1e-5  # fp32 means of 1e3 are 6e-5 apart, beside deviations of 1e-2
+        precision = act.dtype if act.dtype != torch.float32 else None
+        assert_as_exact_as_eager(value, expected[name], truth[name], name, precision=precision, relative_limit=limit)
+
+
+def test_a_fused_batch_norm_needs_two_rows_of_all_ranks(device: str) -> None:
+    from fastjepa.kernels.batch_norm.fused import batch_norm_act_repeatable
+
+    x = torch.ones(1, CHANNELS, device=device)
+
+    def of_rank(shares: Shares) -> Tensor:
+        return batch_norm_act_repeatable(x, nn.BatchNorm1d(CHANNELS).to(device), shares=shares).outs[0]
+
+    assert len(Ranks((1, 1), of_rank).results) == 2
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        Ranks((1, 0), of_rank)
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
