@@ -16,6 +16,7 @@ from fastjepa.distributed.batch_norm import current_shares, global_batch_norm, g
 from fastjepa.distributed.losses import global_std_and_cov_loss
 from fastjepa.kernels.projected_losses import closed_form, reference
 from fastjepa.kernels.shares import Shares
+from fastjepa.model.jepa import parallel_unroll
 from fastjepa.model.projected_losses import projected_losses
 from fastjepa.model.running_stats import repeated_updates
 from projector_cases import PARAMETERS, Case, loss_and_gradients, make_case
@@ -393,17 +394,47 @@ def test_closed_form_in_fp32_and_of_single_rows() -> None:
             assert_as_exact_as_eager(value, eager[name], truth[name], name, scale=scale)
 
 
+@pytest.mark.parametrize(
+    ("counts", "n_predictions", "dtype"),
+    [
+        ((2, 1), 0, torch.float32),
+        ((2, 0, 1), 2, torch.float32),
+        ((0, 1, 2), 1, torch.bfloat16),
+        ((2, 1), 5, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_fused_losses_of_all_ranks(
+    counts: tuple[int, ...], n_predictions: int, dtype: torch.dtype, device: str
+) -> None:
+    from fastjepa.kernels.projected_losses.fused import projected_losses as fused  # only here: it needs Triton
+
+    case = make_case((sum(counts), 6, 2, 5, 7), n_predictions, hidden=7, out=9, dtype=dtype, device=device)
+    merged, found = _losses_of_ranks(fused, case, counts)
+    assert len(found.gathered) == 3  # two forward, one backward
+    eager, truth = (loss_and_gradients(reference.projected_losses, c) for c in (case, case.double()))
+    for name, value in merged.items():
+        scale = float(truth["gradient of bn_bias"].abs().max()) if name == "gradient of bias1" else None
+        assert_as_exact_as_eager(value, eager[name], truth[name], name, precision=dtype, scale=scale)
+
+
 def test_losses_need_two_rows_of_all_ranks() -> None:
     case = make_case((1, 3), 0, hidden=4, out=4)
     with pytest.raises(ValueError, match="1 row"):
         _losses_of_ranks(closed_form.projected_losses, case, (0, 1))
 
 
-@pytest.mark.parametrize("path", ["eager", "closed_form"])
-@pytest.mark.parametrize(("counts", "shared"), [((2, 1), True), ((0, 1, 3), True), ((2, 1), False)], ids=str)
+@pytest.mark.parametrize(
+    ("path", "counts", "shared"),
+    [
+        ("eager", (2, 1), True),
+        ("eager", (0, 1, 3), True),
+        ("eager", (2, 1), False),  # two projectors; the closed form takes one
+        ("closed_form", (0, 1, 3), True),
+    ],
+    ids=str,
+)
 def test_losses_of_the_model(path: Any, counts: tuple[int, ...], shared: bool) -> None:
-    if not shared and path != "eager":
-        pytest.skip("only eager takes two projectors")
     jepa = tiny_jepa().double()
     projector = jepa.regularizer.proj
     other = projector if shared else copy.deepcopy(projector)
@@ -436,3 +467,99 @@ def test_losses_of_the_model(path: Any, counts: tuple[int, ...], shared: bool) -
         like = name.replace("net.0.bias", "net.1.bias")  # exactly 0: what is left is rounding
         scale = float(expected[like].abs().max())
         assert (value - expected[name]).abs().max() <= FLOAT64_LIMIT * scale, name
+
+
+# ---- a whole JEPA ----------------------------------------------------------------------------------------------------
+
+# The contract for whole models in fp32: results and buffers to 1e-5 of their norm, gradients to 1e-4.
+RESULT, GRADIENT = 1e-5, 1e-4
+STEPS = 1
+
+
+def _run_jepa(jepa: nn.Module, video: Tensor, path: Any, shares: Shares | None) -> dict[str, Tensor]:
+    """A training step without probes: states, losses, gradients and buffers."""
+    projector = jepa.regularizer.proj
+    video = video.detach().clone().requires_grad_()
+    with global_statistics(shares):
+        state, predictions = parallel_unroll(jepa.predictor, jepa.encoder(video), None, STEPS)
+        losses = projected_losses(projector, projector, state, predictions, path=path, shares=shares)
+    # The losses' gradients of a state are small beside what this adds, which is a sum over the rows.
+    outs = torch.cat([state, *predictions], 1)
+    (losses.std_loss + 30 * losses.cov_loss + losses.prediction_losses.sum() + 1e-3 * (outs**2).sum()).backward()
+    assert video.grad is not None
+    results = {"x": video.grad, "y": outs.detach()}
+    results["losses.running_mean"] = torch.stack([losses.std_loss, losses.cov_loss, *losses.prediction_losses]).detach()
+    results |= {name: p.grad for name, p in jepa.named_parameters() if p.grad is not None}
+    return results | {name: b for name, b in jepa.named_buffers() if "running" in name}
+
+
+def _assert_near_of_norm(found: dict[str, Tensor], truth: dict[str, Tensor], result: float, gradient: float) -> None:
+    assert found.keys() == truth.keys()
+    for name, value in found.items():
+        like = name.replace("net.0.bias", "net.1.bias")  # exactly 0: what is left is rounding
+        limit = result if name == "y" or name.rpartition(".")[2] in SAME else gradient
+        error, scale = (value.double() - truth[name].double()).norm(), truth[like].double().norm()
+        assert error <= limit * scale, f"{name}: {error:.2e} of {scale:.2e}"
+
+
+def _jepa_and_video(n: int, device: str) -> tuple[Any, Tensor]:
+    jepa = tiny_jepa().to(device)
+    g = torch.Generator().manual_seed(4)
+    for layer in jepa.modules():
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            layer.weight.data = 1 + 0.2 * torch.randn(layer.weight.shape, generator=g).to(device)
+            layer.bias.data = 0.3 * torch.randn(layer.bias.shape, generator=g).to(device)
+    return jepa, torch.rand(n, 1, 3, 8, 8, generator=g).to(device)
+
+
+@pytest.mark.parametrize(("counts", "path"), [((2, 1), "eager"), ((0, 1, 2), "closed_form")], ids=str)
+def test_a_jepa_of_all_ranks_in_float64(counts: tuple[int, ...], path: str) -> None:
+    jepa, video = _jepa_and_video(sum(counts), "cpu")
+    jepa, video = jepa.double(), video.double()
+
+    def of_rank(shares: Shares) -> dict[str, Tensor]:
+        return _run_jepa(copy.deepcopy(jepa), split(video, counts, shares.rank), path, shares)
+
+    merged = _merge(Ranks(counts, of_rank).results, counts)
+    truth = _run_jepa(copy.deepcopy(jepa), video, path, None)
+    _assert_near_of_norm(merged, truth, FLOAT64_LIMIT, 1e3 * FLOAT64_LIMIT)
+
+
+def test_a_fused_jepa_of_all_ranks(device: str) -> None:
+    from fastjepa.fused.networks import FusedResNet5, FusedStateOnlyPredictor  # only here: it needs Triton
+
+    counts = (0, 2, 1)
+    jepa, video = _jepa_and_video(sum(counts), device)
+
+    def of_rank(shares: Shares) -> dict[str, Tensor]:
+        own = copy.deepcopy(jepa)
+        own.encoder = FusedResNet5.from_eager(own.encoder)
+        own.predictor = FusedStateOnlyPredictor.from_eager(own.predictor)
+        return _run_jepa(own, split(video, counts, shares.rank), "fused", shares)
+
+    found = Ranks(counts, of_rank)
+    # Once each way for each activation: a stem and two of each block, of three blocks and STEPS times of seven; and
+    # three times for the losses. With recomputation, which gathers nothing.
+    assert len(found.gathered) == 2 * (7 + STEPS * 15) + 3
+    truth = _run_jepa(copy.deepcopy(jepa).double(), video.double(), "eager", None)
+    _assert_near_of_norm(_merge(found.results, counts), truth, RESULT, GRADIENT)
+
+
+def test_a_fused_encoder_of_all_ranks_without_recomputation_has_the_same_bits(device: str) -> None:
+    from fastjepa.fused.networks import FusedResNet5  # only here: it needs Triton
+
+    counts = (2, 1)
+    jepa, video = _jepa_and_video(sum(counts), device)
+    runs = []
+    for recompute in (True, False):
+
+        def of_rank(shares: Shares, recompute: bool = recompute) -> dict[str, Tensor]:
+            encoder = FusedResNet5.from_eager(copy.deepcopy(jepa.encoder), recompute=recompute)
+            with global_statistics(shares):
+                y = encoder(split(video, counts, shares.rank))
+            (y * torch.linspace(-1, 1, y[0].numel(), device=y.device).view(y[0].shape)).sum().backward()
+            return {"y": y.detach()} | {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
+
+        runs.append(_merge(Ranks(counts, of_rank).results, counts))
+    for name, value in runs[0].items():
+        assert torch.equal(value, runs[1][name]), name
