@@ -19,7 +19,7 @@ from fastjepa.kernels.shares import Shares
 from fastjepa.model.jepa import parallel_unroll
 from fastjepa.model.projected_losses import projected_losses
 from fastjepa.model.running_stats import repeated_updates
-from projector_cases import PARAMETERS, Case, loss_and_gradients, make_case
+from projector_cases import EPS, PARAMETERS, Case, loss_and_gradients, make_case
 from ranks import Ranks, assert_same_bits, joined, split, total
 from tiny import tiny_jepa
 
@@ -324,6 +324,33 @@ def test_a_fused_batch_norm_needs_two_rows_of_all_ranks(device: str) -> None:
     assert len(Ranks((1, 1), of_rank).results) == 2
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         Ranks((1, 0), of_rank)
+
+
+def test_torch_compile_is_refused_what_ranks_say_to_each_other(device: str) -> None:
+    from fastjepa.kernels.batch_norm.fused import batch_norm_act  # only here: it needs Triton
+    from fastjepa.kernels.projected_losses.fused import projected_losses as fused
+
+    shares = Shares((1, 1), 0, lambda tensor: torch.stack([tensor, tensor]))
+    case = make_case((4, 3), 1, hidden=4, out=4, device=device)
+    bn = nn.BatchNorm1d(3).to(device)
+
+    def normalised(x: Tensor) -> Tensor:
+        with global_statistics(shares):
+            out: Tensor = bn(x)
+            return out
+
+    functions: list[Any] = [
+        normalised,
+        lambda x: batch_norm_act(x, bn, shares=shares),
+        *(
+            lambda x, f=f: f(x, [], *case.parameters, EPS, shares).std_loss
+            for f in (closed_form.projected_losses, fused)
+        ),
+    ]
+    for function in functions:
+        assert function(case.z).isfinite().all()
+        with pytest.raises(RuntimeError, match="on several ranks cannot be compiled"):
+            torch.compile(function, backend="eager", fullgraph=True)(case.z)
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
