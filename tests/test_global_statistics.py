@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
@@ -16,9 +16,10 @@ from fastjepa.distributed.batch_norm import current_shares, global_batch_norm, g
 from fastjepa.distributed.losses import global_std_and_cov_loss
 from fastjepa.kernels.projected_losses import closed_form, reference
 from fastjepa.kernels.shares import Shares
+from fastjepa.model.jepa import parallel_unroll
 from fastjepa.model.projected_losses import projected_losses
 from fastjepa.model.running_stats import repeated_updates
-from projector_cases import PARAMETERS, Case, loss_and_gradients, make_case
+from projector_cases import EPS, PARAMETERS, Case, loss_and_gradients, make_case
 from ranks import Ranks, assert_same_bits, joined, split, total
 from tiny import tiny_jepa
 
@@ -198,6 +199,160 @@ def test_modules_within_use_the_statistics_of_all_ranks(counts: tuple[int, ...])
         assert (value - expected[name]).abs().max() <= FLOAT64_LIMIT * expected[like].abs().max(), name
 
 
+# ---- BatchNorm, the residual and the ReLU, fused ---------------------------------------------------------------------
+
+
+class _Act(NamedTuple):
+    """One call of `batch_norm_act_repeatable`."""
+
+    residual: Literal["none", "raw", "normalised"] = "none"
+    relu: bool = True
+    uses: int = 1
+    momentum: float | None = 0.2
+    eval: str = ""  # which of "bn" and "residual_bn" are in eval mode
+    dtype: torch.dtype = torch.float32
+    offset: float = 0.0
+    gathers: tuple[int, int] = (1, 1)  # forward, backward
+
+
+ACTS = {
+    "plain": _Act(),
+    "no ReLU": _Act(relu=False),
+    "cumulative": _Act(momentum=None),
+    "residual": _Act("raw", uses=2),
+    "residual, no ReLU": _Act("raw", relu=False),
+    "normalised residual": _Act("normalised"),
+    "normalised residual, 3 uses": _Act("normalised", uses=3, relu=False),
+    "bn in eval": _Act("normalised", eval="bn"),
+    "both in eval": _Act("normalised", eval="bn residual_bn", gathers=(0, 0)),
+    "far from zero": _Act(offset=1e3),
+    "normalised residual far from zero": _Act("normalised", offset=1e3),
+    "bf16": _Act("normalised", uses=2, dtype=torch.bfloat16),
+}
+CHANNELS = 5
+
+
+def _act_modules(act: _Act, device: str) -> nn.ModuleDict:
+    g = torch.Generator().manual_seed(1)
+    norms = {}
+    for name in ("bn", "residual_bn"):
+        norm = nn.BatchNorm2d(CHANNELS, momentum=act.momentum, eps=1e-4)
+        norm.weight.data = 1 + 0.2 * torch.randn(CHANNELS, generator=g)
+        norm.bias.data = torch.randn(CHANNELS, generator=g)
+        assert norm.running_mean is not None
+        norm.running_mean.copy_(torch.randn(CHANNELS, generator=g))
+        norms[name] = norm.train(name not in act.eval.split())
+    return nn.ModuleDict(norms).to(device)
+
+
+def _act_inputs(act: _Act, n: int, device: str) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(2)
+
+    def draw(offset: float = 0.0) -> Tensor:
+        x = torch.randn(n, CHANNELS, 3, 4, generator=g) * (0.01 if offset else 1.0) + offset
+        return x.to(device, act.dtype).contiguous(memory_format=torch.channels_last)
+
+    inputs = {"x": draw(act.offset)} | ({} if act.residual == "none" else {"residual": draw(act.offset)})
+    return inputs | {f"grad{i}": draw() for i in range(act.uses)}
+
+
+def _run_act(act: _Act, norms: nn.ModuleDict, inputs: dict[str, Tensor], function: Any) -> dict[str, Tensor]:
+    """`function(x, bn, residual, residual_bn)` gives the result once for each use."""
+    x = inputs["x"].detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    residual = inputs.get("residual")
+    if residual is not None:
+        residual = residual.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    outs = function(x, norms["bn"], residual, norms["residual_bn"] if act.residual == "normalised" else None)
+    torch.autograd.backward(outs, [inputs[f"grad{i}"] for i in range(act.uses)])
+    assert x.grad is not None
+    results = {"y": outs[0].detach(), "x": x.grad}
+    if residual is not None:
+        assert residual.grad is not None
+        results["z"] = residual.grad
+    results |= {name: p.grad for name, p in norms.named_parameters() if p.grad is not None}
+    return results | {name: b for name, b in norms.named_buffers() if "running" in name}
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"), [*((name, (2, 0, 1)) for name in ACTS), ("normalised residual", (0, 1, 1)), ("plain", (1, 3))]
+)
+def test_fused_batch_norm_of_all_ranks(name: str, counts: tuple[int, ...], device: str) -> None:
+    from fastjepa.kernels.batch_norm.fused import batch_norm_act_repeatable  # only here: it needs Triton
+
+    act = ACTS[name]
+    inputs, norms = _act_inputs(act, sum(counts), device), _act_modules(act, device)
+
+    def of_rank(shares: Shares) -> dict[str, Tensor]:
+        own = {name: split(x, counts, shares.rank) for name, x in inputs.items()}
+
+        def fused(x: Tensor, bn: Any, residual: Tensor | None, residual_bn: Any) -> Any:
+            outs, again = batch_norm_act_repeatable(
+                x, bn, residual, residual_bn, act.relu, uses=act.uses, shares=shares
+            )
+            assert torch.equal(again(residual), outs[0])
+            return outs
+
+        return _run_act(act, copy.deepcopy(norms), own, fused)
+
+    def eager(x: Tensor, bn: Any, residual: Tensor | None, residual_bn: Any) -> Any:
+        y = bn(x)
+        if residual is not None:
+            y = y + (residual if residual_bn is None else residual_bn(residual))
+        return [y.relu() if act.relu else y] * act.uses
+
+    found = Ranks(counts, of_rank)
+    n_norms = 2 - len(act.eval.split()) if act.residual == "normalised" else 1
+    forward = [(n_norms, 3, CHANNELS)] * act.gathers[0]
+    backward = [(3 if act.residual == "normalised" else 2, CHANNELS)] * act.gathers[1]
+    assert found.gathered == [*forward, *backward]
+    expected = _run_act(act, copy.deepcopy(norms), inputs, eager)
+    truth = _run_act(act, copy.deepcopy(norms).double(), {name: x.double() for name, x in inputs.items()}, eager)
+    for name, value in _merge(found.results, counts).items():
+        limit = None if act.offset else 1e-5  # fp32 means of 1e3 are 6e-5 apart, beside deviations of 1e-2
+        precision = act.dtype if act.dtype != torch.float32 else None
+        assert_as_exact_as_eager(value, expected[name], truth[name], name, precision=precision, relative_limit=limit)
+
+
+def test_a_fused_batch_norm_needs_two_rows_of_all_ranks(device: str) -> None:
+    from fastjepa.kernels.batch_norm.fused import batch_norm_act_repeatable
+
+    x = torch.ones(1, CHANNELS, device=device)
+
+    def of_rank(shares: Shares) -> Tensor:
+        return batch_norm_act_repeatable(x, nn.BatchNorm1d(CHANNELS).to(device), shares=shares).outs[0]
+
+    assert len(Ranks((1, 1), of_rank).results) == 2
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        Ranks((1, 0), of_rank)
+
+
+def test_torch_compile_is_refused_what_ranks_say_to_each_other(device: str) -> None:
+    from fastjepa.kernels.batch_norm.fused import batch_norm_act  # only here: it needs Triton
+    from fastjepa.kernels.projected_losses.fused import projected_losses as fused
+
+    shares = Shares((1, 1), 0, lambda tensor: torch.stack([tensor, tensor]))
+    case = make_case((4, 3), 1, hidden=4, out=4, device=device)
+    bn = nn.BatchNorm1d(3).to(device)
+
+    def normalised(x: Tensor) -> Tensor:
+        with global_statistics(shares):
+            out: Tensor = bn(x)
+            return out
+
+    functions: list[Any] = [
+        normalised,
+        lambda x: batch_norm_act(x, bn, shares=shares),
+        *(
+            lambda x, f=f: f(x, [], *case.parameters, EPS, shares).std_loss
+            for f in (closed_form.projected_losses, fused)
+        ),
+    ]
+    for function in functions:
+        assert function(case.z).isfinite().all()
+        with pytest.raises(RuntimeError, match="on several ranks cannot be compiled"):
+            torch.compile(function, backend="eager", fullgraph=True)(case.z)
+
+
 # ---- losses ----------------------------------------------------------------------------------------------------------
 
 
@@ -266,17 +421,47 @@ def test_closed_form_in_fp32_and_of_single_rows() -> None:
             assert_as_exact_as_eager(value, eager[name], truth[name], name, scale=scale)
 
 
+@pytest.mark.parametrize(
+    ("counts", "n_predictions", "dtype"),
+    [
+        ((2, 1), 0, torch.float32),
+        ((2, 0, 1), 2, torch.float32),
+        ((0, 1, 2), 1, torch.bfloat16),
+        ((2, 1), 5, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_fused_losses_of_all_ranks(
+    counts: tuple[int, ...], n_predictions: int, dtype: torch.dtype, device: str
+) -> None:
+    from fastjepa.kernels.projected_losses.fused import projected_losses as fused  # only here: it needs Triton
+
+    case = make_case((sum(counts), 6, 2, 5, 7), n_predictions, hidden=7, out=9, dtype=dtype, device=device)
+    merged, found = _losses_of_ranks(fused, case, counts)
+    assert len(found.gathered) == 3  # two forward, one backward
+    eager, truth = (loss_and_gradients(reference.projected_losses, c) for c in (case, case.double()))
+    for name, value in merged.items():
+        scale = float(truth["gradient of bn_bias"].abs().max()) if name == "gradient of bias1" else None
+        assert_as_exact_as_eager(value, eager[name], truth[name], name, precision=dtype, scale=scale)
+
+
 def test_losses_need_two_rows_of_all_ranks() -> None:
     case = make_case((1, 3), 0, hidden=4, out=4)
     with pytest.raises(ValueError, match="1 row"):
         _losses_of_ranks(closed_form.projected_losses, case, (0, 1))
 
 
-@pytest.mark.parametrize("path", ["eager", "closed_form"])
-@pytest.mark.parametrize(("counts", "shared"), [((2, 1), True), ((0, 1, 3), True), ((2, 1), False)], ids=str)
+@pytest.mark.parametrize(
+    ("path", "counts", "shared"),
+    [
+        ("eager", (2, 1), True),
+        ("eager", (0, 1, 3), True),
+        ("eager", (2, 1), False),  # two projectors; the closed form takes one
+        ("closed_form", (0, 1, 3), True),
+    ],
+    ids=str,
+)
 def test_losses_of_the_model(path: Any, counts: tuple[int, ...], shared: bool) -> None:
-    if not shared and path != "eager":
-        pytest.skip("only eager takes two projectors")
     jepa = tiny_jepa().double()
     projector = jepa.regularizer.proj
     other = projector if shared else copy.deepcopy(projector)
@@ -309,3 +494,99 @@ def test_losses_of_the_model(path: Any, counts: tuple[int, ...], shared: bool) -
         like = name.replace("net.0.bias", "net.1.bias")  # exactly 0: what is left is rounding
         scale = float(expected[like].abs().max())
         assert (value - expected[name]).abs().max() <= FLOAT64_LIMIT * scale, name
+
+
+# ---- a whole JEPA ----------------------------------------------------------------------------------------------------
+
+# The contract for whole models in fp32: results and buffers to 1e-5 of their norm, gradients to 1e-4.
+RESULT, GRADIENT = 1e-5, 1e-4
+STEPS = 1
+
+
+def _run_jepa(jepa: nn.Module, video: Tensor, path: Any, shares: Shares | None) -> dict[str, Tensor]:
+    """A training step without probes: states, losses, gradients and buffers."""
+    projector = jepa.regularizer.proj
+    video = video.detach().clone().requires_grad_()
+    with global_statistics(shares):
+        state, predictions = parallel_unroll(jepa.predictor, jepa.encoder(video), None, STEPS)
+        losses = projected_losses(projector, projector, state, predictions, path=path, shares=shares)
+    # The losses' gradients of a state are small beside what this adds, which is a sum over the rows.
+    outs = torch.cat([state, *predictions], 1)
+    (losses.std_loss + 30 * losses.cov_loss + losses.prediction_losses.sum() + 1e-3 * (outs**2).sum()).backward()
+    assert video.grad is not None
+    results = {"x": video.grad, "y": outs.detach()}
+    results["losses.running_mean"] = torch.stack([losses.std_loss, losses.cov_loss, *losses.prediction_losses]).detach()
+    results |= {name: p.grad for name, p in jepa.named_parameters() if p.grad is not None}
+    return results | {name: b for name, b in jepa.named_buffers() if "running" in name}
+
+
+def _assert_near_of_norm(found: dict[str, Tensor], truth: dict[str, Tensor], result: float, gradient: float) -> None:
+    assert found.keys() == truth.keys()
+    for name, value in found.items():
+        like = name.replace("net.0.bias", "net.1.bias")  # exactly 0: what is left is rounding
+        limit = result if name == "y" or name.rpartition(".")[2] in SAME else gradient
+        error, scale = (value.double() - truth[name].double()).norm(), truth[like].double().norm()
+        assert error <= limit * scale, f"{name}: {error:.2e} of {scale:.2e}"
+
+
+def _jepa_and_video(n: int, device: str) -> tuple[Any, Tensor]:
+    jepa = tiny_jepa().to(device)
+    g = torch.Generator().manual_seed(4)
+    for layer in jepa.modules():
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            layer.weight.data = 1 + 0.2 * torch.randn(layer.weight.shape, generator=g).to(device)
+            layer.bias.data = 0.3 * torch.randn(layer.bias.shape, generator=g).to(device)
+    return jepa, torch.rand(n, 1, 3, 8, 8, generator=g).to(device)
+
+
+@pytest.mark.parametrize(("counts", "path"), [((2, 1), "eager"), ((0, 1, 2), "closed_form")], ids=str)
+def test_a_jepa_of_all_ranks_in_float64(counts: tuple[int, ...], path: str) -> None:
+    jepa, video = _jepa_and_video(sum(counts), "cpu")
+    jepa, video = jepa.double(), video.double()
+
+    def of_rank(shares: Shares) -> dict[str, Tensor]:
+        return _run_jepa(copy.deepcopy(jepa), split(video, counts, shares.rank), path, shares)
+
+    merged = _merge(Ranks(counts, of_rank).results, counts)
+    truth = _run_jepa(copy.deepcopy(jepa), video, path, None)
+    _assert_near_of_norm(merged, truth, FLOAT64_LIMIT, 1e3 * FLOAT64_LIMIT)
+
+
+def test_a_fused_jepa_of_all_ranks(device: str) -> None:
+    from fastjepa.fused.networks import FusedResNet5, FusedStateOnlyPredictor  # only here: it needs Triton
+
+    counts = (0, 2, 1)
+    jepa, video = _jepa_and_video(sum(counts), device)
+
+    def of_rank(shares: Shares) -> dict[str, Tensor]:
+        own = copy.deepcopy(jepa)
+        own.encoder = FusedResNet5.from_eager(own.encoder)
+        own.predictor = FusedStateOnlyPredictor.from_eager(own.predictor)
+        return _run_jepa(own, split(video, counts, shares.rank), "fused", shares)
+
+    found = Ranks(counts, of_rank)
+    # Once each way for each activation: a stem and two of each block, of three blocks and STEPS times of seven; and
+    # three times for the losses. With recomputation, which gathers nothing.
+    assert len(found.gathered) == 2 * (7 + STEPS * 15) + 3
+    truth = _run_jepa(copy.deepcopy(jepa).double(), video.double(), "eager", None)
+    _assert_near_of_norm(_merge(found.results, counts), truth, RESULT, GRADIENT)
+
+
+def test_a_fused_encoder_of_all_ranks_without_recomputation_has_the_same_bits(device: str) -> None:
+    from fastjepa.fused.networks import FusedResNet5  # only here: it needs Triton
+
+    counts = (2, 1)
+    jepa, video = _jepa_and_video(sum(counts), device)
+    runs = []
+    for recompute in (True, False):
+
+        def of_rank(shares: Shares, recompute: bool = recompute) -> dict[str, Tensor]:
+            encoder = FusedResNet5.from_eager(copy.deepcopy(jepa.encoder), recompute=recompute)
+            with global_statistics(shares):
+                y = encoder(split(video, counts, shares.rank))
+            (y * torch.linspace(-1, 1, y[0].numel(), device=y.device).view(y[0].shape)).sum().backward()
+            return {"y": y.detach()} | {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
+
+        runs.append(_merge(Ranks(counts, of_rank).results, counts))
+    for name, value in runs[0].items():
+        assert torch.equal(value, runs[1][name]), name

@@ -40,11 +40,8 @@ def global_statistics(shares: Shares | None) -> Iterator[None]:
     """Inside, BatchNorm in train mode normalises by, and moves its buffers to, the statistics of all ranks' rows.
 
     It is for the forward pass; the backward pass knows. None changes nothing; once more the same changes nothing.
-
-    Raises RuntimeError under torch.compile, unless shares is None.
     """
     global _current
-    refuse_compiled(shares, "BatchNorm")
     if shares is None:
         yield
         return
@@ -117,8 +114,10 @@ def global_batch_norm(
         Shape and dtype of x.
 
     Raises:
+        RuntimeError: under torch.compile.
         ValueError: all ranks together have one value per channel.
     """
+    refuse_compiled(shares, "BatchNorm")
     n_rows = sum(shares.rows(x.numel() // x.shape[1]))
     if n_rows < 2:
         raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastjepa.distributed.batch_norm import current_shares
 from fastjepa.model.projected_losses import HiddenLayer, Losses, ProjectionPath, hidden_layer, losses_from_moments
 from fastjepa.model.running_stats import BatchStatistics, advance_buffers
 
@@ -40,7 +41,7 @@ class _ClosedFormLoss(nn.Module):
         layers = hidden_layer(self.proj)
         if not isinstance(layers, HiddenLayer):
             return None
-        losses, calls = losses_from_moments(layers, state, predictions, fused=self.fused)
+        losses, calls = losses_from_moments(layers, state, predictions, fused=self.fused, shares=current_shares())
         advance_buffers(layers.batch_norm, calls)
         return losses, calls
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastjepa.distributed.batch_norm import current_shares
 from fastjepa.fused.joining import join_used_twice
 from fastjepa.fused.recognition import (
     BLOCKS_OF_ENCODER,
@@ -36,6 +37,7 @@ from fastjepa.fused.shared_parameters import ParameterOf, SharedParameters, is_p
 from fastjepa.kernels.batch_norm.fused import batch_norm_act_repeatable
 from fastjepa.kernels.frame_windows.fused import first_windows, last_sequence, next_windows
 from fastjepa.kernels.frame_windows.reference import frame_windows
+from fastjepa.kernels.shares import Shares
 from fastjepa.model.networks import join_context, join_skip, per_frame, pooled, require_frames
 from fastjepa.model.strided_convolution import apply_convolution, apply_convolution_with
 from fastjepa.profiling import span
@@ -47,10 +49,13 @@ Uses = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a network: what its backward pass makes again, and the tensors that stand for its parameters."""
+    """One call of a network: what its backward pass makes again, the tensors that stand for its parameters, and whose
+    statistics its BatchNorms use.
+    """
 
     memory: Recomputation
     parameter_of: ParameterOf
+    shares: Shares | None = None  # of which clips the statistics are, where these are one rank's of several
 
     def convolve(self, conv: nn.Module, x: Tensor) -> Tensor:
         """conv(x), channels-last; a copy only where cuDNN chose another layout, as it may for one input channel."""
@@ -67,7 +72,9 @@ class Call:
         self, x: Tensor, bn: nn.BatchNorm2d, residual: Tensor | None = None, residual_bn: Any = None, uses: int = 1
     ) -> Uses:
         """relu(bn(x) [+ residual] [+ residual_bn(residual)]) in one pass, to be computed again in the backward pass."""
-        outs, again = batch_norm_act_repeatable(x, bn, residual, residual_bn, uses=uses, parameter_of=self.parameter_of)
+        outs, again = batch_norm_act_repeatable(
+            x, bn, residual, residual_bn, uses=uses, parameter_of=self.parameter_of, shares=self.shares
+        )
         if residual is None:
             return self.memory.announce(outs, lambda: again(None))
         remake_residual = self.memory.remake(residual)
@@ -106,7 +113,7 @@ class FusedResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (N, in, H, W) → (N, out, H/stride, W/stride), channels-last."""
         with recompute_activations(self.recompute) as memory:
-            call = Call(memory, SharedParameters(self, x.device.type).of_call())
+            call = Call(memory, SharedParameters(self, x.device.type).of_call(), current_shares())
             x = x.contiguous(memory_format=torch.channels_last)
             return self.frames(call, (x, x))[0]
 
@@ -156,7 +163,7 @@ class FusedNetwork(nn.Module):
 
     def run(self, memory: Recomputation, parameters: SharedParameters, x: Tensor) -> Tensor:
         """`forward` as a part of something larger: the maker of x may be in `memory`."""
-        call = Call(memory, parameters.of_call())
+        call = Call(memory, parameters.of_call(), current_shares())
         with self._autocast(x.device.type):
             out = per_frame(partial(self._frames, call), x)
             return out if self.autocast_dtype is None else out.to(x.dtype)

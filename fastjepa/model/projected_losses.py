@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -127,7 +127,7 @@ def losses_from_moments(
 
     shares: as in `projected_losses`.
     """
-    compute: Any = closed_form.projected_losses
+    compute = closed_form.projected_losses
     if fused:
         require_available("projected_losses", state.device)
         from fastjepa.kernels.projected_losses.fused import projected_losses as compute  # needs Triton
@@ -138,7 +138,7 @@ def losses_from_moments(
     with torch.autocast(state.device.type, enabled=False):
         found = compute(
             state, predictions, linear1.weight, linear1.bias, norm.weight, norm.bias, linear2.weight, norm.eps,
-            **({} if shares is None else {"shares": shares}),
+            shares=shares,
         )  # fmt: skip
     calls = [BatchStatistics(*call) for call in zip(found.batch_means, found.batch_vars, strict=True)]
     return Losses(found.std_loss, found.cov_loss, found.prediction_losses), calls

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastjepa.kernels.batch_norm.across_ranks import sums_across_ranks
 from fastjepa.kernels.batch_norm.channel_vectors import RESIDUAL_POINTERS, ChannelVectors, vector_bytes
 from fastjepa.kernels.batch_norm.reduce import MAX_GRADIENTS, reduce_gradients
 from fastjepa.kernels.batch_norm.relu import relu_gradient
@@ -34,6 +35,7 @@ from fastjepa.kernels.batch_norm.tiling import (
 )
 from fastjepa.kernels.checks import check_tensor, require_available
 from fastjepa.kernels.launch import TRITON_TYPE, AuditCase, audit_signature, kernel_op, launch_kernel
+from fastjepa.kernels.shares import Shares
 
 
 @triton.jit
@@ -43,7 +45,7 @@ def _batch_norm_grad_kernel(  # type: ignore[no-untyped-def]
     residual_ptr,  # (n_rows, n_channels) or None: raw, with its own BatchNorm
     grad_x_ptr,  # (n_rows, n_channels)
     grad_residual_ptr,  # (n_rows, n_channels) or None, as the residual
-    sums_ptr,  # (2 or 4, n_channels): Σ g, Σ g·x̂ [, Σ g·(normalised residual), Σ g]
+    sums_ptr,  # (2 or more, n_channels): Σ g, Σ g·x̂ [, Σ g·(normalised residual)]
     mean_ptr,  # (n_channels,), like all that follow
     var_ptr,
     weight_ptr,
@@ -158,13 +160,40 @@ def batch_norm_backward(
     Raises:
         RuntimeError, TypeError, ValueError: as the forward op.
     """
+    vectors = ChannelVectors(mean, var, weight, bias, residual_mean, residual_var, residual_weight, residual_bias)
+    options = (eps, residual_eps, batch_statistics, residual_batch_statistics, relu)
+    grad_x, grad_residual, sums = both_passes(grads, x, residual, vectors, options)
+    return grad_x, x.new_empty(0) if grad_residual is None else grad_residual, sums
+
+
+def both_passes(
+    grads: list[Tensor],
+    x: Tensor,
+    residual: Tensor | None,
+    vectors: ChannelVectors,
+    options: tuple[float, float, bool, bool, bool],
+    shares: Shares | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`batch_norm_backward`, also of rows on several ranks: between the passes, one collective.
+
+    Args:
+        options: eps, residual_eps, batch_statistics, residual_batch_statistics, relu.
+        shares: which part of the rows is whose. Sums are those over this rank's rows.
+
+    Returns:
+        grad_x, grad_residual (None without a residual), sums.
+    """
     op = "batch_norm_backward"
     require_available(op, x.device)
-    vectors = ChannelVectors(mean, var, weight, bias, residual_mean, residual_var, residual_weight, residual_bias)
     n_rows, n_channels = check_inputs(op, x, {"residual": residual}, vectors)
     _check_gradients(op, grads, x)
+    eps, residual_eps, batch_statistics, residual_batch_statistics, relu = options
+    residual_mean = vectors.residual_mean
     final_residual = residual is not None and residual_mean is None
     g, sums = reduce_gradients(grads, x, residual, vectors, eps, residual_eps, relu=relu)
+    of_all_rows = sums
+    if shares is not None and (batch_statistics or residual_batch_statistics):
+        of_all_rows = sums_across_ranks(sums, n_rows, shares)
     grad_out = grads[0]
     if g is not None:  # the mask is done, and with it all that a final residual is for
         grad_out, relu = g, False
@@ -181,7 +210,7 @@ def batch_norm_backward(
         residual_ptr=residual,
         grad_x_ptr=grad_x,
         grad_residual_ptr=grad_residual,
-        sums_ptr=sums,
+        sums_ptr=of_all_rows,
         **vectors.pointers(),
         eps=eps,
         residual_eps=residual_eps,
@@ -195,7 +224,7 @@ def batch_norm_backward(
     )
     if final_residual:
         grad_residual = g
-    return grad_x, x.new_empty(0) if grad_residual is None else grad_residual, sums
+    return grad_x, grad_residual, sums
 
 
 def _check_gradients(op: str, grads: list[Tensor], x: Tensor) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastjepa.kernels.batch_norm.backward import batch_norm_backward
+from fastjepa.kernels.batch_norm.backward import batch_norm_backward, both_passes
 from fastjepa.kernels.batch_norm.channel_vectors import ChannelVectors
 from fastjepa.kernels.batch_norm.forward import batch_norm_forward, parameter_gradients
+from fastjepa.kernels.shares import Shares
 
 
 def as_rows(tensor: Tensor) -> Tensor:
@@ -31,17 +32,25 @@ def as_images(rows: Tensor, shape: torch.Size) -> Tensor:
 
 
 def forked(
-    x: Tensor, residual: Tensor | None, vectors: ChannelVectors, options: tuple[Any, ...], uses: int
+    x: Tensor,
+    residual: Tensor | None,
+    vectors: ChannelVectors,
+    options: tuple[Any, ...],
+    uses: int,
+    shares: Shares | None,
 ) -> tuple[Tensor, ...]:
-    """The result of `batch_norm_forward`, `uses` times; x and residual are channels-last, `options` its scalars."""
-    outs: tuple[Tensor, ...] = _Forked.apply(x, residual, *vectors, options, uses)
+    """The result of `batch_norm_forward`, `uses` times; x and residual are channels-last, `options` its scalars.
+
+    shares: of which rows the batch's statistics are, if not of these alone.
+    """
+    outs: tuple[Tensor, ...] = _Forked.apply(x, residual, *vectors, options, uses, shares)
     return outs
 
 
 class _Forked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-        *rest, options, uses = arguments
+        *rest, options, uses, shares = arguments
         vectors = ChannelVectors(*rest)
         rows = None if residual is None else as_rows(residual)
         out = as_images(batch_norm_forward(as_rows(x), rows, *vectors, *options), x.shape)
@@ -50,7 +59,7 @@ class _Forked(torch.autograd.Function):
         # A final residual is needed for the ReLU's mask, and for the sum of gradients, which is its own.
         needed = relu or uses > 1 or vectors.residual_mean is not None
         ctx.save_for_backward(x, residual if needed else None, *vectors)
-        ctx.options = options
+        ctx.options, ctx.shares = options, shares
         ctx.set_materialize_grads(False)
         return (out, *(out.detach() for _ in range(uses - 1)))
 
@@ -58,16 +67,22 @@ class _Forked(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, residual, *rest = ctx.saved_tensors
         vectors, shape = ChannelVectors(*rest), x.shape
-        nothing = (None,) * (2 + len(vectors) + 2)
+        nothing = (None,) * (2 + len(vectors) + 3)
         given = [_gradient_rows(grad) for grad in grads if grad is not None]
         if not given:
             return nothing
         rows = None if residual is None else as_rows(residual)
-        grad_x, grad_residual, sums = batch_norm_backward(given, as_rows(x), rows, *vectors, *ctx.options)
+        grad_residual: Tensor | None
+        if ctx.shares is None:
+            grad_x, grad_residual, sums = batch_norm_backward(given, as_rows(x), rows, *vectors, *ctx.options)
+        else:  # not an op: ranks talk between its passes
+            grad_x, grad_residual, sums = both_passes(given, as_rows(x), rows, vectors, ctx.options, ctx.shares)
         found: Tensor | None = None
         if ctx.has_residual:  # without a ReLU, the one gradient of a final residual is that of the output
-            found = as_images(given[0] if residual is None else grad_residual, shape)
-        return (as_images(grad_x, shape), found, *parameter_gradients(vectors, sums), None, None)
+            found = given[0] if residual is None else grad_residual
+            assert found is not None
+            found = as_images(found, shape)
+        return (as_images(grad_x, shape), found, *parameter_gradients(vectors, sums), None, None, None)
 
 
 def _gradient_rows(grad: Tensor) -> Tensor:

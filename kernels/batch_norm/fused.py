@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastjepa.kernels.batch_norm.across_ranks import statistics_across_ranks
 from fastjepa.kernels.batch_norm.channel_vectors import ChannelVectors
 from fastjepa.kernels.batch_norm.forked import as_images, as_rows, forked
 from fastjepa.kernels.batch_norm.forward import batch_norm_forward
+from fastjepa.kernels.batch_norm.merge import RunningStatistics
 from fastjepa.kernels.batch_norm.statistics import batch_norm_statistics, check_more_than_one_value
 from fastjepa.kernels.checks import check_tensor, require_available
+from fastjepa.kernels.shares import Shares, refuse_compiled
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
 
@@ -24,6 +27,8 @@ def batch_norm_act(
     residual: Tensor | None = None,
     residual_bn: BatchNorm | None = None,
     relu: bool = True,
+    *,
+    shares: Shares | None = None,
 ) -> Tensor:
     """relu?( bn(x) [+ residual] [+ residual_bn(residual)] ) as fused kernels, with nn.BatchNorm's semantics.
 
@@ -37,17 +42,19 @@ def batch_norm_act(
         residual: None, or shape and dtype of x.
         residual_bn: the BatchNorm of a raw residual; None adds the residual as it is.
         relu: apply the ReLU.
+        shares: where x is one rank's part of a batch on several: statistics are those of the whole batch, gathered in
+            one collective each way. The gradients of parameters are parts, whose sum over the ranks is the whole.
 
     Returns:
         Shape and dtype of x; channels-last if 4-D. Its gradient cannot be differentiated again.
 
     Raises:
-        RuntimeError: the kernels cannot run on x's device.
+        RuntimeError: the kernels cannot run on x's device, or shares under torch.compile.
         ValueError: one value per channel in training (nn.BatchNorm's own error), or an argument's shape, channels or
             device does not fit.
         TypeError: an argument's type or dtype is not accepted.
     """
-    return batch_norm_act_repeatable(x, bn, residual, residual_bn, relu).outs[0]
+    return batch_norm_act_repeatable(x, bn, residual, residual_bn, relu, shares=shares).outs[0]
 
 
 class Repeatable(NamedTuple):
@@ -70,6 +77,7 @@ def batch_norm_act_repeatable(
     *,
     uses: int = 1,
     parameter_of: Callable[[Tensor | None], Tensor | None] = _own,
+    shares: Shares | None = None,
 ) -> Repeatable:
     """`batch_norm_act`, for a result that is used several times, and that need not be kept for a backward pass.
 
@@ -81,19 +89,24 @@ def batch_norm_act_repeatable(
     Returns:
         outs: `uses` tensors.
         again: a function that computes the result again, bit for bit, in one pass and without gradient. It takes the
-            residual (None if there is none) and keeps only x and the statistics alive. It moves no buffers. It is valid
-            until a parameter changes.
+            residual (None if there is none) and keeps only x and the statistics alive. It moves no buffers, and gathers
+            nothing. It is valid until a parameter changes.
     """
     op = "batch_norm_act"
     require_available(op, x.device)
-    _check_module_inputs(op, x, bn, residual, residual_bn)
+    refuse_compiled(shares, op)
+    _check_module_inputs(op, x, bn, residual, residual_bn, shares)
     x = _channels_last(op, "x", x)
     residual = None if residual is None else _channels_last(op, "residual", residual)
-    mean, var, batch_statistics = _statistics_of(bn, as_rows(x))
+    normalised = [(bn, as_rows(x))]
+    if residual_bn is not None and residual is not None:
+        normalised.append((residual_bn, as_rows(residual)))
+    statistics = _statistics_of(op, normalised, shares)
+    mean, var, batch_statistics = statistics[0]
     vectors = ChannelVectors(mean, var, parameter_of(bn.weight), parameter_of(bn.bias))
     residual_eps, residual_batch_statistics = 0.0, False
     if residual_bn is not None and residual is not None:
-        residual_mean, residual_var, residual_batch_statistics = _statistics_of(residual_bn, as_rows(residual))
+        residual_mean, residual_var, residual_batch_statistics = statistics[1]
         vectors = ChannelVectors(
             *vectors[:4], residual_mean, residual_var, parameter_of(residual_bn.weight), parameter_of(residual_bn.bias)
         )
@@ -110,29 +123,47 @@ def batch_norm_act_repeatable(
         rows = None if residual is None else as_rows(residual)
         out = as_images(batch_norm_forward(as_rows(x), rows, *vectors, *options), shape)
         return Repeatable((out,) * uses, again)
-    return Repeatable(forked(x, residual, vectors, options, uses), again)
+    return Repeatable(forked(x, residual, vectors, options, uses, shares), again)
 
 
 def _uses_batch_statistics(bn: BatchNorm) -> bool:
     return bn.training or (bn.running_mean is None and bn.running_var is None)
 
 
-def _statistics_of(bn: BatchNorm, rows: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """(mean, var, whether they are the batch's); moves the buffers of `bn` if it is training."""
-    if not _uses_batch_statistics(bn):
-        assert bn.running_mean is not None
-        assert bn.running_var is not None
-        return bn.running_mean, bn.running_var, False
-    if bn.training and bn.track_running_stats:
-        buffers = (bn.running_mean, bn.running_var, bn.num_batches_tracked)
-        mean, var = batch_norm_statistics(rows.detach(), *buffers, bn.momentum)
+def _statistics_of(
+    op: str, normalised: Sequence[tuple[BatchNorm, Tensor]], shares: Shares | None
+) -> list[tuple[Tensor, Tensor, bool]]:
+    """(mean, var, whether they are the batch's) of each BatchNorm's rows; moves the buffers of those in training."""
+    of_batch = [(rows.detach(), _moved_buffers(bn)) for bn, rows in normalised if _uses_batch_statistics(bn)]
+    if shares is None:
+        found = iter([batch_norm_statistics(rows, *buffers) for rows, buffers in of_batch])
     else:
-        mean, var = batch_norm_statistics(rows.detach())
-    return mean, var, True
+        found = iter(statistics_across_ranks(op, of_batch, shares) if of_batch else [])
+    statistics = []
+    for bn, _ in normalised:
+        if _uses_batch_statistics(bn):
+            statistics.append((*next(found), True))
+        else:
+            assert bn.running_mean is not None
+            assert bn.running_var is not None
+            statistics.append((bn.running_mean, bn.running_var, False))
+    return statistics
+
+
+def _moved_buffers(bn: BatchNorm) -> RunningStatistics:
+    """Those that a batch moves: none in eval mode, or where there are none."""
+    if bn.training and bn.track_running_stats:
+        return RunningStatistics(bn.running_mean, bn.running_var, bn.num_batches_tracked, bn.momentum)
+    return RunningStatistics()
 
 
 def _check_module_inputs(
-    op: str, x: Tensor, bn: nn.Module, residual: Tensor | None, residual_bn: nn.Module | None
+    op: str,
+    x: Tensor,
+    bn: nn.Module,
+    residual: Tensor | None,
+    residual_bn: nn.Module | None,
+    shares: Shares | None,
 ) -> None:
     """All checks that need the original tensors or modules, before anything is computed or moved."""
     check_tensor(op, "x", x)
@@ -150,7 +181,7 @@ def _check_module_inputs(
         if module.num_features != x.shape[1]:
             raise ValueError(f"{op}: {name} has {module.num_features} channels, but x has shape {tuple(x.shape)}")
         if _uses_batch_statistics(module):
-            check_more_than_one_value(x.shape)
+            check_more_than_one_value(x.shape, shares)
 
 
 def _channels_last(op: str, name: str, tensor: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Parts, each with its mean and M2 = Σ(x − mean)², are what the programs of `s
 (Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance", for all parts at once).
 
 The merge also moves the running statistics: three launches less for each BatchNorm. It stays a launch of its own, so
-that parts of several devices can be merged by it too.
+that parts of several ranks can be merged by it too.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def merge_partials(
 ) -> tuple[Tensor, Tensor]:
     """Launch the merge: (mean, biased variance) of all parts, each (n_channels,) fp32; moves the running statistics.
 
-    Parts may come from several devices, each of which has merged its own before, with one pivot for all:
+    Parts may come from several ranks, each of which has merged its own before (`across_ranks`):
     `merge_partials(own, n)` gives mean, still relative to the pivot, and M2/n.
 
     Args:
@@ -171,13 +171,12 @@ def merge_partials(
 
 
 def audit_cases() -> list[AuditCase]:
-    """The merge of what `statistics` leaves at the recipe's shapes, for the static audit."""
-    cases = []
+    """The merge of what `statistics` leaves at the recipe's shapes, and of eight ranks' parts, for the static audit."""
+    kernel, cases = _batch_norm_statistics_merge_kernel, []
     for n_rows, n_channels, dtype in recipe_cases():
         if dtype == torch.bfloat16:
             n_partials = row_launch("statistics", n_rows, n_channels, dtype).split.programs
             config = merge_config(n_partials)
-            kernel = _batch_norm_statistics_merge_kernel
             cases.append(
                 AuditCase(
                     name=f"batch_norm_statistics_merge/{TRITON_TYPE[dtype]}/{n_rows}x{n_channels}",
@@ -192,4 +191,20 @@ def audit_cases() -> list[AuditCase]:
                     programs=triton.cdiv(n_channels, config.blocks["BLOCK_C"]),
                 )
             )
+    ranks, n_channels = 8, 64
+    config = merge_config(ranks)
+    cases.append(
+        AuditCase(
+            name=f"batch_norm_statistics_merge/ranks/{ranks}x{n_channels}",
+            kernel=kernel,
+            signature=audit_signature(kernel, torch.float32, ())
+            | {"num_batches_tracked_ptr": "*i64", "momentum": "fp32"},
+            constexprs={"CUMULATIVE": False},
+            config=config,
+            bytes_moved=4 * (2 * ranks + 7) * n_channels + 4 * ranks + 8,
+            flops=8 * ranks * n_channels,
+            divisible_by_16=("n_rows", "n_channels", "rows_per_program"),
+            programs=triton.cdiv(n_channels, config.blocks["BLOCK_C"]),
+        )
+    )
     return cases

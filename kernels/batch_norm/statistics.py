@@ -20,6 +20,7 @@ from fastjepa.kernels.batch_norm.merge import Partials, RunningStatistics, merge
 from fastjepa.kernels.batch_norm.tiling import check_rows, recipe_cases, row_launch, rows_of_program
 from fastjepa.kernels.checks import check_tensor, require_available
 from fastjepa.kernels.launch import TRITON_TYPE, AuditCase, audit_signature, kernel_op, launch_kernel
+from fastjepa.kernels.shares import Shares
 
 _OP = "batch_norm_statistics"
 
@@ -121,18 +122,12 @@ def _statistics(
 ) -> tuple[Tensor, Tensor]:
     """`batch_norm_statistics`, as an op."""
     require_available(_OP, x.device)
-    n_rows, n_channels = check_rows(_OP, x)
+    n_rows, _ = check_rows(_OP, x)
     check_more_than_one_value(x.shape)
-    for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
-        if buffer is not None:
-            check_tensor(_OP, name, buffer, shape=(n_channels,), device=x.device, contiguous=True)
+    running = RunningStatistics(running_mean, running_var, num_batches_tracked, momentum)
+    check_running_statistics(_OP, x, running)
     pivot = x[0]
-    return merge_partials(
-        statistics_partials(x, pivot),
-        n_rows,
-        pivot=pivot,
-        running=RunningStatistics(running_mean, running_var, num_batches_tracked, momentum),
-    )
+    return merge_partials(statistics_partials(x, pivot), n_rows, pivot=pivot, running=running)
 
 
 def batch_norm_statistics(
@@ -163,9 +158,19 @@ def batch_norm_statistics(
     return _statistics(x, running_mean, running_var, num_batches_tracked, momentum)
 
 
-def check_more_than_one_value(shape: torch.Size) -> None:
-    """nn.BatchNorm's own ValueError for a batch that has one value per channel: `shape` is (N, C, ...)."""
-    if shape.numel() == shape[1]:
+def check_running_statistics(op: str, x: Tensor, running: RunningStatistics) -> None:
+    """Raise a ValueError that names a buffer that does not fit x, (n_rows, n_channels)."""
+    for name, buffer in (("running_mean", running.running_mean), ("running_var", running.running_var)):
+        if buffer is not None:
+            check_tensor(op, name, buffer, shape=(x.shape[1],), device=x.device, contiguous=True)
+
+
+def check_more_than_one_value(shape: torch.Size, shares: Shares | None = None) -> None:
+    """nn.BatchNorm's own ValueError for a batch that has one value per channel: `shape` is (N, C, ...), of one rank if
+    there are shares.
+    """
+    values, channels = shape.numel(), shape[1]
+    if values == channels if shares is None else sum(shares.rows(values // channels)) < 2:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
 
 

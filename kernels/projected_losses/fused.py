@@ -3,42 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastjepa.kernels.checks import check_tensor, require_available
 from fastjepa.kernels.launch import kernel_op
-from fastjepa.kernels.moments.centred_linear import launch_centred_linear
-from fastjepa.kernels.moments.fused import moments
-from fastjepa.kernels.projected_losses.activations import MAX_D, MAX_HIDDEN, Operands, block_sizes
+from fastjepa.kernels.projected_losses.activations import MAX_D, MAX_HIDDEN, block_sizes
 from fastjepa.kernels.projected_losses.algebra import ProjectorParameters
-from fastjepa.kernels.projected_losses.backward import group_size, slope_gradients
-from fastjepa.kernels.projected_losses.forward import activation_moments
-from fastjepa.kernels.projected_losses.hidden_affine import hidden_affine
-from fastjepa.kernels.projected_losses.input_gradients import input_gradients
-from fastjepa.kernels.projected_losses.losses import losses
-from fastjepa.kernels.projected_losses.output_gradients import output_gradients
 from fastjepa.kernels.projected_losses.reference import ProjectedLosses, as_rows, check_shapes
+from fastjepa.kernels.projected_losses.stages import Kept, backward_stages, forward_stages
+from fastjepa.kernels.shares import Shares, refuse_compiled
 
 _OP = "projected_losses"
 _DTYPES = (torch.float32, torch.bfloat16)
-
-
-class Kept(NamedTuple):
-    """What the forward pass leaves for the backward one, besides its inputs."""
-
-    mean: Tensor  # (T, D) fp64, of the rows
-    inv_std: Tensor  # (T, H) fp64; this and the next five are of `hidden_affine`
-    weight1_scatter: Tensor  # (T, H, D) fp64
-    wide_weight2: Tensor  # (OUT, H) fp64
-    centre: Tensor  # (T, 2, BLOCK_D) fp32; this and the next two are `Operands`
-    slope: Tensor  # (T, 2, BLOCK_D, SIZE_H) in the rows' dtype
-    offset: Tensor  # (T, SIZE_H) fp32
-    mean_r: Tensor  # (SIZE_H,) fp32; this and the next two are of `losses`
-    covariance: Tensor  # (OUT, OUT) fp64
-    projected: Tensor  # (T, OUT, H) fp64
 
 
 def _forward_fake(
@@ -85,16 +65,7 @@ def _forward(
 ) -> list[Tensor]:
     """Rows (N, D) in; the fields of `ProjectedLosses`, then those of `Kept`, which the backward op needs."""
     params = ProjectorParameters(weight1, bias1, bn_weight, bn_bias, weight2)
-    tensors, n_rows = [z, *predictions], z.shape[0]
-    mean, scatter = moments(tensors)
-    affine = hidden_affine(params, mean, scatter, n_rows, eps, z.dtype)
-    sums = activation_moments(tensors, affine.operands, affine.shift)
-    found = losses(sums, affine.shift, affine.wide_weight2, n_rows)
-    results = ProjectedLosses(*found[:3], affine.batch_mean, affine.batch_var)
-    kept = Kept(
-        mean, affine.inv_std, affine.weight1_scatter, affine.wide_weight2, *affine.operands,
-        found.mean_r, found.covariance, found.projected,
-    )  # fmt: skip
+    results, kept = forward_stages([z, *predictions], params, eps)
     return [*results, *kept]
 
 
@@ -126,21 +97,9 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of `ProjectorParameters`, of z and of each prediction, in their dtypes; `kept` are `Kept`."""
     params = ProjectorParameters(weight1, bias1, bn_weight, bn_bias, weight2)
-    saved = Kept(*kept)
-    tensors, n_rows, dtype = [z, *predictions], z.shape[0], z.dtype
-    size_h = saved.offset.shape[1]
-    out = output_gradients(
-        grad_std, grad_cov, grad_prediction, saved.covariance, saved.projected, saved.wide_weight2, n_rows, size_h,
-        dtype, weight2.dtype,
-    )  # fmt: skip
-    ops = Operands(saved.centre, saved.slope, saved.offset)
-    slopes, sums = slope_gradients(tensors, ops, saved.mean_r, out)
-    grad = input_gradients(
-        params, sums, group_size(size_h, dtype), saved.mean, saved.inv_std, saved.weight1_scatter, ops.slope, n_rows
-    )
-    outs = [v if v.dtype == dtype else torch.empty_like(x) for x, v in zip(tensors, slopes, strict=True)]
-    launch_centred_linear(tensors, grad.correction, slopes, outs)
-    return [grad.weight1, grad.bias1, grad.bn_weight, grad.bn_bias, out.weight2, *outs]
+    grads = (grad_std, grad_cov, grad_prediction)
+    grad_params, outs = backward_stages(grads, [z, *predictions], params, Kept(*kept))
+    return [*grad_params, *outs]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -175,6 +134,32 @@ _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
 _backward.register_autograd(_no_double_backward)
 
 
+class _OnSeveralRanks(torch.autograd.Function):
+    """The same stages, not as ops: ranks talk between them."""
+
+    @staticmethod
+    def forward(ctx: Any, shares: Shares, eps: float, *inputs: Tensor) -> tuple[Tensor, ...]:
+        n_params = len(ProjectorParameters._fields)
+        params, tensors = ProjectorParameters(*inputs[:n_params]), inputs[n_params:]
+        results, kept = forward_stages(tensors, params, eps, shares)
+        ctx.shares, ctx.n_tensors = shares, len(tensors)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(results.batch_means, results.batch_vars)
+        ctx.save_for_backward(*tensors, *params, *kept)
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors, rest = ctx.saved_tensors[: ctx.n_tensors], ctx.saved_tensors[ctx.n_tensors :]
+        n_params = len(ProjectorParameters._fields)
+        params, kept = ProjectorParameters(*rest[:n_params]), Kept(*rest[n_params:])
+        grad_std, grad_cov, grad_prediction, *_ = grads
+        losses = (grad_std, grad_cov, grad_prediction)
+        grad_params, grad_tensors = backward_stages(losses, tensors, params, kept, ctx.shares)
+        return (None, None, *(ctx.shares.once(grad) for grad in grad_params), *grad_tensors)
+
+
 def projected_losses(
     z: Tensor,
     predictions: Sequence[Tensor],
@@ -184,6 +169,7 @@ def projected_losses(
     bn_bias: Tensor | None,
     weight2: Tensor,
     eps: float,
+    shares: Shares | None = None,
 ) -> ProjectedLosses:
     """std_loss and cov_loss of P(z), and the mean squared difference of P(z) and each P(prediction), fused.
 
@@ -200,23 +186,25 @@ def projected_losses(
         bn_bias: (hidden,), or None for zeros.
         weight2: (out, hidden), 2 ≤ out ≤ 128.
         eps: BatchNorm's eps.
+        shares: as in `closed_form.projected_losses`.
 
     Returns:
         fp32 losses and batch statistics.
 
     Raises:
-        RuntimeError: kernels cannot run on z's device, or a second derivative is asked for.
+        RuntimeError: kernels cannot run on z's device, a second derivative is asked for, or shares under torch.compile.
         TypeError, ValueError: an argument that does not fit; the message names it.
     """
     check_tensor(_OP, "z", z, dtypes=_DTYPES)
     require_available(_OP, z.device)
+    refuse_compiled(shares, _OP)
     for k, p in enumerate(predictions):
         check_tensor(_OP, f"predictions[{k}]", p, dtypes=_DTYPES, device=z.device)
     param_dtypes = tuple(dict.fromkeys((torch.float32, z.dtype)))
     check_tensor(_OP, "weight1", weight1, shape=(None, None), dtypes=param_dtypes, device=z.device)
     hidden = weight1.shape[0]
     check_tensor(_OP, "weight2", weight2, shape=(None, hidden), dtypes=param_dtypes, device=z.device)
-    check_shapes(_OP, z, predictions, weight1, weight2)
+    check_shapes(_OP, z, predictions, weight1, weight2, shares)
     for name, size, limit in (
         ("D (channels of z)", z.shape[1], MAX_D),
         ("hidden (rows of weight1)", hidden, MAX_HIDDEN),
@@ -233,6 +221,8 @@ def projected_losses(
     # The kernels read parameters as they lie in memory.
     params = ProjectorParameters(**{name: parameter.contiguous() for name, parameter in parameters.items()})
     rows = [as_rows(x).contiguous() for x in (z, *predictions)]
+    if shares is not None:
+        return ProjectedLosses(*_OnSeveralRanks.apply(shares, float(eps), *params, *rows))
     found = _forward(rows[0], rows[1:], *params, float(eps))
     std_loss, cov_loss, prediction_losses, batch_means, batch_vars = found[: len(ProjectedLosses._fields)]
     # Not `_replace`, which torch.compile of torch 2.11 cannot trace.
