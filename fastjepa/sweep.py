@@ -41,8 +41,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m fastjepa.swee
     with refusals():
         record = _asked(own, flags)
         grid, seeds = parse_grid(record.grid), parse_seeds(record.seeds)
-        needs = ("tyro", "torchmetrics", "matplotlib", "PIL", *(("submitit",) if own.slurm else ()))
-        require_packages("a sweep", *needs)  # now: without these the runs would be for nothing
+        # now: without these the runs would be for nothing
+        require_packages("a sweep", "tyro", "torchmetrics", "matplotlib", "PIL")
+        if own.slurm is not None:
+            require_packages("a sweep on Slurm", "submitit")
         with stops_at_once():
             from fastjepa.sweeping import carry_out
             from fastjepa.sweeping.cluster import parse_slurm

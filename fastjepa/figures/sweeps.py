@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -75,8 +76,8 @@ def draw_heat_map(cells: Sequence[Cell], path: Path) -> Path:
 
 
 def _scale(finished: Sequence[np.ndarray]) -> Normalize:
-    """From the lowest mean to the highest, but as wide as the seeds of one cell are apart: what is less than that should
-    not look like a difference.
+    """From the lowest mean to the highest, but as wide as seeds of one cell are apart: what is less is no difference to
+    be seen.
     """
     means = [float(values.mean()) for values in finished]
     low, high = min(means), max(means)
@@ -132,7 +133,8 @@ def _draw_map(axes: Axes, cells: Sequence[Cell], rows: Sequence[str], columns: S
         x, y = columns.index(column), rows.index(row)
         if not len(cell.map):
             axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="#eef0f3", edgecolor=style.RULE, hatch="///"))
-            axes.text(x, y, "no run\nfinished", ha="center", va="center", fontsize=7.5, color=style.MUTED)
+            box = {"facecolor": "#eef0f3", "edgecolor": "none", "pad": 1.5}
+            axes.text(x, y, "no run\nfinished", ha="center", va="center", fontsize=7.5, color=style.MUTED, bbox=box)
             continue
         mean = float(cell.map.mean())
         colour = _MAP(norm(mean))
@@ -140,7 +142,7 @@ def _draw_map(axes: Axes, cells: Sequence[Cell], rows: Sequence[str], columns: S
         # Rec. 709 luminance: dark cells have white words.
         ink = "white" if np.dot(colour[:3], (0.2126, 0.7152, 0.0722)) < 0.5 else style.INK
         below = _spread(cell)
-        place = {"textcoords": "offset points", "ha": "center", "color": ink}
+        place: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "color": ink}
         axes.annotate(f"{mean:.3f}", (x, y), (0, 1 if below else -4), va="baseline", fontsize=11, **place)
         if below:
             axes.annotate(below, (x, y), (0, -5), va="top", fontsize=7, **place)
@@ -187,6 +189,7 @@ def _curves_figure(cells: Sequence[Cell]) -> Figure:
         ap = cell.ap[:, np.isfinite(cell.ap).any(axis=0)]
         s = np.flatnonzero(np.isfinite(cell.ap).any(axis=0))
         look = style.series_style(i)
+        look["linestyle"] = "-" if i < len(style.SERIES_COLOURS) else (0, (4, 1.5))  # a colour that comes again
         words = ", ".join(f"{name} {value}" for name, value in cell.values.items())
         label = f"{words}: mAP {cell.map.mean():.3f}"
         axes.plot(s, np.nanmean(ap, axis=0), label=label, zorder=3, clip_on=False, **look)

@@ -25,10 +25,11 @@ def train(runs: Sequence[Run], out: Path, record: Record, *, again: str, slurm: 
         ValueError: `out` holds other runs than `runs`, or one that was trained otherwise; nothing has begun.
     """
     states = read_states(runs, out)
-    # What auto took here, so that the sweep goes on and is reported on any machine.
-    replace(record, flags=tuple(with_preset(record.flags, runs[0].config.preset))).write(out)
+    # With what auto took here, so that the sweep goes on and is reported on any machine.
+    record = replace(record, flags=tuple(with_preset(record.flags, runs[0].config.preset)))
     if slurm is not None:
-        return _hand_over(runs, states, slurm, out)
+        return _hand_over(runs, states, slurm, out, record)
+    record.write(out)
     try:
         train_all(runs, states, lambda: write_table(runs, states, out))
     except Stopped as stopped:
@@ -49,12 +50,16 @@ def _report(runs: Sequence[Run], states: Sequence[State], out: Path) -> int:
     return SOME_BROKE if any(state.status == "broken" for state in states) else 0
 
 
-def _hand_over(runs: Sequence[Run], states: Sequence[State], slurm: Mapping[str, str], out: Path) -> int:
+def _hand_over(
+    runs: Sequence[Run], states: Sequence[State], slurm: Mapping[str, str], out: Path, record: Record
+) -> int:
     todo = [run for run, state in zip(runs, states, strict=True) if state.status != "finished"]
     print(f"{len(runs)} runs: {len(runs) - len(todo)} finished, {len(todo)} to train")
     if not todo:
         return _report(runs, states, out)
-    for run, job in zip(todo, submit(todo, slurm, out), strict=True):
+    jobs = submit(todo, slurm, out)
+    record.write(out)  # only now: what cannot be submitted is no sweep yet
+    for run, job in zip(todo, jobs, strict=True):
         print(f"  job {job.job_id}: {run.cell}, seed {run.seed}")
     print(f"submitted; their logs are in {out / JOBS_FOLDER}, and --out {out} --report_only tells how far they are")
     return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,15 +25,16 @@ class Child:
 
     def __init__(self, command: Sequence[str], log: Path, *, patience: float) -> None:
         self._command, self._log, self._patience = command, log, patience
-        self._stopping = threading.Event()
+        # Plain attributes, which are looked at: signal handlers raise out of `wait`, and `stop` is called in them. Amid
+        # Thread.join the first makes the thread pass for ended (Python 3.11), amid Event.wait the second may deadlock.
+        self._stopping = False
         self._ended: Ended | BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
         try:
             self._ended = run_child(
-                self._command, self._log, math.inf, patience=self._patience, overdue=self._stopping.is_set
+                self._command, self._log, math.inf, patience=self._patience, overdue=lambda: self._stopping
             )
         except BaseException as error:  # for the thread that waits
             self._ended = error
@@ -43,14 +45,13 @@ class Child:
         Raises:
             OSError: it could not be started.
         """
-        while self._thread.is_alive():
-            self._thread.join(_LOOK_SECONDS)
+        while self._ended is None:
+            time.sleep(_LOOK_SECONDS)
         if isinstance(self._ended, BaseException):
             raise self._ended
-        assert self._ended is not None
         return self._ended
 
     def stop(self) -> Ended:
         """Ask it to save and end, and wait for that; the status is None, or its own if it had ended by itself."""
-        self._stopping.set()
+        self._stopping = True
         return self.wait()

@@ -20,7 +20,12 @@ JOBS_FOLDER = "slurm"  # in the sweep's: submitit's scripts, pickles and logs
 # submitit's own names of what every kind of cluster has, and the type that it takes.
 _SHARED = {"name": str, "mem_gb": float, "cpus_per_task": int, "gpus_per_node": int, "timeout_min": int}
 _ONE = "one run is one process on one node"
-_REFUSED = {"nodes": _ONE, "tasks_per_node": _ONE, "ntasks_per_node": _ONE, "timeout_min": "is given as time=MINUTES"}
+_REFUSED = {
+    "nodes": _ONE,
+    "tasks_per_node": _ONE,
+    "ntasks_per_node": _ONE,
+    "timeout_min": "it is called time here, time=MINUTES",
+}
 # How often a job whose time is over is queued again. A run makes progress each time, so this only ends what does not.
 _TIMEOUTS = 20
 # submitit's signal comes 90 s before the time is over (signal_delay_s).
@@ -115,7 +120,7 @@ def submit(runs: Sequence[Run], given: Mapping[str, str], out: Path) -> list[Any
 
     Raises:
         MissingPackageError: submitit is not installed.
-        ValueError: it refuses a parameter, or finds no such cluster.
+        ValueError: it refuses a parameter, finds no such cluster, or the cluster refuses the jobs.
     """
     with needed_for("a sweep on Slurm"):
         import submitit
@@ -124,8 +129,9 @@ def submit(runs: Sequence[Run], given: Mapping[str, str], out: Path) -> list[Any
     try:
         executor = submitit.AutoExecutor(out / JOBS_FOLDER / "%j", cluster=cluster, slurm_max_num_timeout=timeouts)
         executor.update_parameters(**parameters_of(given))
-    except (NameError, AssertionError, RuntimeError, ValueError) as error:  # submitit's, for what users write
+        with executor.batch():
+            jobs = [executor.submit(Job(run)) for run in runs]
+        return jobs
+    # submitit's, for what users write and for what sbatch says to it
+    except (NameError, AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(f"--slurm {' '.join(f'{n}={v}' for n, v in given.items())}: {error}") from error
-    with executor.batch():
-        jobs = [executor.submit(Job(run)) for run in runs]
-    return jobs

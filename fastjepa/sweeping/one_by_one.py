@@ -10,7 +10,7 @@ from types import FrameType
 
 from fastjepa.sweeping.one_run import Attempt
 from fastjepa.sweeping.plan import Run
-from fastjepa.sweeping.state import LOG_NAME, State, read_state
+from fastjepa.sweeping.state import LOG_NAME, State, note_failure, read_state
 
 # A stopped run finishes its step, or its evaluation, and writes its checkpoint.
 _PATIENCE_S = 600.0
@@ -48,34 +48,41 @@ def train_all(runs: Sequence[Run], states: list[State], done: Callable[[], objec
             went_on = ", going on" if states[i].epochs or states[i].status == "begun" else ""
             print(f"[{finished + position + 1}/{len(runs)}] {run.cell}, seed {run.seed}{went_on}", flush=True)
             began = time.monotonic()
-            reason = _train(run)
-            states[i] = read_state(run)
+            _train(run)
+            states[i] = _state_after(run)
             done()
             spent = time.monotonic() - started
             left = spent / (position + 1) * (len(todo) - position - 1)
             print(
-                f"    {_result(run, states[i], reason)}; {duration(time.monotonic() - began)}, "
+                f"    {_result(run, states[i])}; {duration(time.monotonic() - began)}, "
                 f"{duration(spent)} in all{f', about {duration(left)} to go' if left else ''}",
                 flush=True,
             )
 
 
-def _train(run: Run) -> str:
-    """Why it broke, or ""."""
+def _train(run: Run) -> None:
     attempt = Attempt(run.folder, run.flags, patience=_PATIENCE_S)
     try:
-        return attempt.wait().reason
+        attempt.wait()
     except Stopped as stopped:
         print(f"received {stopped}: the run finishes its step and saves (again to stop at once)", flush=True)
         attempt.stop()
         raise
 
 
-def _result(run: Run, state: State, reason: str) -> str:
+def _state_after(run: Run) -> State:
+    """Its state when its process has ended: finished or broken, and nothing between."""
+    state = read_state(run)
+    if state.status in ("finished", "broken"):
+        return state
+    note_failure(run.folder, "its process ended well, and it is not finished")
+    return read_state(run)
+
+
+def _result(run: Run, state: State) -> str:
     if state.status == "finished":
         return f"mAP {state.row['map']:.3f}, AP_0 {state.row['ap_0']:.3f}"
-    why = reason or "it ended well, and is not finished"
-    return f"broken: {why} (see {run.folder / LOG_NAME})"
+    return f"broken: {state.reason} (see {run.folder / LOG_NAME})"
 
 
 @contextlib.contextmanager
