@@ -12,6 +12,11 @@ from fastjepa.storage.run_folder import CHECKPOINT_NAME
 from fastjepa.sweeping.grid import parse_grid
 from fastjepa.sweeping.plan import Run, plan_runs
 
+# Of a run that is really trained, in a second.
+TINY = (
+    "--device cpu --preset demo --henc 2 --hpre 2 --dstc 4 --canvas 16 --digit_size 8 --n_train 6 --n_val 5 "
+    "--n_frames 5 --batch_size 3 --epochs 2"
+).split()
 FLAGS = ("--preset", "demo", "--device", "cpu", "--epochs", "2")
 
 

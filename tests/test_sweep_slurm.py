@@ -21,15 +21,9 @@ from fastjepa.sweeping.cluster import Job, parameters_of, parse_slurm, submit
 from fastjepa.sweeping.grid import parse_grid
 from fastjepa.sweeping.plan import plan_runs
 from fastjepa.sweeping.state import FAILURE_NAME, read_state
-from made_up_sweep import leave, leave_finished, planned, row
+from made_up_sweep import TINY, leave, leave_finished, planned, row
 
 pytestmark = pytest.mark.packages("tyro", "torchmetrics", "cv2", "sklearn", "matplotlib", "PIL")
-
-TINY = (
-    "--device cpu --preset demo --henc 2 --hpre 2 --dstc 4 --canvas 16 --digit_size 8 --n_train 6 --n_val 5 "
-    "--n_frames 5 --batch_size 3 --epochs 1"
-).split()
-
 
 # ---- what is asked for ----
 
@@ -103,7 +97,7 @@ def test_a_run_for_another_machine_leaves_to_it_what_depends_on_it(tmp_path: Pat
 @pytest.mark.packages("submitit")
 def test_a_job_that_really_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--grid", "lr=1e-3", "--seeds", "1", "--out", str(tmp_path / "sweep"), "--slurm", "cluster=local", "time=5"]
-    flags = [*TINY, "--cache_dir", str(tmp_path / "cache")]
+    flags = [*TINY, "--epochs", "1", "--cache_dir", str(tmp_path / "cache")]
     assert main([*argv, "--", *flags]) == 0
     printed = capsys.readouterr().out
     assert "1 runs: 0 finished, 1 to train\n  job " in printed
