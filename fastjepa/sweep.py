@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m fastjepa.swee
     if loose:
         parser.error(f"{loose[0]} is not a flag of this command; the trainer's follow --: -- {shlex.join(loose)}")
     with refusals():
+        if not {"-h", "--help"}.isdisjoint(flags):
+            return _show_flags(flags, prog)
         record = _asked(own, flags)
         grid, seeds = parse_grid(record.grid), parse_seeds(record.seeds)
         # now: without these the runs would be for nothing
@@ -57,6 +59,15 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m fastjepa.swee
         if own.report_only:
             return carry_out.report(runs, own.out)
         return carry_out.train(runs, own.out, record, again=again, slurm=slurm)
+
+
+def _show_flags(flags: Sequence[str], prog: str) -> int:
+    """The trainer's --help."""
+    with stops_at_once():
+        from fastjepa.training.command_line import parse_config
+
+    parse_config(flags, prog=f"{prog} --")
+    return 0
 
 
 def _asked(own: argparse.Namespace, flags: Sequence[str]) -> Record:

@@ -33,10 +33,12 @@ def row(epoch: int, step: int, map_: float | None) -> dict[str, Any]:
 
 
 def leave(
-    run: Run, *rows: dict[str, Any], epoch: int | None = None, cut_short: dict[str, Any] | None = None,
-    folder: Path | None = None, pictures: bool = True, weights: bool = True, **config: Any,
+    run: Run, *rows: dict[str, Any], epoch: int | None = None, step: int | None = None,
+    cut_short: dict[str, Any] | None = None, folder: Path | None = None, pictures: bool = True, weights: bool = True,
+    **config: Any,
 ) -> Path:  # fmt: skip
-    """Make the folder of `run` as it is after these `rows`; at `epoch` done (default: as many as rows).
+    """Make the folder of `run` as it is after these `rows`; `epoch` epochs done (default: as many as rows), at `step`
+    (default: that of the last row).
 
     `config` are options in which it differs from what `run` asks for.
     """
@@ -45,7 +47,10 @@ def leave(
     last = cut_short or (rows[-1] if rows else {"step": 0})
     state = {
         "config": run.config.to_json() | config,
-        "progress": {"epoch": len(rows) if epoch is None else epoch, "global_step": last["step"]},
+        "progress": {
+            "epoch": len(rows) if epoch is None else epoch,
+            "global_step": last["step"] if step is None else step,
+        },
         "rows": list(rows),
         "cut_short": cut_short,
         "modules": {"jepa": {"weight": torch.zeros(1)}},

@@ -121,6 +121,16 @@ def test_what_cannot_be_served_is_one_line_before_anything_is_made(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("own", [[], ["--grid", "lr=1", "--slurm", "time=5"]])
+def test_help_after_the_dashes_is_the_trainers(own: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*own, "--", "--help"], prog="fastjepa sweep")
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: fastjepa sweep -- ")
+    assert "--cov_coeff" in printed
+
+
 # ---- how far a run is ----
 
 
@@ -149,6 +159,8 @@ def test_a_run_at_its_last_epoch_that_was_not_evaluated_there_is_not_finished(ru
     leave(run, row(1, 30, 0.2), row(2, 60, None))
     assert (read_state(run).status, read_state(run).row["map"]) == ("begun", 0.2)  # that of the epoch before
     leave(run, row(1, 30, 0.2), row(2, 60, 0.2), epoch=2, cut_short=row(3, 70, None))
+    assert read_state(run).status == "begun"
+    leave(run, row(1, 30, 0.2), row(2, 60, 0.2), step=75)  # it went on after its evaluation
     assert read_state(run).status == "begun"
 
 

@@ -100,7 +100,7 @@ def test_a_job_that_really_runs(tmp_path: Path, capsys: pytest.CaptureFixture[st
     flags = [*TINY, "--epochs", "1", "--cache_dir", str(tmp_path / "cache")]
     assert main([*argv, "--", *flags]) == 0
     printed = capsys.readouterr().out
-    assert "1 runs: 0 finished, 1 to train\n  job " in printed
+    assert "1 run: 0 finished, 1 to train\n  job " in printed
     (run,) = plan_runs(parse_grid(["lr=1e-3"]), [1], flags, tmp_path / "sweep", prog="", here=False)
     wait_until(lambda: read_state(run).status in ("finished", "broken"))
     assert read_state(run).status == "finished", (run.folder / "sweep.log").read_text()

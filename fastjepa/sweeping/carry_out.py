@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastjepa.sweeping.cluster import JOBS_FOLDER, submit
 from fastjepa.sweeping.one_by_one import Stopped, train_all
-from fastjepa.sweeping.plan import Run
+from fastjepa.sweeping.plan import Run, count_of
 from fastjepa.sweeping.record import Record
 from fastjepa.sweeping.report import summary, write_report
 from fastjepa.sweeping.state import State, read_states
@@ -54,7 +54,7 @@ def _hand_over(
     runs: Sequence[Run], states: Sequence[State], slurm: Mapping[str, str], out: Path, record: Record
 ) -> int:
     todo = [run for run, state in zip(runs, states, strict=True) if state.status != "finished"]
-    print(f"{len(runs)} runs: {len(runs) - len(todo)} finished, {len(todo)} to train")
+    print(f"{count_of(len(runs))}: {len(runs) - len(todo)} finished, {len(todo)} to train")
     if not todo:
         return _report(runs, states, out)
     jobs = submit(todo, slurm, out)

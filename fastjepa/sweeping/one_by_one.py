@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 from fastjepa.sweeping.one_run import Attempt
-from fastjepa.sweeping.plan import Run
+from fastjepa.sweeping.plan import Run, count_of
 from fastjepa.sweeping.state import LOG_NAME, State, note_failure, read_state
 
 # A stopped run finishes its step, or its evaluation, and writes its checkpoint.
@@ -37,7 +37,7 @@ def train_all(runs: Sequence[Run], states: list[State], done: Callable[[], objec
     finished = len(runs) - len(todo)
     begun = sum(states[i].status == "begun" for i in todo)
     print(
-        f"{len(runs)} runs: {finished} finished, {len(todo)} to train"
+        f"{count_of(len(runs))}: {finished} finished, {len(todo)} to train"
         f"{f', {begun} of them from where they were' if begun else ''}",
         flush=True,
     )

@@ -125,7 +125,7 @@ def common_config(flags: Sequence[str], *, prog: str, here: bool) -> Config:
     """What `flags` alone ask for; ends the program as the trainer does where they cannot be served."""
     if here:
         return parse_config(flags, prog=f"{prog} --")
-    if given("preset", flags) in (None, "auto") and "--help" not in flags:
+    if given("preset", flags) in (None, "auto"):
         raise ValueError(
             f"-- --preset must be one of {', '.join(PRESETS)} in a sweep for other machines: which one auto would take "
             "depends on theirs"
@@ -171,6 +171,11 @@ def _value(name: str, word: str) -> Value:
 def text(value: Value) -> str:
     """A value as a word, and in names of folders: 10.0 is "10"."""
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def count_of(runs: int) -> str:
+    """ "1 run", "27 runs"."""
+    return f"{runs} run{'' if runs == 1 else 's'}"
 
 
 def cell_name(values: Mapping[str, Value]) -> str:

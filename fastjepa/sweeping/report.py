@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fastjepa.figures.sweeps import MAX_PANELS, Cell, draw_cell_curves, draw_heat_map, panels_of
-from fastjepa.sweeping.plan import Run, text
+from fastjepa.sweeping.plan import Run, count_of, text
 from fastjepa.sweeping.state import State
 from fastjepa.sweeping.table import write_table
 
@@ -59,7 +59,7 @@ def write_report(runs: Sequence[Run], states: Sequence[State], out: Path) -> lis
 def summary(runs: Sequence[Run], states: Sequence[State]) -> str:
     """How many runs are how far; the best cell by the mean over its seeds, and how far seeds of one cell are apart."""
     counts = Counter(state.status for state in states)
-    lines = [f"{len(runs)} runs: {', '.join(f'{count} {status}' for status, count in counts.items())}"]
+    lines = [f"{count_of(len(runs))}: {', '.join(f'{count} {status}' for status, count in counts.items())}"]
     cells = [cell for cell in cells_of(runs, states) if len(cell.map)]
     if cells:
         best = max(cells, key=lambda cell: float(cell.map.mean()))
