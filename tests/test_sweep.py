@@ -113,6 +113,7 @@ def test_what_cannot_be_served_is_one_line_before_anything_is_made(
     arguments: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(one_run, "train_command", None)  # what is not refused would train for minutes
     with pytest.raises(SystemExit) as stopped:
         main(arguments.split())
     assert stopped.value.code == 2
