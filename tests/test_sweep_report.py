@@ -181,8 +181,8 @@ def test_of_many_cells_the_best_are_drawn_and_the_title_says_so(tmp_path: Path, 
     assert "the 9 best of 15 cells by mAP" in axes.get_title(loc="left")
     curves = [line for line in axes.lines if str(line.get_label()).startswith("lr")]
     assert [str(line.get_label()).split(":")[0] for line in curves][:2] == ["lr 3, steps 1", "lr 3, steps 2"]
-    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in curves}
-    assert len(looks) == len(curves) == 9
+    assert len({(line.get_color(), line.get_marker()) for line in curves}) == len(curves) == 9
+    assert len({(line.get_color(), line.get_linestyle()) for line in curves}) == 9  # without markers too
 
 
 def test_a_run_without_a_digit_in_its_clips_counts_as_none(tmp_path: Path) -> None:
