@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("fastjepa.evaluate", "average precision by horizon of a run, on its validation clips"),
     "rollout": ("fastjepa.rollout", "predict a run's clips to any horizon, as a GIF"),
     "compare-steps": ("fastjepa.compare_steps", "train with several numbers of prediction steps, and plot them"),
+    "sweep": ("fastjepa.sweep", "train a grid of options with several seeds; a table and a heat-map"),
     "figures": ("fastjepa.figures.__main__", "draw the pictures of runs again"),
     "export": ("fastjepa.export", "hand a run back to eb_jepa, with its Adam state"),
     "calibrate": ("fastjepa.calibrate", "measure, or show, what auto takes on this GPU"),

@@ -21,6 +21,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "train": (
         "tyro", "tqdm", "torchmetrics", "scikit-learn", "opencv-python-headless", "tensorboard", "safetensors",
     ),
+    "slurm": ("submitit",),
 }  # fmt: skip
 
 

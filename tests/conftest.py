@@ -30,7 +30,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 INTERPRETING = os.environ["TRITON_INTERPRET"] == "1"
 NO_TRITON = None if importlib.util.find_spec("triton") else "needs Triton, which is not installed"
 # Looked for here, before a test can pretend. Where all are installed, nothing is skipped for the lack of one.
-_OPTIONAL = "PIL cv2 hypothesis matplotlib nvtx safetensors scipy sklearn tensorboard torchmetrics tqdm tyro"
+_OPTIONAL = "PIL cv2 hypothesis matplotlib nvtx safetensors scipy sklearn submitit tensorboard torchmetrics tqdm tyro"
 NOT_INSTALLED = [name for name in _OPTIONAL.split() if missing_packages(name)]
 
 

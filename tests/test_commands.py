@@ -237,7 +237,7 @@ def test_its_help_lists_every_command_and_its_version_names_versions(capsys: pyt
     assert command(["--help"]) == 0
     listed = re.findall(r"^  (\S+)  +\w", capsys.readouterr().out, re.MULTILINE)
     assert listed == list(COMMANDS)
-    assert set(COMMANDS) == {"train", "evaluate", "rollout", "compare-steps", "figures", "export", "calibrate"}
+    assert set(COMMANDS) == {"train", "evaluate", "rollout", "compare-steps", "sweep", "figures", "export", "calibrate"}
     assert command(["--version"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"fastjepa {fastjepa.__version__}, torch ")

@@ -402,7 +402,8 @@ def test_an_environment_without_torch_says_so() -> None:
     "command",
     [
         "train.py", "-m fastjepa train", "-m fastjepa.evaluate", "-m fastjepa.rollout", "-m fastjepa.export",
-        "-m fastjepa.compare_steps", "-m fastjepa.calibrate", "-m fastjepa.figures x",
+        "-m fastjepa.compare_steps", "-m fastjepa.sweep --grid published", "-m fastjepa.calibrate",
+        "-m fastjepa.figures x",
     ],
 )  # fmt: skip
 def test_ctrl_c_while_packages_are_loading(command: str, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_a_name_that_is_not_there() -> None:
 
 # ---- what is imported when ----
 
-HEAVY = "torch numpy matplotlib PIL sklearn scipy cv2 torchmetrics tensorboard tyro safetensors triton".split()
+HEAVY = "torch numpy matplotlib PIL sklearn scipy cv2 torchmetrics tensorboard tyro safetensors submitit triton".split()
 
 
 @pytest.mark.parametrize(
@@ -71,6 +71,7 @@ HEAVY = "torch numpy matplotlib PIL sklearn scipy cv2 torchmetrics tensorboard t
         ),
         ("import fastjepa.calibrate, fastjepa.evaluate, fastjepa.rollout, fastjepa.compare_steps", "torch numpy"),
         ("import fastjepa.training.command_line", "torch numpy"),
+        ("from fastjepa.sweep import main\ntry: main(['--help'])\nexcept SystemExit: pass", ""),
         ("import bench.__main__ as bench; bench.main(['--help'])", ""),
     ],
 )
@@ -93,7 +94,8 @@ def test_the_extras_are_those_that_errors_name(project: dict[str, Any]) -> None:
     assert names(extras["figures"]) == set(EXTRAS["figures"])
     assert names(extras["train"]) == {"fastjepa[figures]", *EXTRAS["train"]}
     assert extras["all"] == ["fastjepa[train]"]
-    assert "fastjepa[all]" in extras["dev"]
+    assert names(extras["slurm"]) == {"fastjepa[train]", *EXTRAS["slurm"]}
+    assert {"fastjepa[all]", "fastjepa[slurm]"} <= names(extras["dev"])
 
 
 def test_the_command_and_the_version_are_there(project: dict[str, Any]) -> None:

@@ -45,6 +45,9 @@ ROOMS: dict[str, set[str]] = {
         "files", "kernels", "config", "environment", "profiling", "optional_packages", "distributed", "model",
         "storage", "refusal", "moving_mnist", "calibration", "fused", "graphs", "figures",
     },
+    "sweeping": {
+        "files", "measuring", "config", "optional_packages", "storage", "figures", "training",
+    },
     "calibrate": {"config", "refusal", "entry", "calibration", "fused"},
     "evaluate": {
         "entry",
@@ -57,6 +60,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "export": {"files", "config", "storage", "refusal", "entry", "training"},
     "compare_steps": {"optional_packages", "refusal", "entry", "storage", "figures", "training"},
+    "sweep": {"optional_packages", "refusal", "entry", "training", "sweeping"},
     "__main__": {"entry"},  # and the commands by name, when they are called
 }  # fmt: skip
 

@@ -21,7 +21,7 @@ from fastjepa.storage.run_folder import CHECKPOINT_NAME
 
 OPTIONAL = (
     "cv2", "sklearn", "matplotlib", "PIL", "tyro", "tensorboard", "torchmetrics", "nvtx", "safetensors",
-    "tqdm", "scipy", "hypothesis",
+    "tqdm", "scipy", "hypothesis", "submitit",
 )  # fmt: skip
 BARE = without(*OPTIONAL)
 TINY = (
@@ -60,8 +60,12 @@ print(bool(step(*clips.batch(torch.arange(2))).total.isfinite()))
     done = python(code)
     assert done.returncode == 0, done.stderr
     broken, trained = done.stdout.splitlines()
-    pictures = [f"fastjepa.figures.{name}" for name in ("curves", "horizon", "rollouts", "runs", "style")]
-    assert broken.split() == [*pictures, "bench.report.figures"]
+    pictures = [f"fastjepa.figures.{name}" for name in ("curves", "horizon", "rollouts", "runs", "style", "sweeps")]
+    assert broken.split() == [
+        *pictures,
+        *(f"fastjepa.sweeping.{name}" for name in ("carry_out", "report")),
+        "bench.report.figures",
+    ]
     assert trained == "True"
 
 
