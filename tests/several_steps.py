@@ -2,7 +2,7 @@
 
     python several_steps.py FOLDER CASE...     leaves CASE-RANK.pt in FOLDER
 
-A case is a path, a dtype and whether statistics are global: "closed_form float64 sync".
+A case is a path, a dtype, whether statistics are global, and where: "closed_form float64 sync cpu".
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def model_of_the_cases(dtype: torch.dtype) -> tuple[JEPA, ImageDecoder, DetHead]
 
 def train(case: str, ranks: Ranks, steps: int | None = None) -> dict[str, Any]:
     """Losses of every step (of one case), and the state after the last: gradients, parameters, buffers, Adam's."""
-    path, dtype_name, statistics = case.split()
+    path, dtype_name, statistics, device = case.split()
     dtype = getattr(torch, dtype_name)
-    jepa, decoder, head = model_of_the_cases(dtype)
+    jepa, decoder, head = (module.to(device) for module in model_of_the_cases(dtype))
     if path == "fused":
         accelerate(jepa, backend="fused", verbose=False)
     optimizer = build_optimizer(jepa, decoder, head, 1e-3)
@@ -61,10 +61,10 @@ def train(case: str, ranks: Ranks, steps: int | None = None) -> dict[str, Any]:
         jepa, decoder, head, optimizer, steps=2, projection="closed_form" if path == "graph" else path,  # type: ignore[arg-type]
         ranks=ranks, sync_stats=statistics == "sync",
     )  # fmt: skip
-    data = clips()
+    data = clips().to(device)
     graphed = GraphedTrainStep(step, data, dtype=dtype) if path == "graph" else None
     losses = []
-    for indices in batch_indices()[:steps]:
+    for indices in (batch.to(device) for batch in batch_indices()[:steps]):
         if graphed is not None:
             found: StepLosses = graphed(indices)
         else:
@@ -74,7 +74,7 @@ def train(case: str, ranks: Ranks, steps: int | None = None) -> dict[str, Any]:
     for name, module in (("jepa", jepa), ("decoder", decoder), ("head", head)):
         state |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
         state |= {f"{name}.{key}.grad": p.grad for key, p in module.named_parameters()}
-    return {name: value.detach().clone() for name, value in state.items()}
+    return {name: value.detach().cpu().clone() for name, value in state.items()}
 
 
 def main(folder: Path, cases: list[str]) -> None:
@@ -82,7 +82,8 @@ def main(folder: Path, cases: list[str]) -> None:
     with ranks.joined():
         ranks.open(torch.device("cpu"), timedelta(minutes=2))
         for case in cases:
-            torch.save(train(case, ranks), folder / f"{case}-{ranks.rank}.pt")
+            steps = 1 if case.startswith("fused") else None  # the interpreter takes seconds for one
+            torch.save(train(case, ranks, steps), folder / f"{case}-{ranks.rank}.pt")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,12 +15,13 @@ import several_steps
 from fastjepa.distributed.launch import Launch, device_of, read_launch
 from fastjepa.distributed.ranks import Ranks
 from fastjepa.kernels.shares import Shares
+from fastjepa.measuring.policy import error_bound
 from fastjepa.model.step import TrainStep, build_optimizer
 from several import run
 from several_steps import BATCHES, batch_indices, clips, model_of_the_cases, train
 from tiny import tiny_batch, tiny_model
 
-EXACT = ["eager float64 sync", "closed_form float64 sync", "graph float64 sync"]
+EXACT = ["eager float64 sync cpu", "closed_form float64 sync cpu", "graph float64 sync cpu"]
 
 
 def of_processes(n: int, cases: list[str], folder: Path, **environment: str) -> list[list[dict[str, torch.Tensor]]]:
@@ -44,8 +48,27 @@ def test_several_processes_do_the_steps_of_one(n: int, tmp_path: Path) -> None:
             assert [name for name in first if not torch.equal(first[name], other[name])] == [], case
 
 
+@pytest.mark.parametrize("n", [2, 3])
+def test_several_processes_do_a_fused_step_of_one(n: int, device: str, tmp_path: Path) -> None:
+    """Losses, gradients and buffers of one step in fp32 against float64, by norm, as of one process."""
+    case = f"fused float32 sync {device}"
+    (of_ranks,) = of_processes(n, [case], tmp_path, TRITON_INTERPRET=os.environ["TRITON_INTERPRET"])
+    truth, eager = (train(f"eager {dtype} sync cpu", Ranks(), steps=1) for dtype in ("float64", "float32"))
+    for kind in ("losses", ".grad", "running_mean", "running_var"):
+        actual, expected, by_eager = (
+            torch.cat([value.double().flatten() for name, value in state.items() if name.endswith(kind)])
+            for state in (of_ranks[0], truth, eager)
+        )
+        error, scale = float((actual - expected).norm()), float(expected.norm())
+        # By norm, as of anything that goes through many layers, and so without the limit of a single op.
+        bound = error_bound(float((by_eager - expected).norm()), scale, torch.float32, limit=None)
+        assert error <= bound, (kind, error / scale, bound / scale)
+    for other in of_ranks[1:]:
+        assert [name for name in other if not torch.equal(of_ranks[0][name], other[name])] == []
+
+
 def test_without_global_statistics_a_step_is_the_mean_of_those_of_each_process_own_clips(tmp_path: Path) -> None:
-    (of_ranks,) = of_processes(3, ["closed_form float64 local"], tmp_path)
+    (of_ranks,) = of_processes(3, ["closed_form float64 local cpu"], tmp_path)
     data, indices = clips(), batch_indices()[0]
     parts = [indices[:2], indices[2:3], indices[3:]]
     expected = torch.zeros(9, dtype=torch.float64)
@@ -76,6 +99,31 @@ def test_without_global_statistics_a_step_is_the_mean_of_those_of_each_process_o
     for part in batch.split(1):
         losses += torch.stack(second(*data.batch(part, torch.float64))) / 3
     torch.testing.assert_close(of_ranks[0]["losses"][1, 2:], losses[2:], rtol=1e-9, atol=0)
+
+
+class OneOfOne(Ranks):
+    """A process alone that exchanges everything with itself, over NCCL: what one GPU can show of several."""
+
+    alone = False  # type: ignore[assignment]
+
+
+@pytest.mark.gpu
+def test_nccl_in_a_graph_gives_what_the_plain_step_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    case = "graph float32 sync cuda"
+    expected = train(case, Ranks())
+    with OneOfOne().joined() as ranks:
+        ranks.open(torch.device("cuda", 0), timedelta(minutes=2))
+        assert ranks.backend == "nccl"
+        graphed = train(case, ranks)
+        plain = train("closed_form float32 sync cuda", ranks)
+    assert torch.isfinite(graphed["losses"]).all()
+    torch.testing.assert_close(graphed["losses"], plain["losses"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(graphed["losses"], expected["losses"], rtol=1e-5, atol=1e-6)
 
 
 # ---- how a process was started ----

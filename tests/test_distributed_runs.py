@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastjepa.distributed.launch import Launch
 from fastjepa.environment import ROOT
 from fastjepa.storage.checkpoint import load_checkpoint
 from fastjepa.storage.folder_lock import LOCK_NAME
@@ -130,9 +132,10 @@ def test_the_evaluation_of_two_is_that_of_one_bit_for_bit(
 
 
 def test_a_checkpoint_of_two_goes_on_with_three_and_with_one(cache: Path, two: Path, tmp_path: Path) -> None:
+    assert [e.status for e in run(2, [*TRAIN, *flags(cache, tmp_path / "3", "--max_steps", "2")])] == [0, 0]
+    shutil.copytree(tmp_path / "3", tmp_path / "1")
     for n in (3, 1):
         folder = tmp_path / str(n)
-        assert [e.status for e in run(2, [*TRAIN, *flags(cache, folder, "--max_steps", "2")])] == [0, 0]
         endings = run(n, [*TRAIN, "--resume", str(folder), "--max_steps", "100"])
         assert [ending.status for ending in endings] == [0] * n, endings
         assert_close_run(folder, two)
@@ -143,17 +146,17 @@ def test_statistics_of_each_process_alone_are_other_numbers_and_said(cache: Path
     first, second = run(2, [*TRAIN, *flags(cache, folder, "--no-sync_stats")])
     assert (first.status, second.status) == (0, 0), first.error
     assert "these are not the numbers of one process" in first.out
-    for own, of_all in zip(rows(folder), rows(two), strict=True):
-        assert own["total"] != pytest.approx(of_all["total"], rel=1e-4)
-        assert own["total"] == pytest.approx(of_all["total"], rel=0.2)
+    own, of_all = rows(folder), rows(two)
+    assert own[0]["total"] != pytest.approx(of_all[0]["total"], rel=1e-4)  # ten times what rounding leaves
+    assert own[1]["total"] == pytest.approx(of_all[1]["total"], rel=0.2)
 
 
 # ---- what a user can mend ----
 
 
 def test_a_batch_smaller_than_the_processes_is_refused(cache: Path, tmp_path: Path) -> None:
-    endings = run(3, [*TRAIN, *flags(cache, tmp_path / "run", "--batch_size", "2")])
-    assert_one_says(endings, "--batch_size 2 is less than the 3 processes")
+    endings = run(2, [*TRAIN, *flags(cache, tmp_path / "run", "--batch_size", "1")])
+    assert_one_says(endings, "--batch_size 1 is less than the 2 processes")
     assert not (tmp_path / "run").exists()
 
 
@@ -164,11 +167,7 @@ def test_flags_that_differ_are_named(cache: Path, tmp_path: Path) -> None:
 
 
 def test_flags_that_one_process_cannot_parse_end_all(cache: Path, tmp_path: Path) -> None:
-    command = " ".join([*TRAIN, *flags(cache, tmp_path / "run"), "--lr $((RANK-1))"])
-    first, second = run(2, ["sh", "-c", f"exec {command}"])
-    assert (first.status, second.status) == (2, 2)
-    assert "--lr must be a positive number, got -1" in first.error
-    command = command.replace("RANK-1", "1-RANK")
+    command = " ".join([*TRAIN, *flags(cache, tmp_path / "run"), "--lr $((1-RANK))"])
     first, second = run(2, ["sh", "-c", f"exec {command}"])
     assert (first.status, second.status) == (2, 2)
     assert "on process 1 of 2: error: --lr must be a positive number, got 0" in first.error
@@ -269,15 +268,16 @@ def test_torchrun_starts_a_killed_run_again_and_it_ends_as_if_nothing_had_been(
     assert_same_run(folder, two)
 
 
-def test_torchrun_with_restarts_needs_a_folder(cache: Path) -> None:
-    without_folder = flags(cache, Path("x"))[:-2]
-    endings = run(2, [*TRAIN, *without_folder], lambda rank: {"TORCHELASTIC_MAX_RESTARTS": "2"})
-    assert_one_says(endings, "torchrun --max-restarts needs --out")
+def test_torchrun_with_restarts_needs_a_folder(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    launch = Launch(0, 2, max_restarts=2)
+    with pytest.raises(SystemExit):
+        parse_config(flags(cache, Path("x"))[:-2], launch=launch)
+    assert "torchrun --max-restarts needs --out" in capsys.readouterr().err
+    assert parse_config(flags(cache, Path("x")), launch=launch).out == Path("x")
 
 
 def test_a_checkpoint_by_the_clock(cache: Path, tmp_path: Path) -> None:
     clock = ["--checkpoint_every", "100", "--checkpoint_minutes", "0.0001", "--max_steps", "2"]
-    for n in (1, 2):
-        first, *_ = run(n, [*FAULTS, "", *flags(cache, tmp_path / str(n), *clock)])
-        assert first.status == 0, first.error
-        assert re.findall("checkpoint of step (.*)", first.out) == ["0", "1", "2", "2"]
+    first, second = run(2, [*FAULTS, "", *flags(cache, tmp_path / "run", *clock)])
+    assert (first.status, second.status) == (0, 0), first.error
+    assert re.findall("checkpoint of step (.*)", first.out) == ["0", "1", "2", "2"]
