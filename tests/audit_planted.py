@@ -71,6 +71,15 @@ def _fma_kernel(x_ptr, y_ptr, tiles, times, TIMES: tl.constexpr, BLOCK: tl.const
         tile += 1
 
 
+@triton.jit
+def _quotient_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs)
+    if n > 0:
+        x = tl.div_rn(x, x + 1.0)  # a subroutine, where the quick way is not exact
+    tl.store(y_ptr + offs, tl.sqrt_rn(x))
+
+
 def _fma_case(name: str, unrolled: int, loop_trips: tuple[int, ...], programs: int = 1320) -> AuditCase:
     """1320 programs of 10 tiles of 1024 numbers: 8 for each thread."""
     return AuditCase(
@@ -165,6 +174,7 @@ def audit_cases() -> list[AuditCase]:
         ),
         AuditCase("does not compile", _copy_kernel, {**vector, "n": "i32"}, {"BLOCK": 1000}, LaunchConfig(), 0, 0),
         AuditCase("argument forgotten", _copy_kernel, vector, {"BLOCK": 1024}, LaunchConfig(), 0, 0),
+        AuditCase("a quotient", _quotient_kernel, {**vector, "n": "i32"}, {"BLOCK": 256}, LaunchConfig(), 0, 0),
         *loop_cases(),
         *instruction_cases(),
     ]

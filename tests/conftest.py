@@ -34,6 +34,35 @@ _OPTIONAL = "PIL cv2 hypothesis matplotlib nvtx safetensors scipy sklearn submit
 NOT_INSTALLED = [name for name in _OPTIONAL.split() if missing_packages(name)]
 
 
+def _interpret_faster() -> dict[object, list[str]]:
+    """Triton's interpreter replaces the builtins of its language at every call of a jitted function, also of one within
+    a kernel, and looks for them among all members of five packages each time: a fifth of the time of small kernels.
+    Which names are builtins does not change, so they are found once; what is done with each is Triton's own.
+    """
+    import inspect
+
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    packages = (tl, tl.core, tl.tensor, tl.math, tl.core.tensor_descriptor_base)
+    names = {
+        package: [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+        for package in packages
+    }
+
+    def patch_builtin(package: Any, builder: Any, scope: Any) -> None:
+        for name in names[package]:
+            member = getattr(package, name)
+            if tl.core.is_builtin(member):  # else it is replaced already
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch_builtin
+    return names
+
+
+BUILTINS = _interpret_faster() if INTERPRETING and not NO_TRITON else {}
+
+
 def _no_gpu_reason() -> str | None:
     if not torch.cuda.is_available():
         return "needs a CUDA device, and there is none"

@@ -14,7 +14,7 @@ from bench import __main__ as command_line
 from bench.audit import command as audit
 from bench.audit.command import SHARED_MEMORY_LIMIT, collect_cases
 from bench.audit.hazard import find_hazards
-from bench.audit.sass import Binary, inspect, parse_sass
+from bench.audit.sass import Binary, Compiled, Instruction, inspect, parse_sass
 from bench.harness.roofline import H200
 from fastjepa.kernels.launch import AuditCase
 
@@ -238,7 +238,7 @@ def test_planted_faults_fail_the_audit_even_when_the_interpreter_is_asked_for(tm
     assert f"FAIL: spills on sm_90 {spills}" in done.stdout
     assert failures["too few trips"] == ["accesses 5.41e+07 bytes by its programs and loop_trips, not 1.08e+08"]
     check_declared_instructions(failures)
-    assert "10 of 20 pass" in done.stdout
+    assert "11 of 21 pass" in done.stdout
     check_issue_slots(findings)
 
 
@@ -286,11 +286,51 @@ def planted(name: str, instructions: dict[int, str]) -> AuditCase:
     return replace(case, instructions=instructions)
 
 
+def test_findings_come_case_by_case_however_they_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def judge_together(cases: list[AuditCase], arch: int) -> list[audit.Finding]:
+        seen.append((len(cases), arch))
+        return [audit.Finding(case.name, arch, ()) for case in cases]
+
+    monkeypatch.setattr(audit, "judge_together", judge_together)
+    monkeypatch.setattr(audit, "_TOGETHER", 2)
+    cases = {name: ("tests.audit_planted", replace(planted("copy", {}), name=name)) for name in "cba"}
+    judged = [(finding.case, finding.arch) for finding in audit.judge_all(cases, (90, 80), jobs=1)]
+    assert judged == [(name, arch) for name in "cba" for arch in (90, 80)]
+    assert seen == [(2, 90), (1, 90), (2, 80), (1, 80)]
+
+
+def test_a_kernel_that_cannot_be_read_hides_no_other_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disassembler fails for all that it was given; each is then given to it alone."""
+
+    def disassemble(kernels: list[Compiled]) -> list[tuple[Instruction, ...]]:
+        if any(kernel.ptx == "broken" for kernel in kernels):
+            raise RuntimeError("nvdisasm failed (1): what is this?")
+        return [parse_sass(sass("EXIT")) for _ in kernels]
+
+    def compile_case(case: AuditCase, arch: int) -> Compiled:
+        if case.name == "does not compile":
+            raise TypeError("at 1:2\n  source\nno such thing")
+        return Compiled(b"", LOG.splitlines()[-1] + "\n0 bytes spill stores, 0 bytes spill loads", 0, 0, case.name)
+
+    monkeypatch.setattr(audit, "disassemble", disassemble)
+    monkeypatch.setattr(audit, "compile_case", compile_case)
+    cases = [replace(planted("copy", {}), name=name) for name in ("first", "does not compile", "broken", "last")]
+    found = {finding.case: finding.failures for finding in audit.judge_together(cases, 80)}
+    assert list(found) == ["first", "does not compile", "broken", "last"]
+    assert found["first"] == found["last"] == ()
+    assert found["does not compile"] == ("cannot be audited: TypeError: at 1:2 no such thing",)
+    assert found["broken"] == ("cannot be audited: RuntimeError: nvdisasm failed (1): what is this?",)
+
+
 def test_a_case_is_compiled_for_the_architectures_that_it_declares(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(audit, "judge", lambda case, arch: audit.Finding(case.name, arch, ()))
+    monkeypatch.setattr(
+        audit, "judge_together", lambda cases, arch: [audit.Finding(case.name, arch, ()) for case in cases]
+    )
     declared, anywhere = planted("does not matter on sm_90", {80: "wgmma", 100: "tcgen05"}), planted("copy", {})
     cases = {case.name: ("tests.audit_planted", case) for case in (declared, anywhere)}
     judged = [(finding.case, finding.arch) for finding in audit.judge_all(cases, iter((80, 90, 100)), jobs=1)]

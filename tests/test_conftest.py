@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from conftest import value_on_a_gpu
+from conftest import BUILTINS, value_on_a_gpu
 
 
 def item(
@@ -48,3 +49,12 @@ def test_a_run_that_is_killed_has_said_what_failed(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 3
     assert "failed: test_dies.py::test_first (call): AssertionError: one is not two" in done.stdout.splitlines()
+
+
+def test_every_builtin_of_the_language_is_known_to_the_interpreter(interpreted: None) -> None:
+    from triton import language as tl
+
+    assert len(BUILTINS) == 5
+    for package, names in BUILTINS.items():
+        assert len(names) > 5
+        assert {name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)} <= set(names)

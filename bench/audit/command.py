@@ -21,12 +21,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import fastjepa.kernels
+from bench.audit.disassembly import disassemble
 from bench.audit.hazard import find_hazards
 from bench.audit.issue import CLOCK_HZ, MULTIPROCESSORS, SCHEDULERS, estimate_issue
-from bench.audit.sass import MATRIX_INSTRUCTIONS, Binary, compile_case, inspect, kinds_of
+from bench.audit.sass import MATRIX_INSTRUCTIONS, Binary, Compiled, compile_case, inspect, kinds_of
 from bench.harness.roofline import H200
 from bench.harness.rows import format_table, write_text
 from fastjepa.kernels.launch import AuditCase
@@ -35,6 +37,9 @@ from fastjepa.kernels.launch import AuditCase
 # "Technical Specifications per Compute Capability": maximum amount of shared memory per thread block).
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_MEMORY_COLUMNS = 512  # of a Blackwell SM
+# Cases whose machine code is read together: enough that starting the disassembler is little work beside compiling
+# them, and few enough that all processes end at about the same time.
+_TOGETHER = 16
 
 _RATES = ", ".join(f"{H200.flops_per_second[name] / 1e12:.0f} {name}" for name in ("bf16", "tf32", "tf32x3", "fma"))
 LEGEND = f"""
@@ -104,14 +109,44 @@ def kernel_modules() -> list[str]:
 
 def judge(case: AuditCase, arch: int) -> Finding:
     """Compile one case for one architecture and judge it. A kernel that does not compile is a failure, not an error."""
+    return judge_together([case], arch)[0]
+
+
+def judge_together(cases: Sequence[AuditCase], arch: int) -> list[Finding]:
+    """The same for each of several cases, whose machine code is read together."""
+    compiled = [_compile(case, arch) for case in cases]
+    readable = [kernel for kernel in compiled if isinstance(kernel, Compiled)]
     try:
-        binary = compile_case(case, arch)
+        binaries = iter([kernel.read(code) for kernel, code in zip(readable, disassemble(readable), strict=True)])
+    except (RuntimeError, ValueError) as error:  # which of them it is shows when each is read alone
+        if len(cases) > 1:
+            return [judge(case, arch) for case in cases]
+        return [_not_audited(cases[0], arch, error)]
+    return [
+        kernel if isinstance(kernel, Finding) else _judge(case, arch, next(binaries))
+        for case, kernel in zip(cases, compiled, strict=True)
+    ]
+
+
+def _compile(case: AuditCase, arch: int) -> Compiled | Finding:
+    try:
+        return compile_case(case, arch)
+    except Exception as error:  # Triton raises many types; one broken kernel must not hide the others' findings
+        return _not_audited(case, arch, error)
+
+
+def _not_audited(case: AuditCase, arch: int, error: Exception) -> Finding:
+    lines = str(error).strip().splitlines() or [""]  # Triton: where, the source around it, and what, last
+    message = lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
+    return Finding(case.name, arch, failures=(f"cannot be audited: {type(error).__name__}: {message}",))
+
+
+def _judge(case: AuditCase, arch: int, binary: Binary) -> Finding:
+    try:
         facts = inspect(binary)
         hazards = find_hazards(binary.instructions)
-    except Exception as error:  # Triton raises many types; one broken kernel must not hide the others' findings
-        lines = str(error).strip().splitlines() or [""]  # Triton: where, the source around it, and what, last
-        message = lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
-        return Finding(case.name, arch, failures=(f"cannot be audited: {type(error).__name__}: {message}",))
+    except Exception as error:
+        return _not_audited(case, arch, error)
     failures, notes = [], []
     if facts.spill_bytes > case.allowed_spill_bytes:
         failures.append(f"spills {facts.spill_bytes} bytes; allowed: {case.allowed_spill_bytes}")
@@ -190,23 +225,31 @@ def _arithmetic(case: AuditCase, tensor_cores: Iterable[str]) -> str:
     return "tf32" if "TF32" in forms else "bf16"
 
 
-def _judge_named(module_name: str, case_name: str, arch: int) -> Finding:
-    """In a worker process: a compiled kernel cannot be pickled, so the case is looked up again by its name."""
-    return judge(collect_cases([module_name])[case_name][1], arch)
+def _judge_named(module_names: Sequence[str], case_names: Sequence[str], arch: int) -> list[Finding]:
+    """In a worker process: a compiled kernel cannot be pickled, so the cases are looked up again by their names."""
+    known = {module: _collect_once(module) for module in module_names}
+    return judge_together([known[m][name][1] for m, name in zip(module_names, case_names, strict=True)], arch)
+
+
+_collect_once = cache(lambda module_name: collect_cases([module_name]))
 
 
 def judge_all(cases: dict[str, tuple[str, AuditCase]], archs: Iterable[int], jobs: int) -> list[Finding]:
     """Judge every case for every architecture that it is made for, in `jobs` processes; the order does not depend on
     `jobs`.
     """
-    archs = list(archs)
-    tasks = [
-        (module, name, arch) for name, (module, case) in cases.items() for arch in archs if is_made_for(case, arch)
-    ]
+    groups = []
+    for arch in archs:
+        names = [name for name, (_, case) in cases.items() if is_made_for(case, arch)]
+        groups += [(names[start : start + _TOGETHER], arch) for start in range(0, len(names), _TOGETHER)]
     if jobs == 1:
-        return [judge(cases[name][1], arch) for _, name, arch in tasks]
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(_judge_named, *zip(*tasks, strict=True)))
+        judged = [judge_together([cases[name][1] for name in names], arch) for names, arch in groups]
+    else:
+        tasks = [([cases[name][0] for name in names], names, arch) for names, arch in groups]
+        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+            judged = list(pool.map(_judge_named, *zip(*tasks, strict=True)))
+    order = {name: number for number, name in enumerate(cases)}
+    return sorted((finding for group in judged for finding in group), key=lambda finding: order[finding.case])
 
 
 def render(findings: Iterable[Finding]) -> str:

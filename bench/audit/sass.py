@@ -1,8 +1,8 @@
 """Compile a kernel for a GPU that need not be there, and read what the assembler made of it.
 
 The facts come from three places: ptxas's own log of the assembly that made the binary (registers, spills,
-serialisation warnings), Triton's metadata (shared memory), and the machine code (SASS), disassembled with the
-cuobjdump that Triton ships. Nothing here runs on a GPU.
+serialisation warnings), Triton's metadata (shared memory), and the machine code (SASS), which `disassembly` reads.
+Nothing here runs on a GPU.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -67,6 +65,21 @@ class Instruction:
 
 
 @dataclass(frozen=True)
+class Compiled:
+    """What a compilation leaves behind; `disassembly.disassemble` reads the machine code."""
+
+    cubin: bytes
+    assembler_log: str
+    shared_bytes: int
+    tensor_memory_columns: int
+    ptx: str  # what the assembler was given
+
+    def read(self, instructions: tuple[Instruction, ...]) -> Binary:
+        """The same with its machine code."""
+        return Binary(instructions, self.assembler_log, self.shared_bytes, self.tensor_memory_columns, self.ptx)
+
+
+@dataclass(frozen=True)
 class Binary:
     """What a compilation leaves behind that can be read without running it."""
 
@@ -95,7 +108,7 @@ class Inspection:
 
 
 def parse_sass(text: str) -> tuple[Instruction, ...]:
-    """Read the output of `cuobjdump --dump-sass`; lines that are not instructions are passed over."""
+    """Read the output of cuobjdump or nvdisasm; lines that are not instructions are passed over."""
     found = (_SASS_LINE.match(line) for line in text.splitlines())
     return tuple(
         Instruction(
@@ -109,7 +122,7 @@ def parse_sass(text: str) -> tuple[Instruction, ...]:
     )
 
 
-def compile_case(case: AuditCase, arch: int) -> Binary:
+def compile_case(case: AuditCase, arch: int) -> Compiled:
     """Compile one audit case for compute capability `arch` (80, 90, 100); needs no GPU.
 
     Raises ValueError if the case does not describe its kernel's arguments, and whatever Triton raises if the kernel
@@ -126,8 +139,8 @@ def compile_case(case: AuditCase, arch: int) -> Binary:
     else:
         compiled, log = _compile(source, case, arch, again=True)
         cache.put(log, _LOG_FILE, binary=False)
-    return Binary(
-        instructions=parse_sass(_disassemble(compiled.asm["cubin"])),
+    return Compiled(
+        cubin=compiled.asm["cubin"],
         assembler_log=log,
         shared_bytes=compiled.metadata.shared,
         tensor_memory_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
@@ -214,14 +227,3 @@ def _source(case: AuditCase) -> Any:
         constexprs=constexprs,
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-
-
-def _disassemble(cubin: bytes) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        command = [knobs.nvidia.cuobjdump.path, "--dump-sass", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"cuobjdump failed ({done.returncode}): {done.stderr.strip()[:300]}")
-    return done.stdout
