@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastjepa.distributed.launch import read_launch
 from fastjepa.entry import stops_at_once
 from fastjepa.optional_packages import require_packages
 from fastjepa.refusal import CommandParser, refusals
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m fastjepa.swee
     with refusals():
         if not {"-h", "--help"}.isdisjoint(flags):
             return _show_flags(flags, prog)
+        if (launch := read_launch()).size > 1:
+            raise ValueError(f"a sweep starts its runs itself, each as one process; this is one of {launch.size}")
         record = _asked(own, flags)
         grid, seeds = parse_grid(record.grid), parse_seeds(record.seeds)
         # now: without these the runs would be for nothing

@@ -138,6 +138,9 @@ def test_what_torchrun_says_is_read() -> None:
     assert again == Launch(1, 2, 1, restarts=1, max_restarts=3)
     assert again.restarted
     assert not read_launch(TORCHRUN).restarted
+    assert read_launch(TORCHRUN).command == "torchrun --nproc_per_node 2"
+    hosts = read_launch(TORCHRUN | {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"})
+    assert hosts.command == "torchrun --nnodes 2 --nproc_per_node 8 ..."
 
 
 @pytest.mark.parametrize("missing", TORCHRUN)

@@ -60,7 +60,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "export": {"files", "config", "storage", "refusal", "entry", "training"},
     "compare_steps": {"optional_packages", "refusal", "entry", "storage", "figures", "training"},
-    "sweep": {"optional_packages", "refusal", "entry", "training", "sweeping"},
+    "sweep": {"distributed", "optional_packages", "refusal", "entry", "training", "sweeping"},
     "__main__": {"entry"},  # and the commands by name, when they are called
 }  # fmt: skip
 

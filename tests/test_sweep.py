@@ -213,3 +213,20 @@ def test_the_trainers_own_folder_is_read_so(tmp_path: Path, monkeypatch: pytest.
     assert (state.status, state.epochs) == ("finished", 2)
     last = list(csv.DictReader((run.folder / "metrics.csv").open()))[-1]
     assert state.row["map"] == float(last["map"])
+
+
+def test_a_sweep_is_not_for_torchrun(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "x",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        main(["--grid", "lr=1", "--out", str(tmp_path / "sweep")])
+    assert "each as one process; this is one of 2" in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # commands that train in other processes read this, and their --help does without torch
+    import torch
 
 HOW = "start with torchrun, as in: torchrun --nproc_per_node 2 train.py ..."
 _OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -18,8 +20,9 @@ class Launch:
     """One process among several.
 
     Attributes:
-        rank: its number, from 0; `size`: how many there are.
+        rank, size: its number, from 0, and how many there are.
         local_rank: its number among those of its host, which is that of its GPU.
+        local_size: how many its host has; 0 where that is not known.
         restarts: how often torchrun has started all of them again after one had failed.
         max_restarts: how often it would.
     """
@@ -29,6 +32,18 @@ class Launch:
     local_rank: int = 0
     restarts: int = 0
     max_restarts: int = 0
+    local_size: int = 0
+
+    @property
+    def command(self) -> str:
+        """What starts as many processes, before the name of a script."""
+        each = self.local_size or self.size
+        hosts = -(-self.size // each)
+        return (
+            f"torchrun --nproc_per_node {each}"
+            if hosts == 1
+            else f"torchrun --nnodes {hosts} --nproc_per_node {each} ..."
+        )
 
     @property
     def restarted(self) -> bool:
@@ -59,6 +74,7 @@ def read_launch(environ: Mapping[str, str] | None = None) -> Launch:
         local_rank=_number(environ, "LOCAL_RANK"),
         restarts=_number(environ, "TORCHELASTIC_RESTART_COUNT", "0"),
         max_restarts=_number(environ, "TORCHELASTIC_MAX_RESTARTS", "0"),
+        local_size=_number(environ, "LOCAL_WORLD_SIZE", "0"),
     )
     if not launch.rank < launch.size:
         raise ValueError(f"RANK must be less than WORLD_SIZE, got {launch.rank} of {launch.size}; {HOW}")
@@ -78,6 +94,8 @@ def device_of(device: torch.device, launch: Launch) -> torch.device:
     Raises:
         ValueError: there are fewer GPUs than processes, or `device` is one GPU for all of them.
     """
+    import torch
+
     if launch.size == 1 or device.type != "cuda":
         return device
     if device.index is not None:

@@ -35,8 +35,9 @@ NO_AXIS: dict[str, str] = {
     **dict.fromkeys(("device", "data_path", "cache_dir"), _PLACE),
     **dict.fromkeys(("backend", "cuda_graph", "recompute"), _SAME),
     **dict.fromkeys(("data", "digits", "n_val", "n_frames", "canvas", "digit_size"), _CLIPS),
-    **dict.fromkeys(("eval_every", "checkpoint_every", "log_every", "profile"),
+    **dict.fromkeys(("eval_every", "checkpoint_every", "checkpoint_minutes", "log_every", "profile"),
                     "says what a run writes, not what it learns; give it to all runs, after --"),
+    **dict.fromkeys(("sync_stats", "timeout_minutes"), "is for several processes, and each run of a sweep is one"),
 }  # fmt: skip
 
 _OWN = {
@@ -49,7 +50,7 @@ _OF_THE_MACHINE = ("device", "precision", "backend", "cuda_graph", "recompute")
 # Options that do not tell two sweeps apart: where a run computes, and when it writes what.
 _MAY_DIFFER = (
     "out", "resume", "device", "preset", "data_path", "cache_dir", "checkpoint_every", "log_every", "profile",
-    "cuda_graph", "recompute", "eval_every",
+    "cuda_graph", "recompute", "eval_every", "checkpoint_minutes", "timeout_minutes", "sync_stats",
 )  # fmt: skip
 
 

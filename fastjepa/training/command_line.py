@@ -220,8 +220,7 @@ def train_as_one_of(launch: Launch, argv: Sequence[str] | None, prog: str) -> in
     with _heard_if(ranks.is_first), refusals(LostRanksError), ranks.joined():
         run = ranks.from_first(lambda: find_saved_run(argv, prog, restarted=launch.restarted))
         config = _parse_alike(ranks, lambda: parse_config(argv, prog, launch=launch, run=run))
-        torchrun = f"torchrun --nproc_per_node {ranks.size} {prog.removeprefix('python ')}"
-        return run_from_command_line(config, torchrun, ranks=ranks)
+        return run_from_command_line(config, f"{launch.command} {prog.removeprefix('python ')}", ranks=ranks)
 
 
 def _parse_alike(ranks: Ranks, parse: Callable[[], Config]) -> Config:
