@@ -143,11 +143,10 @@ class TrainStep:
             clips: how many the whole batch has, where several processes train; default: as many on each as here.
         """
         self.zero_grad()
-        shares = self._shares(video, clips)
-        losses = self._losses(video, digit_location, shares)
+        losses = self.losses(video, digit_location, clips)
         with span("backward"):
             losses.total.backward()
-        if shares is not None:
+        if (shares := self._shares(video, clips)) is not None:
             with span("sum of gradients"):
                 modules = (self.jepa, self.image_decoder, self.detection_head)
                 self.ranks.sum_gradients((p for module in modules for p in module.parameters()), drop_own=shares.empty)
@@ -172,7 +171,20 @@ class TrainStep:
                 not serve, or that is not for statistics of several processes.
             TypeError: a video that is not floating point.
         """
-        return self._losses(video, digit_location, self._shares(video, clips))
+        check_batch(video, digit_location)
+        shares = self._shares(video, clips)
+        if shares is not None and not self.sync_stats:
+            of_own_clips = self._literal if self.literal else self._step_losses
+            # What is told is the mean over all clips; what it is differentiated by is this process's part of that.
+            return StepLosses(*global_mean(torch.stack(of_own_clips(video, digit_location)), shares).unbind())
+        if self.literal:
+            return self._literal(video, digit_location)
+        if shares is not None and self.loss_problem is not None:
+            raise ValueError(
+                f"statistics of several processes are for the published losses ({self.loss_problem}); give "
+                "sync_stats=False"
+            )
+        return self._step_losses(video, digit_location, shares)
 
     def _shares(self, video: Tensor, clips: int | None) -> Shares | None:
         ranks, own = self.ranks, len(video)
@@ -184,26 +196,10 @@ class TrainStep:
             )
         return shares
 
-    def _losses(self, video: Tensor, digit_location: Tensor, shares: Shares | None) -> StepLosses:
-        check_batch(video, digit_location)
-        if shares is not None and not self.sync_stats:
-            own = (
-                self._literal(video, digit_location) if self.literal else self._step_losses(video, digit_location, None)
-            )
-            # What is told is the mean over all clips; what it is differentiated by is this process's part of that.
-            told = global_mean(torch.stack(own), shares)
-            return StepLosses(*told.unbind())
-        if self.literal:
-            return self._literal(video, digit_location)
-        if shares is not None and self.loss_problem is not None:
-            raise ValueError(
-                f"statistics of several processes are for the published losses ({self.loss_problem}); give "
-                "sync_stats=False"
-            )
-        return self._step_losses(video, digit_location, shares)
-
     def _step_losses(self, video: Tensor, digit_location: Tensor, shares: Shares | None = None) -> StepLosses:
-        with global_statistics(shares), self._autocast(video.device):
+        # Nothing of several processes where there is one: torch.compile takes this as one graph.
+        of_all = contextlib.nullcontext() if shares is None else global_statistics(shares)
+        with of_all, self._autocast(video.device):
             with span("encode"):
                 state = self._encode(video)
             state, predictions = parallel_unroll(self.jepa.predictor, state, None, self.steps)
