@@ -251,10 +251,10 @@ def at_step(patch: pytest.MonkeyPatch, number: int, act: Callable[[], object]) -
     """`act()` in the `number`-th step that the next command makes."""
     steps, step = itertools.count(1), Trainer._step
 
-    def acting(self: Trainer, indices: Any) -> None:
+    def acting(self: Trainer, *arguments: Any) -> None:
         if next(steps) == number:
             act()
-        step(self, indices)
+        step(self, *arguments)
 
     patch.setattr(Trainer, "_step", acting)
 
