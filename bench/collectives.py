@@ -17,6 +17,7 @@ from torch import nn
 
 from bench.recipe import Recipe, build_model
 from fastjepa.model.networks import ResidualBlock
+from fastjepa.model.step import StepLosses
 
 Path = Literal["fused", "eager"]
 FP32, FP64, INT64 = 4, 8, 8
@@ -66,7 +67,7 @@ def batch_norm_collectives(network: nn.Module, calls: int, path: Path) -> list[C
     """Those of `calls` calls of a network, forward and backward, in fp32.
 
     Fused, an activation gathers (pivot, mean, M2) of each of its BatchNorms in one call, and in the backward pass its
-    sums, which are Σdy and Σdy·x̂, and one more with a normalised shortcut. Eager, each BatchNorm gathers (mean, M2),
+    sums, which are Σdy and Σdy·x̂, and one more with a normalised shortcut. Eager, each BatchNorm gathers the same,
     and then two sums.
     """
     counted: Counter[tuple[str, int]] = Counter()
@@ -77,7 +78,7 @@ def batch_norm_collectives(network: nn.Module, calls: int, path: Path) -> list[C
             counted[BACKWARD, (1 + len(norms)) * C * FP32] += calls
         else:
             for norm in norms:
-                counted[FORWARD, 2 * norm.num_features * FP32] += calls
+                counted[FORWARD, 3 * norm.num_features * FP32] += calls
                 counted[BACKWARD, 2 * norm.num_features * FP32] += calls
     return [Collective(what, "all-gather", size, times) for (what, size), times in counted.items()]
 
@@ -106,5 +107,6 @@ def step_collectives(recipe: Recipe, path: Path = "fused", *, sync_stats: bool =
         found += batch_norm_collectives(jepa.encoder, 1, path)
         found += batch_norm_collectives(jepa.predictor, recipe.steps, path)
         found += loss_collectives(projector, recipe.steps)
-    found.append(Collective(PROBES, "all-gather", 2 * FP32))
+    # With statistics of its own, a GPU has all nine losses to tell, and not the probes' two alone.
+    found.append(Collective(PROBES, "all-gather", (2 if sync_stats else len(StepLosses._fields)) * FP32))
     return [*found, Collective(CONTROL, "host", 2 * INT64)]

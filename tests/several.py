@@ -65,7 +65,8 @@ def started(
 
 def ended(processes: Sequence[subprocess.Popen[str]], seconds: float = 180) -> list[Ended]:
     """How they end; subprocess.TimeoutExpired if one of them does not within `seconds`."""
-    return [Ended(process.wait(seconds), *process.communicate(timeout=seconds)) for process in processes]
+    said = [process.communicate(timeout=seconds) for process in processes]
+    return [Ended(process.returncode, *words) for process, words in zip(processes, said, strict=True)]
 
 
 def run(

@@ -1,7 +1,8 @@
 """train.py with planted faults: python several_faults.py FAULTS FLAGS...
 
 FAULTS is a list of WHAT:RANK:STEP, "kill:1:5,term:0:4" say: before that step, unless it was started again, this process
-is killed, sent SIGTERM, hangs, or raises. Each checkpoint that is written is told on stdout.
+is killed, sent SIGTERM (alone or with its whole group), hangs, or raises; "evaluate" hangs in the evaluation after it.
+Each checkpoint that is written is told on stdout.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from fastjepa.training.trainer import Trainer
 FAULTS = [
     (what, int(step))
     for what, rank, step in (fault.split(":") for fault in sys.argv[1].split(",") if fault)
-    if int(rank) == read_launch().rank and not read_launch().restarted
+    if int(rank) == read_launch().rank and not read_launch().restarts
 ]
-_step, _write = Trainer._step, Trainer._write_checkpoint
+_step, _evaluate, _write = Trainer._step, Trainer._evaluate, Trainer._write_checkpoint
 
 
 def step(self: Trainer, *arguments: Any) -> None:
@@ -31,11 +32,19 @@ def step(self: Trainer, *arguments: Any) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             elif what == "term":
                 os.kill(os.getpid(), signal.SIGTERM)
+            elif what == "group":
+                os.killpg(0, signal.SIGTERM)
             elif what == "hang":
                 time.sleep(3600)
-            else:
+            elif what == "raise":
                 raise OSError("the disk of this process is on fire")
     _step(self, *arguments)
+
+
+def evaluate(self: Trainer, *arguments: Any) -> Any:
+    if ("evaluate", self.global_step) in FAULTS:
+        time.sleep(3600)
+    return _evaluate(self, *arguments)
 
 
 def write_checkpoint(self: Trainer) -> None:
@@ -43,7 +52,8 @@ def write_checkpoint(self: Trainer) -> None:
     _write(self)
 
 
-Trainer._step, Trainer._write_checkpoint = step, write_checkpoint  # type: ignore[method-assign]
+Trainer._step, Trainer._evaluate = step, evaluate  # type: ignore[method-assign]
+Trainer._write_checkpoint = write_checkpoint  # type: ignore[method-assign]
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[2:]))

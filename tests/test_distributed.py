@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 
 import several_steps
 from fastjepa.distributed.launch import Launch, device_of, read_launch
+from fastjepa.distributed.meeting import meet
 from fastjepa.distributed.ranks import Ranks
 from fastjepa.kernels.shares import Shares
 from fastjepa.measuring.policy import error_bound
@@ -135,8 +138,8 @@ def test_what_torchrun_says_is_read() -> None:
     assert read_launch(TORCHRUN) == Launch(rank=1, size=2, local_rank=1)
     again = read_launch(TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_MAX_RESTARTS": "3"})
     assert again == Launch(1, 2, 1, restarts=1, max_restarts=3)
-    assert again.restarted
-    assert not read_launch(TORCHRUN).restarted
+    assert again.restartable
+    assert not read_launch(TORCHRUN).restartable
     assert read_launch(TORCHRUN).command == "torchrun --nproc_per_node 2"
     hosts = read_launch(TORCHRUN | {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"})
     assert hosts.command == "torchrun --nnodes 2 --nproc_per_node 8 ..."
@@ -209,3 +212,34 @@ def test_global_statistics_of_losses_of_another_kind_are_refused() -> None:
 def test_shares_of_nothing_are_refused(counts: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="counts must be 0 or more"):
         Shares(counts, 0, lambda tensor: tensor)
+
+
+# ---- processes find each other ----
+
+
+def test_processes_started_again_do_not_take_what_an_earlier_start_left() -> None:
+    """In a store that lives on; the first may come last."""
+    store = torch.distributed.HashStore()
+    names = []
+    for first_waits in (0.0, 0.0, 0.7):
+        found: dict[int, str] = {}
+
+        def process(rank: int, wait: float, found: dict[int, str] = found) -> None:
+            time.sleep(wait)
+            found[rank] = meet(store, rank, 3, timedelta(seconds=20))
+
+        threads = [threading.Thread(target=process, args=(rank, 0.0 if rank else first_waits)) for rank in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(found) == 3
+        (name,) = set(found.values())
+        names.append(name)
+    assert len(set(names)) == 3
+
+
+def test_processes_that_do_not_come_are_not_waited_for_for_ever() -> None:
+    for rank in (0, 1):
+        with pytest.raises(RuntimeError):
+            meet(torch.distributed.HashStore(), rank, 2, timedelta(seconds=1))

@@ -16,11 +16,13 @@ import torch
 
 from fastjepa.distributed.launch import Launch
 from fastjepa.environment import ROOT
+from fastjepa.moving_mnist import write_shards
 from fastjepa.storage.checkpoint import load_checkpoint
 from fastjepa.storage.folder_lock import LOCK_NAME
 from fastjepa.storage.run_folder import CHECKPOINT_NAME
 from fastjepa.training.command_line import parse_config
 from fastjepa.training.evaluation import evaluate
+from fastjepa.training.run_clips import load_run_clips
 from fastjepa.training.trainer import Trainer
 from several import TRAIN, Ended, ended, run, started
 
@@ -224,17 +226,17 @@ def test_sigterm_to_all_saves_once_and_the_run_goes_on(cache: Path, two: Path, t
     assert_same_run(folder, two)
 
 
-def test_a_process_that_hangs_ends_the_others_by_the_timeout(cache: Path, tmp_path: Path) -> None:
-    command = [*FAULTS, "hang:1:3", *flags(cache, tmp_path / "run", "--timeout_minutes", "0.1")]
+@pytest.mark.parametrize("where", ["hang", "evaluate"])
+def test_a_process_that_hangs_ends_the_others_by_the_timeout(where: str, cache: Path, tmp_path: Path) -> None:
+    command = [*FAULTS, f"{where}:1:3", *flags(cache, tmp_path / "run", "--timeout_minutes", "0.1")]
     with started(2, command) as processes:
         (first,) = ended(processes[:1])
     assert first.status == 2
     assert "process 0 of 2 lost the others at step 3" in first.error
     assert "has not answered for 0.1 minutes (--timeout_minutes)" in first.error
     assert "Traceback" not in first.error
-    assert (
-        load_checkpoint(tmp_path / "run" / CHECKPOINT_NAME)["progress"]["global_step"] == 3
-    )  # of the end of the epoch
+    saved = load_checkpoint(tmp_path / "run" / CHECKPOINT_NAME)["progress"]["global_step"]
+    assert saved == (3 if where == "hang" else 2)  # the one of the end of the epoch comes after its evaluation
 
 
 def test_an_error_within_a_step_ends_all(cache: Path, tmp_path: Path) -> None:
@@ -274,6 +276,25 @@ def test_torchrun_with_restarts_needs_a_folder(cache: Path, capsys: pytest.Captu
         parse_config(flags(cache, Path("x"))[:-2], launch=launch)
     assert "torchrun --max-restarts needs --out" in capsys.readouterr().err
     assert parse_config(flags(cache, Path("x")), launch=launch).out == Path("x")
+
+
+def test_torchrun_with_restarts_goes_on_with_the_run_in_out(cache: Path, two: Path) -> None:
+    """Whichever start it is: hosts count their restarts differently."""
+    again = parse_config(flags(cache, two), launch=Launch(0, 2, max_restarts=2))
+    assert again.resume == again.out == two
+    with pytest.raises(SystemExit):  # another run than that
+        parse_config(flags(cache, two, "--steps", "3"), launch=Launch(0, 2, max_restarts=2))
+    assert parse_config(flags(cache, two), launch=Launch(0, 2)).resume is None
+
+
+def test_a_signal_to_all_processes_also_to_those_that_read_shards(cache: Path, tmp_path: Path) -> None:
+    for name, clips in zip(("train", "validation"), load_run_clips(parse_config(TINY), cache), strict=True):
+        write_shards(clips, tmp_path / "shards" / name, clips_per_shard=4)
+    shards = ["--data", "shards", "--data_path", str(tmp_path / "shards")]
+    (one,) = run(1, [*FAULTS, "group:0:1", *flags(cache, tmp_path / "run", *shards)])
+    assert one.status == 128 + signal.SIGTERM, one
+    assert one.out.count("received SIGTERM") == 1
+    assert load_checkpoint(tmp_path / "run" / CHECKPOINT_NAME)["progress"]["global_step"] == 2
 
 
 def test_a_checkpoint_by_the_clock(cache: Path, tmp_path: Path) -> None:

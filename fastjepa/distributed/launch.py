@@ -23,6 +23,7 @@ class Launch:
         rank, size: its number, from 0, and how many there are.
         local_rank: its number among those of its host, which is that of its GPU.
         local_size: how many its host has; 0 where that is not known.
+        by_torchrun: whether torchrun started it, which hands signals on that a process may have had already.
         restarts: how often torchrun has started all of them again after one had failed.
         max_restarts: how often it would.
     """
@@ -33,6 +34,7 @@ class Launch:
     restarts: int = 0
     max_restarts: int = 0
     local_size: int = 0
+    by_torchrun: bool = False
 
     @property
     def command(self) -> str:
@@ -46,9 +48,9 @@ class Launch:
         )
 
     @property
-    def restarted(self) -> bool:
-        """Whether a process failed before, and this is another try."""
-        return self.restarts > 0
+    def restartable(self) -> bool:
+        """Whether torchrun starts all again when one fails, or has done so: hosts count that differently."""
+        return self.restarts > 0 or self.max_restarts > 0
 
 
 def read_launch(environ: Mapping[str, str] | None = None) -> Launch:
@@ -75,6 +77,7 @@ def read_launch(environ: Mapping[str, str] | None = None) -> Launch:
         restarts=_number(environ, "TORCHELASTIC_RESTART_COUNT", "0"),
         max_restarts=_number(environ, "TORCHELASTIC_MAX_RESTARTS", "0"),
         local_size=_number(environ, "LOCAL_WORLD_SIZE", "0"),
+        by_torchrun="TORCHELASTIC_RUN_ID" in environ,
     )
     if not launch.rank < launch.size:
         raise ValueError(f"RANK must be less than WORLD_SIZE, got {launch.rank} of {launch.size}; {HOW}")

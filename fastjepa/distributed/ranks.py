@@ -10,6 +10,7 @@ alone is a `Ranks` too, which tells nobody.
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,10 +18,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 from fastjepa.distributed.launch import HOW, Launch
+from fastjepa.distributed.meeting import meet
 from fastjepa.kernels.shares import Shares
 
 T = TypeVar("T")
@@ -41,6 +41,8 @@ class LostRanksError(RuntimeError):
 class Ranks:
     """This process among those that train together; without a `launch`, alone.
 
+    Whatever waits for another process raises LostRanksError where that has ended, or does not answer in time.
+
     Attributes:
         launch: how this process was started.
         rank, size: its number, from 0, and how many there are.
@@ -57,6 +59,7 @@ class Ranks:
         self._store: Any = None
         self._patient: Any = None
         self._control: Any = None
+        self._words: Any = None  # one of these two
         self._work: Any = None
         self._work_backend = "gloo"
 
@@ -83,11 +86,14 @@ class Ranks:
             yield self
             return
         try:
+            # Here, because a torch without these is enough for a process alone.
+            from torch.distributed.distributed_c10d import PrefixStore
+            from torch.distributed.rendezvous import rendezvous
+
             store, *_ = next(iter(rendezvous("env://", self.rank, self.size, timeout=RENDEZVOUS)))
-            # torchrun's store lives on when it starts all again, with the addresses of those that are gone.
-            self._store = store = PrefixStore(f"attempt {self.launch.restarts}", store)
-            dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=RENDEZVOUS)
-            self._patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+            self._store = PrefixStore(meet(store, self.rank, self.size, RENDEZVOUS), store)
+            dist.init_process_group("gloo", store=self._store, rank=self.rank, world_size=self.size, timeout=RENDEZVOUS)
+            self._patient = self._words = dist.new_group(backend="gloo", timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:
             raise LostRanksError(
                 f"process {self.rank} of {self.size} could not meet the others: {_first_line(error)}; {HOW}"
@@ -95,6 +101,7 @@ class Ranks:
         yield self
         # Not where an error has passed: another process may be waiting, and this would wait for it.
         self.wait_for_all()
+        gc.collect()  # recorded graphs are in cycles, and NCCL waits for the end of those that use it
         dist.destroy_process_group()
 
     def wait_for_all(self) -> None:
@@ -118,7 +125,21 @@ class Ranks:
             torch.cuda.set_device(device)
         with self._contact("meeting"):
             self._control = dist.new_group(backend="gloo", timeout=timeout)
-            self._work = dist.new_group(backend=self._work_backend, timeout=timeout)
+            # NCCL ends a process by a dump of its state: words, which say what happened, go first.
+            later = timeout if self._work_backend == "gloo" else timeout + timedelta(minutes=1)
+            self._work = dist.new_group(backend=self._work_backend, timeout=later)
+
+    @contextlib.contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Inside, nobody has long work of his own: each waits for the others as long as `open` was told, not more."""
+        if self.alone:
+            yield
+            return
+        self._words = self._control
+        try:
+            yield
+        finally:
+            self._words = self._patient
 
     @property
     def backend(self) -> str:
@@ -138,7 +159,7 @@ class Ranks:
             return [value]
         values: list[Any] = [None] * self.size
         with self._contact("waiting for the others"):
-            dist.all_gather_object(values, value, group=self._patient)
+            dist.all_gather_object(values, value, group=self._words)
         return values
 
     def together(self, work: Callable[[], T]) -> T:
@@ -178,7 +199,7 @@ class Ranks:
         made = self.together(work if self.is_first else _nothing)
         box: list[Any] = [made]
         with self._contact("waiting for the first"):
-            dist.broadcast_object_list(box, src=0, group=self._patient)
+            dist.broadcast_object_list(box, src=0, group=self._words)
         return box[0]
 
     def require_same(self, values: Mapping[str, Any]) -> None:
@@ -296,11 +317,14 @@ class Ranks:
     def _contact(self, doing: str) -> Iterator[None]:
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
+            minutes = (PATIENCE if self._words is self._patient else self._timeout).total_seconds() / 60
+            flag = "" if self._words is self._patient else " (--timeout_minutes)"
             raise LostRanksError(
                 f"process {self.rank} of {self.size} lost the others at step {self.step}, {doing}: one of them has "
-                f"ended, or has not answered for {self._timeout.total_seconds() / 60:g} minutes (--timeout_minutes): "
-                f"{_first_line(error)}"
+                f"ended, or has not answered for {minutes:g} minutes{flag}: {_first_line(error)}"
             ) from error
 
 

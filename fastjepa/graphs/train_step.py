@@ -119,6 +119,7 @@ class GraphedTrainStep:
         signature = (
             tuple(indices.shape), step.steps, step.literal, step.autocast_dtype, step.projection,
             getattr(regularizer, "std_coeff", None), getattr(regularizer, "cov_coeff", None), std_margin(regularizer),
+            step.sync_stats,
         )  # fmt: skip
         losses = self._cache.get(signature, indices.device, lambda: _RecordedStep(self, indices)).run(indices)
         values = losses.clone() if copy else losses

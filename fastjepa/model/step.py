@@ -141,6 +141,10 @@ class TrainStep:
         Args:
             video, digit_location: the batch, or this process's part of it (`Ranks.part`).
             clips: how many the whole batch has, where several processes train; default: as many on each as here.
+
+        Raises:
+            ValueError, TypeError: as `losses`; a part that is not this process's.
+            LostRanksError: another process has ended, or does not answer.
         """
         self.zero_grad()
         losses = self.losses(video, digit_location, clips)
@@ -199,20 +203,21 @@ class TrainStep:
     def _step_losses(self, video: Tensor, digit_location: Tensor, shares: Shares | None = None) -> StepLosses:
         # Nothing of several processes where there is one: torch.compile takes this as one graph.
         of_all = contextlib.nullcontext() if shares is None else global_statistics(shares)
-        with of_all, self._autocast(video.device):
-            with span("encode"):
-                state = self._encode(video)
-            state, predictions = parallel_unroll(self.jepa.predictor, state, None, self.steps)
-        with span("losses"):
-            if self.loss_problem is None:
-                vc, vc_unweighted, std, cov, pred = self._projected(state, predictions, shares)
-            else:
-                vc, vc_unweighted, std, cov, pred = self._as_they_are(state, predictions)
-            jepa = vc + pred
-            recon = self._reconstruct(state.detach(), video)
-            det = self._detect(state.detach(), digit_location)
-            if shares is not None:
-                recon, det = global_mean(torch.stack((recon, det)), shares).unbind()
+        with of_all:
+            with self._autocast(video.device):
+                with span("encode"):
+                    state = self._encode(video)
+                state, predictions = parallel_unroll(self.jepa.predictor, state, None, self.steps)
+            with span("losses"):
+                if self.loss_problem is None:
+                    vc, vc_unweighted, std, cov, pred = self._projected(state, predictions, shares)
+                else:
+                    vc, vc_unweighted, std, cov, pred = self._as_they_are(state, predictions)
+                jepa = vc + pred
+                recon = self._reconstruct(state.detach(), video)
+                det = self._detect(state.detach(), digit_location)
+                if shares is not None:
+                    recon, det = global_mean(torch.stack((recon, det)), shares).unbind()
         return StepLosses(jepa + recon + det, jepa, vc, vc_unweighted, std, cov, pred, recon, det)
 
     def _encode(self, video: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import signal
 from collections import OrderedDict
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -272,10 +273,17 @@ def prefetched(
     loader = DataLoader(
         clips, batch_sampler=[indices.tolist() for indices in batches], num_workers=workers,
         prefetch_factor=BATCHES_AHEAD if workers else None, pin_memory=clips.device.type == "cuda",
+        worker_init_fn=_leave_signals_to_the_run,
         generator=torch.Generator(),  # a loader draws a number even if it shuffles nothing: not from the run's
     )  # fmt: skip
     for video, maps in loader:
         yield _moved(video, maps, clips.device, dtype)
+
+
+def _leave_signals_to_the_run(_worker: int) -> None:
+    """In a worker process: a signal to all processes of a run is one process's to answer, which ends the workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _moved(video: Tensor, maps: Tensor, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -325,7 +333,7 @@ def _write(folder: Path, name: str, array: np.ndarray) -> ShardFile:
 
     def write(file: BinaryIO) -> None:
         written.file = file
-        np.lib.format.write_array(written, array, allow_pickle=False)
+        np.lib.format.write_array(written, np.ascontiguousarray(array), allow_pickle=False)
 
     write_atomic(folder / name, write)
     return ShardFile(name, written.bytes, written.digest.hexdigest())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,8 @@ class Run:
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
         """In what the options `saved` with a run differ from what is asked for, in words."""
         asked = self.config.to_json()
+        with suppress(ValueError, TypeError):  # what was saved before an option was there has its default
+            saved = Config.from_json(dict(saved)).to_json()
         return [
             f"{name} is {saved.get(name, '(absent)')} there and {asked[name]} is asked for"
             for name in asked

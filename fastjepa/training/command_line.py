@@ -76,16 +76,16 @@ class SavedRun:
     config: dict[str, Any]
 
 
-def find_saved_run(argv: Sequence[str], prog: str, *, restarted: bool = False) -> SavedRun | None:
-    """The run that `argv` asks to resume; None for a new one. Of processes that torchrun has started again because one
-    failed (`restarted`), that is also the run in --out, if it has got as far as a checkpoint.
+def find_saved_run(argv: Sequence[str], prog: str, *, restartable: bool = False) -> SavedRun | None:
+    """The run that `argv` asks to resume; None for a new one. Of processes that torchrun starts again when one fails
+    (`restartable`), that is also the run in --out, if it has got as far as a checkpoint.
 
     Raises:
         CheckpointError: there is nothing to resume.
     """
     chosen, _ = _first_parser(prog).parse_known_args(argv)
     folder = chosen.resume
-    if folder is None and restarted and chosen.out is not None and (chosen.out / CHECKPOINT_NAME).exists():
+    if folder is None and restartable and chosen.out is not None and (chosen.out / CHECKPOINT_NAME).exists():
         folder = chosen.out
     return None if folder is None else SavedRun(folder, read_run_config(folder))
 
@@ -121,7 +121,7 @@ def parse_config(
     launch = launch or Launch()
     with refusals():
         chosen, _ = _first_parser(prog).parse_known_args(argv)
-        run = run or find_saved_run(argv, prog, restarted=launch.restarted)
+        run = run or find_saved_run(argv, prog, restartable=launch.restartable)
         if run is None:
             device = resolve_device(chosen.device)
             if chosen.from_eb_jepa is None:
@@ -147,7 +147,7 @@ def parse_config(
             check_same_config(Config.from_json(run.config).to_json(), config.to_json(), MAY_CHANGE_ON_RESUME)
             if config.out != config.resume:
                 raise ValueError("--out cannot be given with --resume: a run goes on in its own folder")
-        if launch.max_restarts and config.out is None:
+        if launch.restartable and config.out is None:
             raise ValueError(
                 "torchrun --max-restarts needs --out (or --resume): a run that is started again goes on from the "
                 "checkpoint in its folder"
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python train.py") -> in
         launch = read_launch()
     if launch.size > 1:
         return train_as_one_of(launch, argv, prog)
-    return run_from_command_line(parse_config(argv, prog, launch=launch), prog)
+    return run_from_command_line(parse_config(argv, prog, launch=launch), prog, ranks=Ranks(launch))
 
 
 def run_from_command_line(
@@ -218,9 +218,10 @@ def train_as_one_of(launch: Launch, argv: Sequence[str] | None, prog: str) -> in
     argv = sys.argv[1:] if argv is None else list(argv)
     ranks = Ranks(launch, refusals=(*ALWAYS_REFUSED, *REFUSALS))
     with _heard_if(ranks.is_first), refusals(LostRanksError), ranks.joined():
-        run = ranks.from_first(lambda: find_saved_run(argv, prog, restarted=launch.restarted))
+        run = ranks.from_first(lambda: find_saved_run(argv, prog, restartable=launch.restartable))
         config = _parse_alike(ranks, lambda: parse_config(argv, prog, launch=launch, run=run))
-        return run_from_command_line(config, f"{launch.command} {prog.removeprefix('python ')}", ranks=ranks)
+        script = f"-m {prog}" if prog.startswith("fastjepa") else prog.removeprefix("python ")
+        return run_from_command_line(config, f"{launch.command} {script}", ranks=ranks)
 
 
 def _parse_alike(ranks: Ranks, parse: Callable[[], Config]) -> Config:

@@ -72,6 +72,8 @@ class Trainer:
         OSError, CheckpointError: files that cannot be read or written; the message names them.
         MissingPackageError: evaluation or the data needs a package that is not installed. What a run can do without is
             left out, with a warning at the start.
+        RankError, LostRanksError: another process failed, has ended or does not answer.
+        SystemExit: on other processes than the first, which tells the reason.
     """
 
     def __init__(self, config: Config, ranks: Ranks | None = None) -> None:
@@ -217,8 +219,9 @@ class Trainer:
         try:
             first = self.ranks.is_first
             with (
+                self.ranks.in_step(),
                 open_board(self.folder if first else None, self.global_step) as board,
-                stop_signals(once=self.ranks.alone) as received,
+                stop_signals(once=not self.ranks.launch.by_torchrun) as received,
                 trace_steps(self.folder / TRACE_NAME if self.config.profile and first else None, say) as step_done,
             ):
                 while not (self.finished and self.evaluated):
@@ -289,9 +292,10 @@ class Trainer:
                 self.batch += count
                 self.global_step += count
                 bar.update(count)
+                # Before anything that waits for the device, where a process may wait for one that hangs.
+                stopped_by, time_is_up = self._agree(received)
                 if self.global_step % config.log_every == 0:
                     self._log(board, bar, config.log_every)
-                stopped_by, time_is_up = self._agree(received)
                 if stopped_by or time_is_up or self.global_step % config.checkpoint_every == 0:
                     now = time.perf_counter()
                     self.seconds, started = self.seconds + now - started, now
