@@ -10,10 +10,9 @@ PYTHON_GPU ?= $(BIN)/python
 train: setup
 	$(BIN)/python train.py $(ARGS)
 
-# One process per core, each with one thread: many small tests, and threads that wait for each other are slow. The tests
-# of a file stay in one process, where they share what they prepare, until another has nothing left to do.
+# One process per core, each with one thread: many small tests, and threads that wait for each other are slow.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -70,14 +69,13 @@ smoke: setup
 
 setup: $(VENV)/installed
 
-# Python compiles what is imported; most of what is installed never is, and compiling all takes a third of the time.
 # The stamp is newer than the files that say what to install, so a second call installs nothing. The CPU build of
 # torch does not bring triton, which the kernel tests need: pyproject.toml asks for it.
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("error: Python 3.10 or newer is needed, " \
 		"this is %d.%d; name one with make PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 clean:
