@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import logging
-import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +32,7 @@ from fastjepa.storage.checkpoint import check_same_config
 from fastjepa.storage.run_folder import CHECKPOINT_NAME, read_run_config
 from fastjepa.training.eb_jepa_start import defaults_from_eb_jepa
 from fastjepa.training.flags import check_flags
+from fastjepa.training.one_voice import heard_if, parse_alike
 from fastjepa.training.resolution import graph_problem_of, refuse_recompute
 from fastjepa.training.stop_signals import Interrupted
 from fastjepa.training.summary import describe, summary
@@ -217,36 +215,8 @@ def train_as_one_of(launch: Launch, argv: Sequence[str] | None, prog: str) -> in
     """`main` of one of several processes. The first speaks for all; all have the same flags, and end together."""
     argv = sys.argv[1:] if argv is None else list(argv)
     ranks = Ranks(launch, refusals=(*ALWAYS_REFUSED, *REFUSALS))
-    with _heard_if(ranks.is_first), refusals(LostRanksError), ranks.joined():
+    with heard_if(ranks.is_first), refusals(LostRanksError), ranks.joined():
         run = ranks.from_first(lambda: find_saved_run(argv, prog, restartable=launch.restartable))
-        config = _parse_alike(ranks, lambda: parse_config(argv, prog, launch=launch, run=run))
+        config = parse_alike(ranks, lambda: parse_config(argv, prog, launch=launch, run=run))
         script = f"-m {prog}" if prog.startswith("fastjepa") else prog.removeprefix("python ")
         return run_from_command_line(config, f"{launch.command} {script}", ranks=ranks)
-
-
-def _parse_alike(ranks: Ranks, parse: Callable[[], Config]) -> Config:
-    """What `parse` gives, which must be the same on all; where it ends one process, all end, and one reason is told."""
-    config, status, told = None, None, io.StringIO()
-    try:
-        # The first tells its own reason, or --help, as if it were alone.
-        with nullcontext() if ranks.is_first else redirect_stderr(told):
-            config = parse()
-    except SystemExit as ended:
-        status = ended.code
-    endings = ranks.gather((status, told.getvalue()))
-    for rank, (ending, reason) in enumerate(endings):
-        if ending is not None:
-            if ranks.is_first and rank > 0:
-                print(f"on process {rank} of {ranks.size}: {reason.strip()}", file=sys.stderr)
-            ranks.wait_for_all()
-            raise SystemExit(ending)
-    assert config is not None
-    ranks.require_same({f"--{name}": value for name, value in config.to_json().items()})
-    return config
-
-
-@contextmanager
-def _heard_if(first: bool) -> Iterator[None]:
-    """Inside, only the first process prints to stdout."""
-    with open(os.devnull, "w") as nowhere, nullcontext() if first else redirect_stdout(nowhere):
-        yield
