@@ -26,6 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "measuring": set(),
     "config": set(),
     "environment": set(),
+    "execution": set(),
     "profiling": set(),
     "optional_packages": set(),
     "distributed": {"kernels"},

@@ -1,0 +1,62 @@
+"""How a model is run: precision, fused kernels, CUDA graphs, recomputation and memory layout. The numbers are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+RunPrecision = Literal["fp32", "tf32", "bf16"]
+
+
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """One way to run a model. The default is eager PyTorch in fp32.
+
+    Attributes:
+        precision: fp32, tf32 (fp32 weights, products in TF32) or bf16 autocast of the networks; losses are fp32.
+        fused: networks and losses by Triton kernels.
+        cuda_graph: training steps, or rollouts, as CUDA graphs.
+        recompute: fused networks compute activations again in the backward pass instead of keeping them.
+        channels_last: weights, and with them activations, are channels-last in memory.
+
+    Raises:
+        ValueError: an unknown precision; `recompute` without `fused`.
+    """
+
+    precision: RunPrecision = "fp32"
+    fused: bool = False
+    cuda_graph: bool = False
+    recompute: bool = False
+    channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in get_args(RunPrecision):
+            raise ValueError(f"precision must be one of {', '.join(get_args(RunPrecision))}; got {self.precision!r}")
+        if self.recompute and not self.fused:
+            raise ValueError("recompute is for fused networks: it needs fused=True")
+
+    def __str__(self) -> str:
+        names = {"cuda_graph": "CUDA graphs", "recompute": "recomputation", "channels_last": "channels-last"}
+        parts = [
+            "fused kernels" if self.fused else "eager",
+            *(text for name, text in names.items() if getattr(self, name)),
+        ]
+        return f"{self.precision}, {', '.join(parts)}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values only."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(values: Any) -> ExecutionConfig:
+        """The inverse of `to_json`. Raises ValueError, naming the field, for anything else."""
+        names = [field.name for field in fields(ExecutionConfig)]
+        if not isinstance(values, Mapping) or set(values) != set(names):
+            raise ValueError(f"an execution config is a table of {', '.join(names)}")
+        for name, value in values.items():
+            if type(value) is not (str if name == "precision" else bool):
+                raise ValueError(
+                    f"{name} must be {'text' if name == 'precision' else 'true or false'}, got {value!r:.40}"
+                )
+        return ExecutionConfig(**values)
