@@ -1,4 +1,4 @@
-"""How a model is run: precision, fused kernels, CUDA graphs, recomputation and memory layout. The numbers are the same."""
+"""How a model is run: precision, fused kernels, CUDA graphs, recomputation and layout."""
 
 from __future__ import annotations
 
