@@ -19,8 +19,7 @@ from bench.harness.case import Case, Work
 from bench.harness.variants import Computation, Tensors, Variant, always, needs_cuda, needs_kernels
 from bench.recipe import Recipe, arithmetic, build_model, make_clips
 from bench.recipe_suite import run_suite
-from fastjepa.calibration.choice import Choice
-from fastjepa.fused.swap import accelerate
+from fastjepa.fused.swap import Purpose, accelerate
 from fastjepa.graphs import GraphedRollout
 from fastjepa.moving_mnist import ClipSet
 from fastjepa.optional_packages import require_packages
@@ -36,7 +35,7 @@ class Way:
 
     literal: bool = False
     precision: str = "fp32"
-    kernels: Choice | None = None  # the networks that take the place of the plain ones
+    kernels: str = ""  # "fused" or "inference": the networks that take the place of the plain ones
     graph: bool = False  # the rollout of a batch in one launch
 
 
@@ -66,8 +65,9 @@ class Evaluate:
         self.clips = WideClips if dtype == torch.float64 else ClipSet
         self.model = build_model(recipe, device, dtype)
         settle(self.model[0], recipe)
-        if way.kernels is not None:
-            accelerate(self.model[0], choice=way.kernels, purpose="inference", verbose=False)
+        if way.kernels:
+            purpose: Purpose = "inference" if way.kernels == "inference" else "train"
+            accelerate(self.model[0], backend="fused", purpose=purpose, verbose=False)
         self.rollout = GraphedRollout(self.model[0], fold_batch_norm=True) if way.graph else None
         self.detections: list[Tensor] = []
         self.model[2].register_forward_hook(lambda module, inputs, out: self.detections.append(out.flatten()))
@@ -137,19 +137,18 @@ def make_case(recipe: Recipe, note: str = "") -> Case:
 
 def make_variants(recipe: Recipe) -> list[Variant]:
     """The original's evaluation, the de-duplicated one, and that one with less precision, fused kernels and graphs."""
-    fused, own = Choice(batch_norm=True), Choice(convolutions="all")
     ways: list[tuple[str, Way, Callable[[torch.device], str | None]]] = [
         (LITERAL, Way(literal=True), always),
         ("each thing once", Way(), always),
         ("TF32", Way(precision="tf32"), needs_cuda),
         ("bf16", Way(precision="bf16"), needs_cuda),
         ("bf16, rollouts as a graph", Way(precision="bf16", graph=True), needs_cuda),
-        ("fused bf16", Way(precision="bf16", kernels=fused), needs_kernels),
-        ("fused bf16, rollouts as a graph", Way(precision="bf16", kernels=fused, graph=True), needs_kernels),
-        ("folded convolutions bf16", Way(precision="bf16", kernels=own), needs_kernels),
+        ("fused bf16", Way(precision="bf16", kernels="fused"), needs_kernels),
+        ("fused bf16, rollouts as a graph", Way(precision="bf16", kernels="fused", graph=True), needs_kernels),
+        ("folded convolutions bf16", Way(precision="bf16", kernels="inference"), needs_kernels),
         (
             "folded convolutions bf16, rollouts as a graph",
-            Way(precision="bf16", kernels=own, graph=True),
+            Way(precision="bf16", kernels="inference", graph=True),
             needs_kernels,
         ),
     ]

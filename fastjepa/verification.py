@@ -15,10 +15,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from fastjepa.calibration.setting import ambient_tf32, set_tf32
+from fastjepa.execution import ambient_tf32, set_tf32
+from fastjepa.fused.auto import Backend
 from fastjepa.fused.autocast import InBf16
-from fastjepa.fused.decision import Backend, SwapPrecision
-from fastjepa.fused.swap import accelerate, restore
+from fastjepa.fused.swap import SwapPrecision, accelerate, restore
 from fastjepa.measuring.norms import DRAWS, GRADIENT, largest_errors, may_have_jumped, norm_bound, norm_errors
 from fastjepa.measuring.out_of_memory import is_out_of_memory
 from fastjepa.measuring.policy import Error
@@ -52,7 +52,7 @@ def verify(
     Each part's gradients (and its buffers) are one row. What does not compute in plain fp32 is checked in fp32 first:
     in bf16, half a gradient could pass. A gradient in which single ReLUs may have switched gets a second and a third
     chance, with the video mirrored. The model stays as it was, to the last bit, and so do random number generators; on
-    a GPU, "auto" may calibrate first, as `accelerate` does.
+    a GPU, "auto" may run the self-check first, as `accelerate` does.
 
     Args:
         jepa: a JEPA of fastjepa or eb_jepa, accelerated or not, in the modes (train, frozen parts) to be checked.
@@ -98,7 +98,7 @@ def verify(
         # First of all: what is wrong with the video is found here, and told as such.
         truths = [_truth(plain, inputs, _Run("float64", False, unroll))]
         if not accelerated:
-            accelerate(ours, backend=backend, precision=precision, example=tuple(video.shape), verbose=False)
+            accelerate(ours, backend=backend, precision=precision, verbose=False)
         in_bf16 = precision == "bf16" or _has_autocast(ours)
         rules = list(dict.fromkeys(("fp32", _rule(weight, in_bf16))))
         rows: list[Row] = []

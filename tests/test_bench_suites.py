@@ -15,9 +15,9 @@ from bench.harness.roofline import H200
 from bench.harness.rows import Row, read_rows
 from bench.harness.variants import channels_last
 from bench.recipe import HIDDEN, OUT, TINY, Recipe, build_model, count, make_batch, step_work
+from bench.step_memory import StepSizes, count_step
 from compare import assert_close_to_truth
 from fastjepa.config import Config
-from fastjepa.fused.step_memory import StepSizes, count_step
 from fastjepa.kernels.convolution.recipe import predictor_layers
 from fastjepa.model.networks import ResNet5
 from fastjepa.model.step import TrainStep

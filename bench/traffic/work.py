@@ -13,10 +13,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from bench.recipe import COV_COEFF, STD_COEFF, Recipe
+from bench.step_memory import fake_tensors
 from bench.traffic.counting import Event, TrafficCounter
 from bench.traffic.parts import part_of
 from fastjepa.fused.folding import folded_batch_norm
-from fastjepa.fused.step_memory import fake_tensors
 from fastjepa.model.context import CONTEXT
 from fastjepa.model.jepa import JEPA, build_jepa
 from fastjepa.model.networks import DetHead, ImageDecoder

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastjepa.calibration.setting import ambient_tf32
+from fastjepa.execution import ambient_tf32
 from fastjepa.fused.autocast import InBf16
 from fastjepa.fused.folded_layers import FoldedLayer, kernels_problem, norms_of
 from fastjepa.fused.folded_maps import MapsCache
