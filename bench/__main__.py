@@ -35,7 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tune": ("bench.tune", "time candidate launch configurations of the kernels on a GPU"),
     "report": ("bench.report.page", "draw and tabulate committed rows"),
     "prove": ("bench.prove.command", "everything that can be shown on this machine, in one folder"),
-    "eval": ("bench.evaluation", "time one evaluation, literally and with each thing done once"),
+    "eval": ("bench.evaluation", "time one evaluation, the original's and the deduplicated one"),
 }
 
 

@@ -53,7 +53,7 @@ class Options:
     """"auto", "cpu", "cuda" or "cuda:N"."""
     batch_size: int | None = None
     """Clips per batch; default: as in training. AP per batch depends on it a little, pooled AP does not."""
-    literal: bool = False
+    original: bool = False
     """Repeat the work as the original does."""
     cuda_graph: CudaGraphChoice = "auto"
     """Roll a batch out in one launch (a GPU only): on, off, or auto: where `python -m fastjepa.calibrate --inference`
@@ -138,20 +138,20 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m fastjepa.eval
             raise ValueError(f"--batch_size must be at least 1, got {options.batch_size}")
         require_packages("evaluation", "torchmetrics")
         device = resolve_device(options.device)
-        if options.literal and options.cuda_graph == "on":
-            raise ValueError("--cuda_graph on cannot be served with --literal, which rolls out as the original does")
+        if options.original and options.cuda_graph == "on":
+            raise ValueError("--cuda_graph on cannot be served with --original, which rolls out as the original does")
         use_cuda_graph(options.cuda_graph, device)  # refuses what cannot be served, before anything is read
         choice, config, jepa, decoder, head = load_run_and_choice(options.checkpoint, device)
         set_precision(config.precision)
         batch = options.batch_size or config.batch_size
-        if options.cuda_graph == "auto" and device.type == "cuda" and not options.literal:
+        if options.cuda_graph == "auto" and device.type == "cuda" and not options.original:
             verdict = look_up_rollout(config, device, batch, options.cache_dir)
             choice = compute_as_measured(jepa, verdict, device) or choice
-        graph = use_cuda_graph(options.cuda_graph, device, measured_faster=choice.cuda_graph) and not options.literal
+        graph = use_cuda_graph(options.cuda_graph, device, measured_faster=choice.cuda_graph) and not options.original
         _, clips = load_run_clips(config, options.cache_dir)
         result = evaluate(
             jepa, decoder, head, clips.to(device), batch,
-            autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None, literal=options.literal,
+            autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None, original=options.original,
             rollout=GraphedRollout(jepa, fold_batch_norm=True) if graph else None,
         )  # fmt: skip
         if options.json is not None:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastjepa.config import Config
+from fastjepa.eb_jepa import write_run_for_eb_jepa
 from fastjepa.files.safe_files import CheckpointError
 from fastjepa.refusal import refusals
-from fastjepa.storage.eb_jepa_export import write_run_for_eb_jepa
 from fastjepa.storage.run_folder import load_run_checkpoint
 from fastjepa.training.command_line import parse_options
 

@@ -51,7 +51,7 @@ def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("options", [[], ["--literal"], ["--batch_size", "2"]])
+@pytest.mark.parametrize("options", [[], ["--original"], ["--batch_size", "2"]])
 def test_evaluating_again_gives_the_metrics_of_the_run(
     run: Path, tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,7 +71,7 @@ def test_evaluating_again_gives_the_metrics_of_the_run(
 @pytest.mark.parametrize(
     ("flags", "trained_with_graphs", "expected"),
     [("", False, False), ("", True, True), ("--cuda_graph off", True, False), ("--cuda_graph on", False, True),
-     ("--literal", True, False)],
+     ("--original", True, False)],
 )  # fmt: skip
 def test_evaluating_with_rollouts_in_one_launch(
     run: Path, flags: str, trained_with_graphs: bool, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -107,7 +107,7 @@ def test_evaluating_with_rollouts_in_one_launch(
 
 @pytest.mark.parametrize(
     ("flags", "batches"),
-    [("", [3]), ("--batch_size 2", [2]), ("--literal", []), ("--cuda_graph off", []), ("--cuda_graph on", [])],
+    [("", [3]), ("--batch_size 2", [2]), ("--original", []), ("--cuda_graph off", []), ("--cuda_graph on", [])],
 )
 @pytest.mark.parametrize("found", [Choice(cuda_graph=True, channels_last=True), None])
 def test_an_evaluation_computes_in_the_way_that_was_measured(
@@ -143,7 +143,7 @@ def test_an_evaluation_computes_in_the_way_that_was_measured(
     ("flags", "message"),
     [
         ("--cuda_graph on", "--cuda_graph on needs a CUDA device, and this runs on cpu"),
-        ("--cuda_graph on --literal", "--cuda_graph on cannot be served with --literal"),
+        ("--cuda_graph on --original", "--cuda_graph on cannot be served with --original"),
     ],
 )
 def test_a_graph_that_cannot_be_served(run: Path, flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,13 +38,14 @@ ROOMS: dict[str, set[str]] = {
     "calibration": {"files", "measuring", "config", "environment", "storage"},
     "fused": {"kernels", "profiling", "distributed", "model", "calibration"},
     "graphs": {"kernels", "profiling", "model", "moving_mnist", "fused"},
+    "eb_jepa": {"files", "config", "model", "storage"},
     "verification_result": {"measuring"},
     "verification": {"verification_result", "measuring", "calibration", "fused"},
     "trials": {"kernels", "measuring", "model", "moving_mnist", "calibration", "fused", "graphs"},
     "figures": {"files", "optional_packages", "model", "refusal", "entry"},
     "training": {
         "files", "kernels", "config", "environment", "profiling", "optional_packages", "distributed", "model",
-        "storage", "refusal", "moving_mnist", "calibration", "fused", "graphs", "figures",
+        "storage", "refusal", "moving_mnist", "calibration", "fused", "graphs", "eb_jepa", "figures",
     },
     "sweeping": {
         "files", "measuring", "config", "optional_packages", "storage", "figures", "training",
@@ -59,7 +60,7 @@ ROOMS: dict[str, set[str]] = {
         "config", "environment", "model", "refusal", "entry", "moving_mnist", "calibration", "graphs", "figures",
         "training", "evaluate",
     },
-    "export": {"files", "config", "storage", "refusal", "entry", "training"},
+    "export": {"files", "config", "storage", "eb_jepa", "refusal", "entry", "training"},
     "compare_steps": {"optional_packages", "refusal", "entry", "storage", "figures", "training"},
     "sweep": {"distributed", "optional_packages", "refusal", "entry", "training", "sweeping"},
     "__main__": {"entry"},  # and the commands by name, when they are called
