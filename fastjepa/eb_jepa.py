@@ -48,29 +48,16 @@ _HEAD_ENTRIES = {
     "image_decoder": ("image_decoder", "pixel_decoder", "decoder"),
     "detection_head": ("detection_head", "dethead"),
 }
-_USED = {"model_state_dict", "optimizer_state_dict", "epoch", "step"}
 
 
 class OriginalStep(TrainStep):
     """The training step as the original writes it: three encodings, one for the JEPA and one for each probe, and
-    1 + 2·steps projections, through the JEPA's own `unroll` and `encode`. The same losses, gradients and buffers as
-    `TrainStep`, whose arguments it takes, for several times the work. In bf16 autocast the losses of eb_jepa do as
-    autocast says.
+    1 + 2·steps projections, through the JEPA's own `unroll` and `encode`. Arguments, losses, gradients and buffers are
+    those of `TrainStep`, which does less work. In bf16 autocast the losses of eb_jepa do as autocast says.
     """
 
-    def __init__(
-        self,
-        jepa: nn.Module,
-        image_decoder: nn.Module,
-        detection_head: nn.Module,
-        optimizer: torch.optim.Optimizer | None = None,
-        *,
-        steps: int,
-        autocast_dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            jepa, image_decoder, detection_head, optimizer, steps=steps, literal=True, autocast_dtype=autocast_dtype
-        )
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, literal=True, **options)
 
     def _compute(self, video: Tensor, digit_location: Tensor) -> StepLosses:
         with self._autocast(video.device):
@@ -140,9 +127,7 @@ class EbJepaRun:
     def sizes(self) -> dict[str, int | str]:
         """`dobs`, `henc`, `dstc`, `hpre`, `projector` and `hdet`, as the flags of a run call them."""
         return {
-            **encoder_sizes(self.jepa.encoder.state_dict()),
-            "hpre": predictor_sizes(self.jepa.predictor.state_dict())["hpre"],
-            "projector": projector_sizes(_below(self.jepa.state_dict(), "regularizer.proj.")),
+            **_sizes(self.jepa.state_dict()),
             "hdet": detection_head_sizes(self.detection_head.state_dict())["h_d"],
         }
 
@@ -150,13 +135,8 @@ class EbJepaRun:
         """Copy weights, buffers and Adam's state into other modules of the same sizes, in place. All or nothing.
 
         The modules may be accelerated or compiled, on any device; `new_heads` stay as they are there, without state.
-
-        Args:
-            modules: "jepa", "image_decoder" and "detection_head".
-            optimizer: over them, as `build_optimizer` makes it. Its learning rates become those of `self.optimizer`.
-
-        Raises:
-            CheckpointError: something does not fit; then nothing has changed.
+        `optimizer` is over them as `build_optimizer` makes it, and gets the learning rates of `self.optimizer`.
+        Raises CheckpointError if something does not fit; then nothing has changed.
         """
         mine = self.modules
         for name, module in mine.items():
@@ -180,10 +160,9 @@ def load_eb_jepa_run(
     """Everything in a checkpoint of eb_jepa with which training goes on: the model, Adam's state, epoch and step.
 
     The loss coefficients are not in the file, and neither are the heads, as the original's script writes it: those
-    begin anew, drawn by torch's generator, as wide as that script makes them (the detection head has the predictor's
-    width), and without Adam state. Where a script of the user's saved them too, they are read: from `image_decoder`,
-    `pixel_decoder` or `decoder`, and from `detection_head` or `dethead`, each also with `_state_dict` after it; either
-    the head's own state_dict or that of the JEPAProbe around it.
+    begin anew, drawn by torch's generator, the detection head as wide as the predictor, without Adam state. Where a
+    script of the user's saved them too, they are read: from `image_decoder`, `pixel_decoder` or `decoder`, and from
+    `detection_head` or `dethead`, each also with `_state_dict` after it; the head's own state_dict or a JEPAProbe's.
 
     Raises:
         CheckpointError: missing, damaged, holding pickled objects, not a Video JEPA of the published form, or without
@@ -209,54 +188,71 @@ def save_eb_jepa_checkpoint(
     """Write a checkpoint that the original loads: `load_checkpoint(path, jepa, optimizer)`, which returns `epoch`.
 
     The model is written as the original has it, under both names of the encoder and of the projector, whatever
-    `accelerate` or torch.compile did to it; Adam's state without how it was computed (fused, capturable). The heads, if
-    given, are further entries, `image_decoder_state_dict` and `detection_head_state_dict`, which `load_checkpoint`
-    returns.
+    `accelerate` or torch.compile did to it; Adam's state without how it was computed (fused, capturable). Heads are
+    further entries, `image_decoder_state_dict` and `detection_head_state_dict`, which `load_checkpoint` returns.
 
     Args:
         path: a file, replaced atomically.
-        jepa: a Video JEPA of the published form, this project's or the original's.
+        jepa: of the published form, this project's or the original's.
         optimizer: over the JEPA, the image decoder and the detection head, as `fastjepa.model.step.build_optimizer`
             and the original's script make it; None writes no Adam state.
-        epoch: epochs done, ≥ 0; the number (from 0) of the next one.
-        step: optimiser steps done, ≥ 0.
+        epoch, step: how many are done, ≥ 0.
         image_decoder, detection_head: the heads alone, without the JEPA that a probe has.
 
     Raises:
         ValueError: `epoch` or `step` is no such number, or the optimizer is over other parameters.
-        CheckpointError: the model is not of the published form, something is NaN or infinite, or the system refused;
-            what was at `path` is intact.
+        CheckpointError: another model, NaN or infinite values, or the system refused; what was at `path` is intact.
     """
     given = {"jepa": jepa, "image_decoder": image_decoder, "detection_head": detection_head}
     modules = {name: plain_state(module) for name, module in given.items() if module is not None}
     if optimizer is not None:
         _check_groups(optimizer, given)
-    _write(path, modules, None if optimizer is None else optimizer.state_dict(), epoch=epoch, step=step)
+    write_eb_jepa_checkpoint(
+        path, modules, None if optimizer is None else optimizer.state_dict(), epoch=epoch, step=step
+    )
 
 
-def write_run_for_eb_jepa(path: str | os.PathLike[str], state: Mapping[str, Any], *, epoch: Any, step: Any) -> None:
-    """`save_eb_jepa_checkpoint` with what the checkpoint of a run holds (see `fastjepa.storage.checkpoint.snapshot`).
-
-    Raises:
-        ValueError, CheckpointError: `state` is not of a run, or as `save_eb_jepa_checkpoint`.
+def write_eb_jepa_checkpoint(
+    path: str | os.PathLike[str],
+    modules: Mapping[str, Mapping[str, Tensor]],
+    optimizer: Mapping[str, Any] | None,
+    *,
+    epoch: int,
+    step: int,
+) -> None:
+    """`save_eb_jepa_checkpoint` with state_dicts: of "jepa" and what heads there are, and of the optimizer, as the
+    checkpoint of a run holds them. Nothing is written that `load_eb_jepa_run` would refuse. Raises the same.
     """
-    modules, optimizer = state.get("modules"), state.get("optimizer")
-    names = {"jepa", *_HEAD_ENTRIES}
-    if not isinstance(modules, dict) or modules.keys() != names or not all(map(_is_state_dict, modules.values())):
+    if not all(map(_is_state_dict, modules.values())):
         raise CheckpointError("it does not have the modules of a run")
-    if not isinstance(optimizer, dict):
-        raise CheckpointError("it has no optimizer")
-    _write(path, modules, optimizer, epoch=epoch, step=step)
+    for name, value in (("epoch", epoch), ("step", step)):
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{name} must be a whole number ≥ 0, got {value!r}")
+    jepa = _jepa_of(modules["jepa"], std_coeff=0.0, cov_coeff=0.0)  # in memory of its own, contiguous
+    names = _parameter_names(jepa)
+    if [key for key in map(_plain_key, modules["jepa"]) if key in names] != names:
+        raise CheckpointError("the JEPA has its parameters in another order than the original")
+    # The original counts the last epoch that it finished.
+    content: dict[str, Any] = {"model_state_dict": dict(jepa.state_dict()), "epoch": epoch - 1, "step": step}
+    for name in sorted(modules.keys() - {"jepa"}):
+        content[f"{name}_state_dict"] = {key: plain_tensor(value) for key, value in modules[name].items()}
+    if optimizer is None:
+        _check_finite("the JEPA", jepa.state_dict())
+    else:
+        try:
+            content["optimizer_state_dict"] = plain_execution(optimizer)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise CheckpointError(f"the optimizer is not Adam over a JEPA and its heads: {error!r}") from error
+        _run_of(content)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomic(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def defaults_from_eb_jepa(path: Path, preset: str, device: torch.device, *, own_lr: bool = False) -> Config:
     """The defaults of a run that goes on from this file: those of the preset ("auto" takes the published recipe, which
-    the file is of), with its sizes and its learning rate. With `own_lr`, which is for a run that is given another, the
-    file's is not looked at: where a schedule ended it may be 0.
-
-    Raises:
-        CheckpointError: the file cannot be used, or is of a model that is not for Moving MNIST.
-        ValueError: an unknown preset.
+    the file is of), with its sizes and, unless the run is given its own, its learning rate, which a schedule may have
+    brought to 0. Raises CheckpointError if the file cannot be used, ValueError for an unknown preset.
     """
     defaults = preset_config("full" if preset == "auto" else resolve_preset(preset, device))
     with _prefixed(f"--from_eb_jepa {path}"):
@@ -266,11 +262,9 @@ def defaults_from_eb_jepa(path: Path, preset: str, device: torch.device, *, own_
 
 
 def run_to_begin_with(config: Config) -> EbJepaRun | None:
-    """The run of the original that a new run goes on from, checked against its options; None if there is none.
+    """The run of the original that a new run goes on from; None if there is none.
 
-    Raises:
-        CheckpointError: the file cannot be used.
-        ValueError: an option contradicts it.
+    Raises CheckpointError if the file cannot be used, ValueError if an option contradicts it.
     """
     path = config.from_eb_jepa
     if path is None or config.resume is not None:
@@ -286,28 +280,18 @@ def run_to_begin_with(config: Config) -> EbJepaRun | None:
         raise ValueError(f"--from_eb_jepa {path} is of another size than asked for: {', '.join(differing)}")
     if kinds := {str(p.dtype) for module in run.modules.values() for p in module.parameters()} - {"torch.float32"}:
         raise ValueError(f"--from_eb_jepa {path} has weights in {', '.join(kinds)}; training takes torch.float32")
-    for what, done, option, limit in (
-        ("epoch", run.epoch, "epochs", config.epochs),
-        ("step", run.step, "max_steps", config.max_steps),
-    ):
-        if limit is not None and done >= limit:
-            raise ValueError(
-                f"--from_eb_jepa {path} ended after {what} {done}, and --{option} {limit} counts those too: give more "
-                f"than {done}"
-            )
+    if run.epoch >= config.epochs or (config.max_steps is not None and run.step >= config.max_steps):
+        raise ValueError(
+            f"--from_eb_jepa {path} ended after epoch {run.epoch} and step {run.step}, and --epochs and --max_steps "
+            "count those too: give more"
+        )
     return run
 
 
 def begin_with(
     run: EbJepaRun, config: Config, modules: Mapping[str, nn.Module], optimizer: torch.optim.Adam
 ) -> list[str]:
-    """Put weights and Adam's state into the modules of a new run; what there is to tell of it, line by line.
-
-    Learning rates are the configuration's: that is where the file's came to, unless a flag gave another.
-
-    Raises:
-        CheckpointError: something does not fit; then nothing has changed.
-    """
+    """`EbJepaRun.copy_into` the modules of a new run, with the configuration's learning rate; what there is to tell."""
     for group, rate in zip(run.optimizer.param_groups, (config.lr, config.lr / 10, config.lr), strict=True):
         group["lr"] = rate
     run.copy_into(modules, optimizer)
@@ -370,10 +354,7 @@ def _jepa_of(state: Mapping[str, Any], *, std_coeff: float, cov_coeff: float) ->
     tensors = {key: value for key, value in state.items() if key not in second}
     for alias, original in _ALIASES.items():
         tensors.update({alias + key: value for key, value in _below(tensors, original).items()})
-    encoder, hpre = encoder_sizes(_below(tensors, "encoder.")), predictor_sizes(_below(tensors, "predictor."))["hpre"]
-    projector = projector_sizes(_below(tensors, "regularizer.proj."))
-    sizes: dict[str, Any] = {**encoder, "hpre": hpre, "projector": projector}
-    build = partial(build_jepa, **sizes, std_coeff=std_coeff, cov_coeff=cov_coeff)
+    build = partial(build_jepa, **_sizes(tensors), std_coeff=std_coeff, cov_coeff=cov_coeff)
     jepa = build_filled("model_state_dict", build, tensors)
     # What the file has under a module's second name must repeat the first; equal NaNs are the same here.
     check_tensors("model_state_dict", {key: tensors[key] for key in second if key in tensors}, second)
@@ -384,27 +365,36 @@ def _jepa_of(state: Mapping[str, Any], *, std_coeff: float, cov_coeff: float) ->
     return jepa
 
 
+def _sizes(jepa: Mapping[str, Any]) -> dict[str, Any]:
+    """What `build_jepa` takes for a state_dict of these shapes."""
+    return {
+        **encoder_sizes(_below(jepa, "encoder.")),
+        "hpre": predictor_sizes(_below(jepa, "predictor."))["hpre"],
+        "projector": projector_sizes(_below(jepa, "regularizer.proj.")),
+    }
+
+
 def _run_of(
     content: Mapping[str, Any], *, std_coeff: float = 0.0, cov_coeff: float = 0.0, device: torch.device | None = None
 ) -> EbJepaRun:
     jepa = _jepa_of(content["model_state_dict"], std_coeff=std_coeff, cov_coeff=cov_coeff)
     epoch, step = _count(content, "epoch", -1) + 1, _count(content, "step", 0)
-    encoder, hpre = encoder_sizes(jepa.encoder.state_dict()), predictor_sizes(jepa.predictor.state_dict())["hpre"]
-    probes = build_probes(dobs=encoder["dobs"], dstc=encoder["dstc"], hdet=hpre)
+    sizes = _sizes(jepa.state_dict())
+    probes = build_probes(dobs=sizes["dobs"], dstc=sizes["dstc"], hdet=sizes["hpre"])
     modules: dict[str, Any] = {"jepa": jepa, **dict(zip(_HEAD_ENTRIES, probes, strict=True))}
     entries = {name: _head_entry(content, name) for name in _HEAD_ENTRIES}
     for name, entry in entries.items():
         if entry is None:
             modules[name].to(next(jepa.parameters()).dtype)
         else:
-            modules[name] = _head(name, entry, content[entry], encoder)
+            modules[name] = _head(name, entry, content[entry], sizes)
     for name, module in modules.items():
         _check_finite(entries.get(name) or "model_state_dict", module.state_dict())
         module.to(device)
     new_heads = tuple(name for name, entry in entries.items() if entry is None)
-    optimizer = build_optimizer(*modules.values(), lr=1e-3)  # the file has its own
+    optimizer = build_optimizer(jepa, modules["image_decoder"], modules["detection_head"], 1e-3)  # the file has its own
     _load_adam(optimizer, content.get("optimizer_state_dict"), modules, new_heads, step)
-    used = {*_USED, *entries.values()}
+    used = {"model_state_dict", "optimizer_state_dict", "epoch", "step", *entries.values()}
     unused = tuple(sorted(key if isinstance(key, str) else shown(key) for key in content if key not in used))
     return EbJepaRun(**modules, optimizer=optimizer, epoch=epoch, step=step, new_heads=new_heads, unused=unused)
 
@@ -425,8 +415,8 @@ def _head_entry(content: Mapping[str, Any], head: str) -> str | None:
     return found[0] if found else None
 
 
-def _head(name: str, entry: str, state: Any, encoder: Mapping[str, int]) -> nn.Module:
-    """The head with these tensors, which must fit an encoder of those sizes; in train mode on the CPU."""
+def _head(name: str, entry: str, state: Any, jepa: Mapping[str, Any]) -> nn.Module:
+    """The head with these tensors, which must fit a JEPA of those sizes; in train mode on the CPU."""
     if not _is_state_dict(state):
         raise CheckpointError(f"{entry} is not a dict of tensors")
     tensors = {_plain_key(key): value for key, value in state.items()}
@@ -435,9 +425,9 @@ def _head(name: str, entry: str, state: Any, encoder: Mapping[str, int]) -> nn.M
     build: Callable[[], nn.Module]
     with _prefixed(entry):
         if name == "image_decoder":
-            build = partial(ImageDecoder, encoder["dstc"], encoder["dobs"], decoder_sizes(tensors)["hidden"])
+            build = partial(ImageDecoder, jepa["dstc"], jepa["dobs"], decoder_sizes(tensors)["hidden"])
         else:
-            build = partial(DetHead, encoder["dstc"], detection_head_sizes(tensors)["h_d"], 1)
+            build = partial(DetHead, jepa["dstc"], detection_head_sizes(tensors)["h_d"], 1)
         return build_filled("it", build, tensors)
 
 
@@ -480,36 +470,3 @@ def _check_groups(optimizer: torch.optim.Adam, modules: Mapping[str, nn.Module |
     for group, (name, module) in zip(optimizer.param_groups, modules.items(), strict=True):
         if module is not None and list(map(id, group["params"])) != list(map(id, module.parameters())):
             raise ValueError(f"the optimizer's group for {name} has other parameters than the {name} given")
-
-
-def _write(
-    path: str | os.PathLike[str],
-    modules: Mapping[str, Mapping[str, Tensor]],
-    optimizer: Mapping[str, Any] | None,
-    *,
-    epoch: Any,
-    step: Any,
-) -> None:
-    """Write state_dicts; nothing is written that `load_eb_jepa_run` would refuse."""
-    for name, value in (("epoch", epoch), ("step", step)):
-        if type(value) is not int or value < 0:
-            raise ValueError(f"{name} must be a whole number ≥ 0, got {value!r}")
-    jepa = _jepa_of(modules["jepa"], std_coeff=0.0, cov_coeff=0.0)  # in memory of its own, contiguous
-    names = _parameter_names(jepa)
-    if [key for key in map(_plain_key, modules["jepa"]) if key in names] != names:
-        raise CheckpointError("the JEPA has its parameters in another order than the original")
-    # The original counts the last epoch that it finished.
-    content: dict[str, Any] = {"model_state_dict": dict(jepa.state_dict()), "epoch": epoch - 1, "step": step}
-    for name in sorted(modules.keys() - {"jepa"}):
-        content[f"{name}_state_dict"] = {key: plain_tensor(value) for key, value in modules[name].items()}
-    if optimizer is None:
-        _check_finite("the JEPA", jepa.state_dict())
-    else:
-        try:
-            content["optimizer_state_dict"] = plain_execution(optimizer)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise CheckpointError(f"the optimizer is not Adam over a JEPA and its heads: {error!r}") from error
-        _run_of(content)
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_atomic(path, lambda file: file.write(buffer.getbuffer()))

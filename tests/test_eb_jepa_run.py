@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastjepa
-from fastjepa.eb_jepa import EbJepaRun, load_eb_jepa_run, write_run_for_eb_jepa
+from fastjepa.eb_jepa import EbJepaRun, load_eb_jepa_run, write_eb_jepa_checkpoint
 from fastjepa.files.safe_files import CheckpointError
 from fastjepa.files.state_dicts import plain_state, strip_compile_prefix
 from fastjepa.model.networks import DetHead, ImageDecoder
@@ -160,7 +160,8 @@ def test_an_accelerated_model_goes_on_too(path: Path, needs_triton: None) -> Non
     heads = {"image_decoder": other.image_decoder, "detection_head": other.detection_head}
     fastjepa.save_eb_jepa_checkpoint(written, fused, optimizer, epoch=4, step=2, **heads)
     from_a_run = path.with_name("from a run")  # whose optimizer had that order too
-    write_run_for_eb_jepa(from_a_run, snapshot(other.modules, optimizer, {}, {}), epoch=4, step=2)
+    state = snapshot(other.modules, optimizer, {}, {})
+    write_eb_jepa_checkpoint(from_a_run, state["modules"], state["optimizer"], epoch=4, step=2)
     for file in (written, from_a_run):
         again = Original(seed=2, dtype=torch.float32)
         again.load(file)
@@ -537,8 +538,8 @@ def test_requests_that_contradict_the_file(
 
     Original(dtype=torch.float32).train(0, 1).save(path)
     for flags, message in (
-        (["--epochs", "4"], "ended after epoch 4, and --epochs 4 counts those too: give more than 4"),
-        (["--max_steps", "2"], "ended after step 2, and --max_steps 2 counts those too: give more than 2"),
+        (["--epochs", "4"], "ended after epoch 4 and step 2, and --epochs and --max_steps count those too: give more"),
+        (["--max_steps", "2"], "ended after epoch 4 and step 2, and"),
         (["--henc", "9", "--hdet", "8"], r"asked for: --henc 9 \(the file has 2\), --hdet 8 \(the file has 2\)"),
         (["--projector", "4-64-64"], r"asked for: --projector 4-64-64 \(the file has 4-"),
     ):

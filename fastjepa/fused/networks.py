@@ -94,7 +94,7 @@ class FusedNetwork(nn.Module):
     """
 
     is_fused = True  # for whoever asks what a network is without importing this module, which needs Triton
-    problem_of: ClassVar[Callable[[nn.Module], str | None]]
+    problem_of: ClassVar[staticmethod[[nn.Module], str | None]]
     shared: ClassVar[tuple[str, ...]] = ()  # children that are the eager module's own
     fused: ClassVar[Mapping[str, type[FusedNetwork]]] = {}  # children that are fused
     conv1: nn.Module
