@@ -249,16 +249,12 @@ def test_a_run_before_its_first_step_and_entries_of_other_kinds(path: Path) -> N
 
 def test_only_the_same_sizes_are_filled(path: Path) -> None:
     run = load_eb_jepa_run(Original(dtype=torch.float32).train(0, 1).save(path))
-    sizes = {name: run.sizes[name] for name in ("dobs", "henc", "dstc", "hpre", "projector")}
-    torch.manual_seed(3)
-    jepa = fastjepa.build_jepa(**sizes | {"henc": 3}, std_coeff=1.0, cov_coeff=1.0)  # type: ignore[arg-type]
-    decoder, head = build_probes(dobs=1, dstc=sizes["dstc"], hdet=2)  # type: ignore[arg-type]
-    optimizer = build_optimizer(jepa, decoder, head, 0.5)
-    before = {key: value.clone() for key, value in jepa.state_dict().items()}
+    other = load_eb_jepa_run(path)
+    other.jepa.encoder.conv1 = nn.Conv2d(1, 3, 3)
+    before = {key: value.clone() for key, value in other.jepa.state_dict().items()}
     with pytest.raises(CheckpointError, match="jepa has other parameters"):
-        run.copy_into({"jepa": jepa, "image_decoder": decoder, "detection_head": head}, optimizer)
-    assert_equal(dict(jepa.state_dict()), before)
-    assert (optimizer.state, optimizer.param_groups[0]["lr"]) == ({}, 0.5)
+        run.copy_into(other.modules, other.optimizer)
+    assert_equal(dict(other.jepa.state_dict()), before)
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------------
@@ -291,9 +287,6 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no epoch": (lambda c: c.pop("epoch"), "epoch is missing"),
     "step negative": (_set(step=-1), "step is -1, expected a whole number from 0"),
     "no optimizer": (lambda c: c.pop("optimizer_state_dict"), "no optimizer_state_dict"),
-    "optimizer a list": (_set(optimizer_state_dict=[1]), "no optimizer_state_dict"),
-    "optimizer without groups": (_adam(lambda a: a.pop("param_groups")), "has 3 parameter groups, the saved one no"),
-    "optimizer of two groups": (_adam(lambda a: a["param_groups"].pop()), "has 3 parameter groups, the saved one 2"),
     "not Adam": (_adam(lambda a: a["param_groups"][0].pop("betas")), "same settings: betas"),
     "lr infinite": (_setting(2, lr=math.inf), "optimizer group 2: lr is saved as inf"),
     "betas of 1": (_setting(betas=(0.9, 1.0)), "betas are saved with 1.0"),
@@ -306,20 +299,12 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         _moment("exp_avg_sq", torch.full((2, 1, 3, 3), -1.0).double()),
         "jepa.encoder.conv1.weight: exp_avg_sq is negative",
     ),
-    "moment huge over nothing": (
-        _moment("exp_avg", torch.zeros(1).double().expand(2**40)),
-        r"parameter 0: exp_avg is \(1099511627776,\)",
-    ),
     "state missing": (
         _adam(lambda a: a["state"].pop(3)),
         "no state of jepa.encoder.layer1.conv1.weight, after 2 steps",
     ),
     "state of a head missing": (_adam(lambda a: a["state"].popitem()), "no state of detection_head.head.0.2"),
     "no state at all": (_adam(lambda a: a["state"].clear()), "no state of jepa.encoder.conv1.weight"),
-    "weights NaN": (
-        lambda c: c["model_state_dict"]["encoder.bn1.running_mean"].fill_(math.nan),
-        "model_state_dict: encoder.bn1.running_mean has NaN",
-    ),
     "head NaN": (
         lambda c: c["pixel_decoder"]["net.0.bias"].fill_(math.inf),
         "pixel_decoder: net.0.bias has NaN or inf",
@@ -400,23 +385,15 @@ def test_the_original_goes_on_from_ours(path: Path, how: str) -> None:
 
 
 def test_without_optimizer_and_heads(path: Path) -> None:
+    """The original's own JEPA, too."""
     original = Original().train(0)
-    run = load_eb_jepa_run(original.save(path))
-    fastjepa.save_eb_jepa_checkpoint(path, run.jepa, epoch=0, step=0)
+    fastjepa.save_eb_jepa_checkpoint(path, original.jepa, epoch=0, step=0)
     content = torch.load(path, weights_only=True)
     assert content.keys() == {"epoch", "step", "model_state_dict"}
     assert content["epoch"] == -1  # the original goes on with the one after it
     assert_equal(content["model_state_dict"], dict(original.jepa.state_dict()))
-    loaded = fastjepa.load_eb_jepa_checkpoint(export(path, run, optimizer=None))
-    assert_equal(dict(loaded.state_dict()), dict(original.jepa.state_dict()))
-
-
-def test_the_originals_own_jepa_can_be_saved(path: Path) -> None:
-    original = Original().train(0, 1)
-    fastjepa.save_eb_jepa_checkpoint(path, original.jepa, original.optimizer, epoch=4, step=2)
-    run = load_eb_jepa_run(path)
-    assert run.new_heads == ("image_decoder", "detection_head")
-    assert_equal(dict(run.jepa.state_dict()), dict(original.jepa.state_dict()))
+    fastjepa.save_eb_jepa_checkpoint(path, original.jepa, original.optimizer, epoch=4, step=1)
+    assert_equal(dict(load_eb_jepa_run(path).jepa.state_dict()), dict(original.jepa.state_dict()))
 
 
 def test_what_cannot_be_written(path: Path) -> None:
