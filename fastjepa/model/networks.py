@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastjepa.kernels.frame_windows.reference import frame_windows
+from fastjepa.model.batch_norm import normalize
 from fastjepa.model.context import CONTEXT
 from fastjepa.model.strided_convolution import Shortcut
 from fastjepa.optional_packages import needed_for
@@ -59,8 +60,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, in, H, W) → (N, out, H/stride, W/stride)."""
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
+        out = F.relu(normalize(self.bn1, self.conv1(x)))
+        out = normalize(self.bn2, self.conv2(out))
         return F.relu(out + self.shortcut(x))
 
 
@@ -96,7 +97,7 @@ class ResNet5(nn.Module):
         return per_frame(self._frames, x)
 
     def _frames(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(normalize(self.bn1, self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return pooled(x) if self.avg_pool else x
 
@@ -144,7 +145,7 @@ class ResUNet(nn.Module):
         return per_frame(self._frames, x)
 
     def _frames(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(normalize(self.bn1, self.conv1(x)))
         s1 = self.enc1(x)
         s2 = self.enc2(s1)
         s3 = self.enc3(s2)

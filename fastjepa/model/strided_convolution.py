@@ -7,6 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastjepa.model.batch_norm import normalize
+
 # Input channels in one block of oneDNN's 1×1 convolutions: 16 with AVX-512, 8 with AVX2.
 _BLOCK = 16
 
@@ -17,7 +19,7 @@ class Shortcut(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """x (N, in, H, W) → (N, out, ceil(H/stride), ceil(W/stride))."""
         conv, norm = self
-        out: Tensor = norm(apply_convolution(conv, x))
+        out: Tensor = normalize(norm, apply_convolution(conv, x))
         return out
 
 
