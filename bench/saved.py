@@ -54,4 +54,4 @@ def _counted(variant: Variant, batch: int, bf16: bool) -> str:
         )  # fmt: skip
     except ImportError as error:
         return f"unavailable: kernels need Triton, which cannot be imported here ({error})"
-    return f"{kept.total / 1e9:6.2f} GB, needed {kept.needed / 1e9:6.2f} GB"
+    return f"{kept.total / 1e9:6.2f} GB"

@@ -218,7 +218,7 @@ def _found_fastest(
     key: str, candidates: Mapping[str, Callable[[], object]], device: torch.device, cache: _Cache
 ) -> str:
     where = machine_key(device, key)
-    known = cache.read().get(where, {}).get("fastest")
+    known = cache.read().get(where, {}).get("fastest", "")
     if known in candidates:
         return known
     times = milliseconds(candidates, device)

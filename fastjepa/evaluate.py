@@ -50,7 +50,7 @@ class Options:
     """"auto", "cpu", "cuda" or "cuda:N"."""
     batch_size: int | None = None
     """Clips per batch; default: as in training. AP per batch depends on it a little, pooled AP does not."""
-    literal: bool = False
+    original: bool = False
     """Repeat the work as the original does."""
     cuda_graph: CudaGraphChoice = "auto"
     """Roll a batch out in one launch (a GPU only): on, off, or auto: where the run was trained with graphs."""
@@ -106,17 +106,17 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m fastjepa.eval
             raise ValueError(f"--batch_size must be at least 1, got {options.batch_size}")
         require_packages("evaluation", "torchmetrics")
         device = resolve_device(options.device)
-        if options.literal and options.cuda_graph == "on":
-            raise ValueError("--cuda_graph on is not supported with --literal, which rolls out as the original does")
+        if options.original and options.cuda_graph == "on":
+            raise ValueError("--cuda_graph on is not supported with --original, which rolls out as the original does")
         use_cuda_graph(options.cuda_graph, device)  # refuses what cannot be served, before anything is read
         execution, config, jepa, decoder, head = load_run_and_execution(options.checkpoint, device)
         set_precision(config.precision)
         batch = options.batch_size or config.batch_size
-        graph = use_cuda_graph(options.cuda_graph, device, auto=execution.cuda_graph) and not options.literal
+        graph = use_cuda_graph(options.cuda_graph, device, auto=execution.cuda_graph) and not options.original
         _, clips = load_run_clips(config, options.cache_dir)
         result = evaluate(
             jepa, decoder, head, clips.to(device), batch,
-            autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None, literal=options.literal,
+            autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None, original=options.original,
             rollout=GraphedRollout(jepa, fold_batch_norm=True) if graph else None,
         )  # fmt: skip
         if options.json is not None:

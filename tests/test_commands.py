@@ -48,7 +48,7 @@ def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("options", [[], ["--literal"], ["--batch_size", "2"]])
+@pytest.mark.parametrize("options", [[], ["--original"], ["--batch_size", "2"]])
 def test_evaluating_again_gives_the_metrics_of_the_run(
     run: Path, tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,7 +68,7 @@ def test_evaluating_again_gives_the_metrics_of_the_run(
 @pytest.mark.parametrize(
     ("flags", "trained_with_graphs", "expected"),
     [("", False, False), ("", True, True), ("--cuda_graph off", True, False), ("--cuda_graph on", False, True),
-     ("--literal", True, False)],
+     ("--original", True, False)],
 )  # fmt: skip
 def test_evaluating_with_rollouts_in_one_launch(
     run: Path, flags: str, trained_with_graphs: bool, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -106,7 +106,7 @@ def test_evaluating_with_rollouts_in_one_launch(
     ("flags", "message"),
     [
         ("--cuda_graph on", "--cuda_graph on needs a CUDA device, and this runs on cpu"),
-        ("--cuda_graph on --literal", "--cuda_graph on is not supported with --literal"),
+        ("--cuda_graph on --original", "--cuda_graph on is not supported with --original"),
     ],
 )
 def test_a_graph_that_cannot_be_served(run: Path, flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,12 +41,13 @@ ROOMS: dict[str, set[str]] = {
         "autotune",
     },
     "graphs": {"kernels", "profiling", "model", "moving_mnist", "fused"},
+    "eb_jepa": {"files", "config", "model", "storage"},
     "verification_result": {"measuring"},
     "verification": {"verification_result", "measuring", "execution", "fused"},
     "figures": {"files", "optional_packages", "model", "refusal", "entry"},
     "training": {
         "files", "kernels", "config", "environment", "profiling", "optional_packages", "distributed", "model",
-        "storage", "refusal", "moving_mnist", "execution", "autotune", "fused", "graphs", "figures",
+        "storage", "refusal", "moving_mnist", "execution", "autotune", "fused", "graphs", "eb_jepa", "figures",
     },
     "sweeping": {
         "files", "measuring", "config", "optional_packages", "storage", "figures", "training",
@@ -60,7 +61,7 @@ ROOMS: dict[str, set[str]] = {
         "config", "environment", "model", "refusal", "entry", "moving_mnist", "graphs", "figures",
         "training", "evaluate",
     },
-    "export": {"files", "config", "storage", "refusal", "entry", "training"},
+    "export": {"files", "config", "storage", "eb_jepa", "refusal", "entry", "training"},
     "compare_steps": {"optional_packages", "refusal", "entry", "storage", "figures", "training"},
     "sweep": {"distributed", "optional_packages", "refusal", "entry", "training", "sweeping"},
     "__main__": {"entry"},  # and the commands by name, when they are called

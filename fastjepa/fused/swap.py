@@ -218,7 +218,8 @@ def _plan(
         parts.append(part)
     else:
         parts = [Part(name, getattr(jepa, name), None, reason, wanted=False) for name in ("encoder", "predictor")]
-    for name, kind in zip(LOSSES, (ClosedFormVCLoss, ClosedFormSquareLoss), strict=True):
+    kinds: tuple[LossKind, ...] = (ClosedFormVCLoss, ClosedFormSquareLoss)
+    for name, kind in zip(LOSSES, kinds, strict=True):
         module = getattr(jepa, name, None)
         if purpose == "train" and (execution.fused or closed_form):
             parts.append(_loss(getattr(jepa, name), name, kind, fused=execution.fused))

@@ -22,6 +22,7 @@ from fastjepa.config import (
 )
 from fastjepa.distributed.launch import Launch, read_launch
 from fastjepa.distributed.ranks import LostRanksError, Ranks
+from fastjepa.eb_jepa import defaults_from_eb_jepa
 from fastjepa.files.safe_files import CheckpointError
 from fastjepa.graphs.capture import use_cuda_graph
 from fastjepa.kernels.checks import unavailable_reason
@@ -30,7 +31,6 @@ from fastjepa.optional_packages import MissingPackageError, needed_for
 from fastjepa.refusal import ALWAYS_REFUSED, STOPPED, CommandParser, fail, refusals
 from fastjepa.storage.checkpoint import check_same_config
 from fastjepa.storage.run_folder import CHECKPOINT_NAME, read_run_config
-from fastjepa.training.eb_jepa_start import defaults_from_eb_jepa
 from fastjepa.training.execution import no_graph_reason
 from fastjepa.training.flags import check_flags
 from fastjepa.training.one_voice import heard_if, parse_alike

@@ -21,6 +21,7 @@ from fastjepa import autotune
 from fastjepa.config import Config, resolve_device, resolve_precision
 from fastjepa.distributed.launch import device_of
 from fastjepa.distributed.ranks import Ranks
+from fastjepa.eb_jepa import EbJepaRun, begin_with, run_to_begin_with
 from fastjepa.environment import run_environment
 from fastjepa.files.safe_files import CheckpointError, write_atomic, write_text_atomic
 from fastjepa.fused.swap import accelerate
@@ -32,11 +33,9 @@ from fastjepa.moving_mnist import ClipSet, epoch_indices, prefetched
 from fastjepa.optional_packages import require_packages
 from fastjepa.profiling import span
 from fastjepa.storage.checkpoint import load_checkpoint, load_snapshot, save_checkpoint, snapshot
-from fastjepa.storage.eb_jepa_run import EbJepaRun
 from fastjepa.storage.export import export_pretrained
 from fastjepa.storage.run_folder import CHECKPOINT_NAME, RunFolder
 from fastjepa.training.board import BOARD_NAME, Board, open_board
-from fastjepa.training.eb_jepa_start import continue_from, read_start
 from fastjepa.training.evaluation import Evaluation, evaluate
 from fastjepa.training.execution import begun_execution, resumed_execution
 from fastjepa.training.launches import next_launch, steps_per_launch
@@ -99,7 +98,7 @@ class Trainer:
                 f"--batch_size {config.batch_size} is less than the {self.ranks.size} processes, which share it; every "
                 "one needs a clip"
             )
-        before = read_start(config)
+        before = run_to_begin_with(config)
         device = resolve_device(config.device)
         return before, device_of(device, self.ranks.launch)
 
@@ -185,9 +184,9 @@ class Trainer:
                 ranks.on_first(self._write_metrics)  # what was written after the checkpoint is about to be done again
         else:
             if before is not None:
-                self.epoch, self.global_step = ranks.together(
-                    lambda: continue_from(before, config, self.modules, self.optimizer)
-                )
+                for line in ranks.together(lambda: begin_with(before, config, self.modules, self.optimizer)):
+                    say(line)
+                self.epoch, self.global_step = before.epoch, before.step
             ranks.on_first(self._describe_in_folder)
             ranks.copy_from_first(self._trained)
             self.save()
@@ -199,10 +198,11 @@ class Trainer:
         try:
             accelerate(self.jepa, execution=self.execution, strict=strict, verbose=False)
         except ValueError as error:
+            if not strict:
+                raise
             raise ValueError(f"--backend fused is not supported for this model: {error}") from error
-        left = [
-            f"{s.part} eager: {s.reason}" for s in self.jepa.acceleration.swaps if self.execution.fused and not s.by
-        ]
+        report: Any = self.jepa.acceleration
+        left = [f"{s.part} eager: {s.reason}" for s in report.swaps if self.execution.fused and not s.by]
         self.execution_notes = "\n".join(filter(None, (self.execution_notes, *left)))
 
     def _go_on_without_graphs(self, error: GraphCaptureError) -> None:
