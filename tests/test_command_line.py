@@ -116,4 +116,4 @@ def test_fused_where_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr("fastjepa.kernels.launch.INTERPRET", False)
     with pytest.raises(SystemExit):
         parse_config(["--device", "cpu", "--backend", "fused"])
-    assert "--backend fused cannot be served: Triton kernels need a CUDA device" in capsys.readouterr().err
+    assert "--backend fused is not supported here: Triton kernels need a CUDA device" in capsys.readouterr().err

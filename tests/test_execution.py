@@ -70,7 +70,7 @@ def test_flags_win(a_gpu: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("device", "options", "message"),
     [
-        (CPU, {"cuda_graph": "on"}, "--cuda_graph on is not supported here: they need a CUDA device"),
+        (CPU, {"cuda_graph": "on"}, "--cuda_graph on is not supported here: graphs need a CUDA device"),
         (CUDA, {"cuda_graph": "on", "no_graph": "clips are streamed"}, "not supported here: clips are streamed"),
         (CPU, {"recompute": True}, "--recompute on needs fused networks, which this run does not have: auto uses them"),
         (CUDA, {"backend": "eager", "recompute": True}, "this run does not have: --backend eager"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import dataclasses
 import json
 import random
 import signal
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 from fastjepa.config import Config
+from fastjepa.execution import ExecutionConfig
+from fastjepa.fused.auto import resolve_execution
 from fastjepa.graphs import GraphedRollout, make_capturable
 from fastjepa.storage.checkpoint import load_checkpoint
 from fastjepa.storage.run_folder import CHECKPOINT_NAME
@@ -40,9 +43,19 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+def set_graphs(monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
+    """Begin and resume runs with the objects of graphs, which a CPU runs plainly, or without."""
+
+    def resolved(*arguments: Any, **options: Any) -> tuple[ExecutionConfig, str]:
+        return dataclasses.replace(resolve_execution(*arguments, **options)[0], cuda_graph=on), ""
+
+    monkeypatch.setattr("fastjepa.training.execution.resolve_execution", resolved)
+    monkeypatch.setattr("fastjepa.training.execution.use_cuda_graph", lambda *_, **__: on)
+
+
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastjepa.training.resolution.use_cuda_graph", lambda *_: True)
+    set_graphs(monkeypatch, True)
 
 
 def trainer(cache: Path, folder: Path, *flags: str, device: str = "cpu") -> Trainer:
@@ -82,7 +95,7 @@ def test_a_graphed_run_is_the_plain_run_and_resumes_exactly(
     resumed.run()
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
-    monkeypatch.setattr("fastjepa.training.resolution.use_cuda_graph", lambda *_: False)
+    set_graphs(monkeypatch, False)
     plain = trainer(cache, tmp_path / "plain", device=device)
     assert plain.graphed_rollout is None
     make_capturable(plain.optimizer)  # the same Adam
@@ -200,10 +213,10 @@ def test_without_a_graph_steps_are_launched_one_by_one(cache: Path, tmp_path: Pa
 
 def test_a_run_may_go_on_without_graphs(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for first in (True, False):
-        monkeypatch.setattr("fastjepa.training.resolution.use_cuda_graph", lambda *_, graph=first: graph)
+        set_graphs(monkeypatch, first)
         folder = tmp_path / str(first)
         trainer(cache, folder, "--max_steps", "2").run()
-        monkeypatch.setattr("fastjepa.training.resolution.use_cuda_graph", lambda *_, graph=not first: graph)
+        set_graphs(monkeypatch, not first)
         resumed = Trainer(parse_config(["--resume", str(folder), "--max_steps", "3", "--cuda_graph", "off"]))
         resumed.run()
         saved = load_checkpoint(folder / CHECKPOINT_NAME)
@@ -229,7 +242,7 @@ def test_a_graph_on_a_cpu_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "--cuda_graph on needs a CUDA device, and this runs on cpu" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parse_config(["--device", "cpu", "--cuda_graph", "maybe"])
-    with pytest.raises(ValueError, match="needs a CUDA device"):
+    with pytest.raises(ValueError, match="need a CUDA device"):
         Trainer(Config(device="cpu", preset="demo", n_train=3, n_val=1, canvas=16, digit_size=8, cuda_graph="on",
                        cache_dir=tmp_path, out=tmp_path / "run"))  # fmt: skip
     assert parse_config(["--device", "cpu"]).cuda_graph == "auto"

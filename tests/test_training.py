@@ -15,13 +15,11 @@ import pytest
 import torch
 
 import fastjepa
-from fastjepa.distributed.ranks import Ranks
 from fastjepa.files.safe_files import CheckpointError
 from fastjepa.moving_mnist import write_shards
 from fastjepa.storage.checkpoint import load_checkpoint, save_checkpoint
 from fastjepa.storage.run_folder import CHECKPOINT_NAME
 from fastjepa.training.command_line import parse_config
-from fastjepa.training.resolution import graph_problem_of
 from fastjepa.training.run_clips import load_run_clips
 from fastjepa.training.trainer import NonFiniteLossError, Trainer
 
@@ -211,7 +209,3 @@ def test_a_run_on_clips_streamed_from_disk_is_that_on_resident_ones(
     trainer(cache, *streamed, "--max_steps", "9").run()
     Trainer(parse_config(["--resume", str(tmp_path / "run"), "--max_steps", "100"])).run()
     assert_same_run(tmp_path / "run", uninterrupted)
-    cuda = torch.device("cuda")
-    config = parse_config([*TINY, *streamed])
-    assert "those of --data shards are streamed from disk" in graph_problem_of(config, Ranks(), cuda)
-    assert graph_problem_of(parse_config(TINY), Ranks(), cuda) == ""

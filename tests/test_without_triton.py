@@ -78,7 +78,7 @@ print(float(TrainStep(jepa, *build_probes(dobs=1, dstc=4), steps=1)(video, digit
     done = python(code)
     assert done.returncode == 0, done.stderr
     swap, step, *report, swapped, trained = done.stdout.splitlines()
-    assert swap.startswith("backend 'fused' cannot be served: kernels need Triton, which cannot be imported here")
+    assert swap.startswith("fused kernels are not supported here: kernels need Triton, which cannot be imported here")
     assert step.startswith("projected_losses: kernels need Triton, which cannot be imported here")
     assert "regularizer" in " ".join(report)
     assert (swapped, trained) == ("regularizer predcost", "True")
@@ -102,7 +102,7 @@ def test_the_flag_that_asks_for_kernels_is_refused_in_one_line(tmp_path: Path) -
     refused = run_as_main(BLOCKED, "train.py", *TINY, "--out", str(tmp_path / "run"), "--backend", "fused")
     assert refused.returncode == 2
     (line,) = refused.stderr.splitlines()
-    assert line.startswith("error: --backend fused cannot be served: kernels need Triton")
+    assert line.startswith("error: --backend fused is not supported here: kernels need Triton")
 
 
 def test_a_benchmark_measures_what_it_can(tmp_path: Path) -> None:

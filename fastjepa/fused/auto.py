@@ -90,7 +90,7 @@ def resolve_execution(
     if recompute and reason is not None:
         raise ValueError(f"--recompute on needs fused networks, which this run does not have: {reason}")
     no_graph = (
-        "" if device.type == "cuda" and not no_graph else no_graph or f"they need a CUDA device, this is {device}"
+        "" if device.type == "cuda" and not no_graph else no_graph or f"graphs need a CUDA device, this is {device}"
     )
     if cuda_graph == "on" and no_graph:
         raise ValueError(f"--cuda_graph on is not supported here: {no_graph}; use auto or off")
