@@ -252,7 +252,7 @@ def test_a_run_and_its_model_ask_the_same_question() -> None:
     assert setting == setting_of_jepa(jepa, CPU, example=(3, 1, 5, 16, 16), purpose="train", precision="fp32")
 
 
-ROOMS = ("kernels", "fused", "graphs", "model", "moving_mnist", "trials", "measuring", "calibration")
+ROOMS = ("kernels", "fused", "graphs", "model", "moving_mnist", "trials", "calibration")
 
 
 @pytest.mark.parametrize("changed", ROOMS)

@@ -17,7 +17,9 @@ from typing import Any, get_args
 import pytest
 import torch
 
+from bench.harness import timing
 from calibration_standins import some_setting
+from fastjepa import policy as norms
 from fastjepa.calibration.choice import EAGER, Choice
 from fastjepa.calibration.layers import LAYERS
 from fastjepa.calibration.search import everything, rival
@@ -25,15 +27,11 @@ from fastjepa.calibration.setting import (
     RunPrecision,
     Setting,
     ambient_precision,
-    ambient_tf32,
     setting_of_config,
     setting_of_jepa,
 )
 from fastjepa.config import Config
-from fastjepa.measuring import norms, timing
-from fastjepa.measuring.norms import judge_norms, norm_bound, norm_errors
-from fastjepa.measuring.out_of_memory import is_out_of_memory
-from fastjepa.measuring.policy import Error
+from fastjepa.policy import Error, ambient_tf32, is_out_of_memory, judge_norms, norm_bound, norm_errors
 from fastjepa.trials import contest as contest_module
 from fastjepa.trials import layers, work
 from fastjepa.trials.contest import Contest

@@ -21,7 +21,7 @@ from fastjepa.calibration.choice import Choice
 from fastjepa.calibration.search import among, next_choice
 from fastjepa.calibration.setting import Purpose, Setting
 from fastjepa.calibration.trial import Trial, settled
-from fastjepa.measuring.child_process import Ended, run_child
+from fastjepa.sweeping.child_process import Ended, run_child
 
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 

@@ -17,6 +17,7 @@ from torch import nn
 from fastjepa.config import Config
 from fastjepa.environment import device_name, driver_version
 from fastjepa.files.safe_files import CheckpointError
+from fastjepa.policy import ambient_tf32
 from fastjepa.storage.sizes import encoder_sizes, predictor_sizes, projector_sizes
 
 Purpose = Literal["train", "inference"]
@@ -29,7 +30,7 @@ CONTEXT = 2  # frames that predict the next one, of the published predictor
 SOFTWARE = ("driver", "torch", "triton", "cuda", "cudnn", "fastjepa")
 _PACKAGE = Path(__file__).resolve().parent.parent
 # What is measured is made of these; a change in one of them makes rows of before worthless.
-_MEASURED_ROOMS = ("kernels", "fused", "graphs", "model", "moving_mnist", "trials", "measuring", "calibration")
+_MEASURED_ROOMS = ("kernels", "fused", "graphs", "model", "moving_mnist", "trials", "calibration")
 
 
 @dataclass(frozen=True)
@@ -200,23 +201,6 @@ def ambient_precision(device: torch.device) -> AutocastPrecision:
     kind = device.type
     in_bf16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
     return "bf16" if in_bf16 else "fp32"
-
-
-def ambient_tf32() -> tuple[bool, bool]:
-    """Whether fp32 matrix products, and convolutions, would be multiplied in TF32 on a GPU now.
-
-    `allow_tf32` says so too, but raises RuntimeError once a script has used `fp32_precision`, which always answers.
-    """
-    backends: Any = torch.backends
-    return backends.cuda.matmul.fp32_precision == "tf32", backends.cudnn.conv.fp32_precision == "tf32"
-
-
-def set_tf32(matmul: bool, cudnn: bool) -> None:
-    """By the older switches, which set the newer ones too, so that reading either works."""
-    backends: Any = torch.backends
-    backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32 = matmul, cudnn
-    if ambient_tf32()[1] and not cudnn:  # off means "as in general" there, and in general TF32 is on
-        backends.cudnn.conv.fp32_precision = backends.cudnn.rnn.fp32_precision = "ieee"
 
 
 def _checked_shape(example: Sequence[int]) -> tuple[int, int, int, int, int]:

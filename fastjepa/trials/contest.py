@@ -11,15 +11,13 @@ from typing import TypeVar
 
 import torch
 
+from bench.harness.timing import HostTimer, quantile
+from fastjepa import policy as norms
 from fastjepa.calibration.choice import EAGER, Choice
 from fastjepa.calibration.setting import Setting
 from fastjepa.calibration.trial import Trial
 from fastjepa.kernels.checks import unavailable_reason
-from fastjepa.measuring import norms
-from fastjepa.measuring.norms import DRAWS, GRADIENT, JUMP
-from fastjepa.measuring.out_of_memory import is_out_of_memory
-from fastjepa.measuring.policy import Error, Judgement
-from fastjepa.measuring.timing import HostTimer, quantile
+from fastjepa.policy import DRAWS, GRADIENT, JUMP, Error, Judgement, is_out_of_memory
 from fastjepa.trials.work import LayeredWork, Maker, Tensors, Work, arithmetic
 
 T = TypeVar("T")

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bench.harness.timing import HostTimer, Timer, WarmDeviceTimer, quantile
 from fastjepa.calibration.layers import LAYERS
 from fastjepa.fused.folded_layers import INPUT, FoldedLayer, encoder_layers, sizes_of, unet_layers
 from fastjepa.fused.folded_run import Sources, run_layer
 from fastjepa.fused.folded_weights import FoldedWeights, LayerWeights
 from fastjepa.graphs.capture import Recording
-from fastjepa.measuring.timing import HostTimer, Timer, WarmDeviceTimer, quantile
 
 SECONDS = 2.0 / len(LAYERS)  # for the rounds of each
 MOST_ROUNDS = 7

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from fastjepa.calibration.choice import Choice
-from fastjepa.calibration.setting import Setting, ambient_tf32, set_tf32
+from fastjepa.calibration.setting import Setting
 from fastjepa.fused.swap import accelerate
 from fastjepa.graphs import GraphedRollout, GraphedTrainStep
-from fastjepa.measuring.norms import GRADIENT
 from fastjepa.model.jepa import JEPA, build_jepa
 from fastjepa.model.networks import DetHead, ImageDecoder
 from fastjepa.model.probes import build_probes
 from fastjepa.model.projected_losses import ProjectionPath
 from fastjepa.model.step import StepLosses, TrainStep, build_optimizer
 from fastjepa.moving_mnist import ClipSet
+from fastjepa.policy import GRADIENT, ambient_tf32, set_tf32
 from fastjepa.trials.layers import faster_layers, pairs_of_networks
 
 Tensors = dict[str, Tensor]
