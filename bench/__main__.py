@@ -35,7 +35,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tune": ("bench.tune", "time candidate launch configurations of the kernels on a GPU"),
     "report": ("bench.report.page", "draw and tabulate committed rows"),
     "prove": ("bench.prove.command", "everything that can be shown on this machine, in one folder"),
-    "eval": ("bench.evaluation", "time one evaluation, literally and with each thing done once"),
+    "self_check": ("bench.self_check", "check fused kernels against eager, as auto does before it uses them"),
+    "eval": ("bench.evaluation", "time one evaluation, the original's and the deduplicated one"),
 }
 
 

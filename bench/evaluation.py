@@ -1,4 +1,4 @@
-"""`python -m bench eval`: one evaluation, literally as the original computes it and with each thing done once.
+"""`python -m bench eval`: one evaluation, as the original computes it and deduplicated.
 
 Both give the same metrics; the de-duplicated one rolls out 35 predictor frames per clip of ten, not 72, encodes once,
 not four times, and folds BatchNorm into the convolutions.
@@ -19,14 +19,13 @@ from bench.harness.case import Case, Work
 from bench.harness.variants import Computation, Tensors, Variant, always, needs_cuda, needs_kernels
 from bench.recipe import Recipe, arithmetic, build_model, make_clips
 from bench.recipe_suite import run_suite
-from fastjepa.calibration.choice import Choice
-from fastjepa.fused.swap import accelerate
+from fastjepa.fused.swap import Purpose, accelerate
 from fastjepa.graphs import GraphedRollout
 from fastjepa.moving_mnist import ClipSet
 from fastjepa.optional_packages import require_packages
 from fastjepa.training.evaluation import evaluate
 
-LITERAL = "original"
+ORIGINAL = "original"
 BATCHES = 2
 
 
@@ -34,9 +33,9 @@ BATCHES = 2
 class Way:
     """How one variant evaluates."""
 
-    literal: bool = False
+    original: bool = False
     precision: str = "fp32"
-    kernels: Choice | None = None  # the networks that take the place of the plain ones
+    kernels: str = ""  # "fused" or "inference": the networks that take the place of the plain ones
     graph: bool = False  # the rollout of a batch in one launch
 
 
@@ -66,8 +65,9 @@ class Evaluate:
         self.clips = WideClips if dtype == torch.float64 else ClipSet
         self.model = build_model(recipe, device, dtype)
         settle(self.model[0], recipe)
-        if way.kernels is not None:
-            accelerate(self.model[0], choice=way.kernels, purpose="inference", verbose=False)
+        if way.kernels:
+            purpose: Purpose = "inference" if way.kernels == "inference" else "train"
+            accelerate(self.model[0], backend="fused", purpose=purpose, verbose=False)
         self.rollout = GraphedRollout(self.model[0], fold_batch_norm=True) if way.graph else None
         self.detections: list[Tensor] = []
         self.model[2].register_forward_hook(lambda module, inputs, out: self.detections.append(out.flatten()))
@@ -81,7 +81,7 @@ class Evaluate:
                 self.clips(inputs["video"], inputs["digit_maps"]),
                 self.recipe.batch,
                 autocast_dtype=torch.bfloat16 if self.way.precision == "bf16" else None,
-                literal=self.way.literal,
+                original=self.way.original,
                 rollout=self.rollout,
             )
         losses = {"recon_loss": found.recon_loss, "det_loss": found.det_loss}
@@ -106,8 +106,8 @@ def settle(jepa: nn.Module, recipe: Recipe) -> None:
 
 
 def truth(recipe: Recipe, inputs: Tensors) -> Tensors:
-    """The literal evaluation in float64."""
-    found = Evaluate(recipe, Way(literal=True), inputs["video"].device, torch.float64)(inputs)
+    """The original evaluation in float64."""
+    found = Evaluate(recipe, Way(original=True), inputs["video"].device, torch.float64)(inputs)
     return {name: x.double() for name, x in found.items()}
 
 
@@ -128,8 +128,8 @@ def make_case(recipe: Recipe, note: str = "") -> Case:
         make_inputs=partial(make_inputs, recipe),
         truth=partial(truth, recipe),
         work=_unknown_work,
-        baseline=LITERAL,
-        eager={"fp32": LITERAL, "tf32": "TF32", "bf16": "bf16"},
+        baseline=ORIGINAL,
+        eager={"fp32": ORIGINAL, "tf32": "TF32", "bf16": "bf16"},
         phase="evaluation",
         rates={"clips_per_second": float(BATCHES * recipe.batch)},
     )
@@ -137,19 +137,18 @@ def make_case(recipe: Recipe, note: str = "") -> Case:
 
 def make_variants(recipe: Recipe) -> list[Variant]:
     """The original's evaluation, the de-duplicated one, and that one with less precision, fused kernels and graphs."""
-    fused, own = Choice(batch_norm=True), Choice(convolutions="all")
     ways: list[tuple[str, Way, Callable[[torch.device], str | None]]] = [
-        (LITERAL, Way(literal=True), always),
+        (ORIGINAL, Way(original=True), always),
         ("each thing once", Way(), always),
         ("TF32", Way(precision="tf32"), needs_cuda),
         ("bf16", Way(precision="bf16"), needs_cuda),
         ("bf16, rollouts as a graph", Way(precision="bf16", graph=True), needs_cuda),
-        ("fused bf16", Way(precision="bf16", kernels=fused), needs_kernels),
-        ("fused bf16, rollouts as a graph", Way(precision="bf16", kernels=fused, graph=True), needs_kernels),
-        ("folded convolutions bf16", Way(precision="bf16", kernels=own), needs_kernels),
+        ("fused bf16", Way(precision="bf16", kernels="fused"), needs_kernels),
+        ("fused bf16, rollouts as a graph", Way(precision="bf16", kernels="fused", graph=True), needs_kernels),
+        ("folded convolutions bf16", Way(precision="bf16", kernels="inference"), needs_kernels),
         (
             "folded convolutions bf16, rollouts as a graph",
-            Way(precision="bf16", kernels=own, graph=True),
+            Way(precision="bf16", kernels="inference", graph=True),
             needs_kernels,
         ),
     ]

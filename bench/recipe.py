@@ -147,7 +147,7 @@ def count(network: nn.Module, *inputs: Tensor) -> Layers:
 class StepWork:
     """FLOPs of one training step as the original does it and with each thing done once, and the bytes of the latter."""
 
-    literal_flops: int
+    original_flops: int
     flops: int
     elements: int
 
@@ -176,7 +176,7 @@ def step_work(recipe: Recipe) -> StepWork:
     return StepWork(
         # The encoder runs twice more for the probes, forward only, and the projector 1 + 2·steps times. The covariance
         # of N rows of `out` features comes on top.
-        literal_flops=networks
+        original_flops=networks
         + 2 * encoder.forward
         + (1 + 2 * steps) * (projector.forward + projector.backward)
         + 3 * 2 * recipe.rows * OUT**2,

@@ -1,6 +1,6 @@
 """`python -m bench saved`: what one training step keeps for its backward pass, in bytes, at any size, on any machine.
 
-Shapes are traced with fake tensors (`fastjepa.fused.step_memory`): nothing is computed and nothing of that size is
+Shapes are traced with fake tensors (`bench.step_memory`): nothing is computed and nothing of that size is
 allocated. To what is kept, gradients in flight come on top: a step's peak. "needed" is what `auto` reckons with.
 """
 
@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastjepa.fused.step_memory import StepSizes, count_step
+from bench.step_memory import StepSizes, count_step
 from fastjepa.model.projected_losses import ProjectionPath
 
 
@@ -54,4 +54,4 @@ def _counted(variant: Variant, batch: int, bf16: bool) -> str:
         )  # fmt: skip
     except ImportError as error:
         return f"unavailable: kernels need Triton, which cannot be imported here ({error})"
-    return f"{kept.total / 1e9:6.2f} GB, needed {kept.needed / 1e9:6.2f} GB"
+    return f"{kept.total / 1e9:6.2f} GB"

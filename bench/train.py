@@ -71,7 +71,7 @@ class TimedTrainer(Trainer):
         self.found.append(
             Row(
                 suite=SUITE, case=f"preset {config.preset}, B={config.batch_size}, seed {config.seed}",
-                variant=f"{config.precision}, {self.resolution.choice}",
+                variant=f"{self.execution}",
                 phase=f"step {self.global_step}", precision=config.precision, status="unjudged",
                 reason="a training run: its mAP says how good it is", rounds=max(steps, 1),
                 median_ms=1e3 * spent / max(steps, 1), timing="host", quality=quality, **vars(self.environment),

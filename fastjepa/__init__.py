@@ -40,11 +40,9 @@ __all__ = [
 
 # Type checkers see the imports; a running program looks the same names up when they are first asked for.
 if TYPE_CHECKING:
+    from fastjepa.eb_jepa import load_eb_jepa_checkpoint, load_eb_jepa_run, save_eb_jepa_checkpoint
     from fastjepa.fused.swap import accelerate, restore
     from fastjepa.model.jepa import JEPA, build_jepa
-    from fastjepa.storage.eb_jepa_checkpoint import load_eb_jepa_checkpoint
-    from fastjepa.storage.eb_jepa_export import save_eb_jepa_checkpoint
-    from fastjepa.storage.eb_jepa_run import load_eb_jepa_run
     from fastjepa.storage.export import load_pretrained
     from fastjepa.verification import verify
 else:
@@ -52,11 +50,11 @@ else:
         "JEPA": "fastjepa.model.jepa",
         "accelerate": "fastjepa.fused.swap",
         "build_jepa": "fastjepa.model.jepa",
-        "load_eb_jepa_checkpoint": "fastjepa.storage.eb_jepa_checkpoint",
-        "load_eb_jepa_run": "fastjepa.storage.eb_jepa_run",
+        "load_eb_jepa_checkpoint": "fastjepa.eb_jepa",
+        "load_eb_jepa_run": "fastjepa.eb_jepa",
         "load_pretrained": "fastjepa.storage.export",
         "restore": "fastjepa.fused.swap",
-        "save_eb_jepa_checkpoint": "fastjepa.storage.eb_jepa_export",
+        "save_eb_jepa_checkpoint": "fastjepa.eb_jepa",
         "verify": "fastjepa.verification",
     }
 

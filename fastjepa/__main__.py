@@ -20,7 +20,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sweep": ("fastjepa.sweep", "train a grid of options with several seeds; a table and a heat-map"),
     "figures": ("fastjepa.figures.__main__", "draw the pictures of runs again"),
     "export": ("fastjepa.export", "hand a run back to eb_jepa, with its Adam state"),
-    "calibrate": ("fastjepa.calibrate", "measure, or show, what auto takes on this GPU"),
 }
 
 

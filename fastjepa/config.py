@@ -54,15 +54,13 @@ class Config:
     """Arithmetic of the networks: fp32, tf32 (CUDA only) or bf16 autocast; "auto" takes bf16 on a GPU with tensor cores
     for it, and fp32 elsewhere. Losses are always fp32."""
     backend: Literal["auto", "eager", "fused"] = "auto"
-    """Fused kernels (a GPU only), plain PyTorch, or auto: what was measured to be fastest on this GPU, which the first
-    run does for up to a minute (python -m fastjepa.calibrate; FASTJEPA_CALIBRATE=0 leaves it out)."""
+    """Fused kernels (a GPU only), plain PyTorch, or auto: fused kernels on a GPU from sm_80, after a self-check of
+    some seconds (FASTJEPA_SELF_CHECK=0 skips it), and else plain PyTorch."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """Whole training steps, up to ten in one launch (a GPU only): on, off, or auto: where that was measured to be
-    faster."""
+    """Whole training steps, up to ten in one launch (a GPU only): on, off, or auto: with fused kernels."""
     recompute: Literal["auto", "on", "off"] = "auto"
-    """Fused networks compute activations again in the backward pass, for less memory and more time: on, off, or auto:
-    where memory asks for it, by counted bytes, or where that was measured to be faster. The same numbers, bit for
-    bit."""
+    """Fused networks compute activations again in the backward pass, for less memory and more time: on or off; auto is
+    off, or as a resumed run has it. The same numbers, bit for bit."""
     device: str = "auto"
     """"auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N"."""
 

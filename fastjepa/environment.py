@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import functools
+import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
@@ -87,6 +90,25 @@ def driver_version(device: torch.device) -> str:
         return Path("/sys/module/nvidia/version").read_text().strip()
     except OSError:
         return _query_gpu(device, "driver_version") or ""
+
+
+def machine_key(device: torch.device, *more: object) -> str:
+    """32 hexadecimal digits that stand for the GPU, its driver, torch, Triton, the sources, and what else is given."""
+    parts = (device_name(device), driver_version(device), torch.__version__, _version("triton"), sources_hash(), *more)
+    return hashlib.blake2b(json.dumps([str(part) for part in parts]).encode(), digest_size=16).hexdigest()
+
+
+@functools.cache
+def sources_hash() -> str:
+    """12 hexadecimal digits of the code that computes, the same in a checkout and where it is installed."""
+    package, digest = Path(__file__).resolve().parent, hashlib.blake2b(digest_size=6)
+    for room in ("kernels", "model", "fused", "graphs"):
+        # A checkout without links has kernels/ beside the package.
+        folder = next(folder for folder in (package / room, package.parent / room) if folder.is_dir())
+        for path in sorted(folder.rglob("*.py"), key=lambda path: path.relative_to(folder).as_posix()):
+            digest.update(f"{room}/{path.relative_to(folder).as_posix()}\n".encode())
+            digest.update(path.read_bytes().replace(b"\r\n", b"\n"))
+    return digest.hexdigest()
 
 
 def clocks_mhz(device: torch.device) -> tuple[int | None, int | None]:

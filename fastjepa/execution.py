@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
+
+import torch
 
 RunPrecision = Literal["fp32", "tf32", "bf16"]
 
@@ -60,3 +63,44 @@ class ExecutionConfig:
                     f"{name} must be {'text' if name == 'precision' else 'true or false'}, got {value!r:.40}"
                 )
         return ExecutionConfig(**values)
+
+
+def ambient_precision(device: torch.device) -> RunPrecision:
+    """In which precision networks would compute on `device` if they were called now."""
+    kind = device.type
+    if kind not in ("cpu", "cuda"):  # torch has no autocast for some
+        return "fp32"
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
+        return "bf16"
+    return "tf32" if kind == "cuda" and any(ambient_tf32()) else "fp32"
+
+
+def ambient_tf32() -> tuple[bool, bool]:
+    """Whether fp32 matrix products, and convolutions, would be multiplied in TF32 on a GPU now.
+
+    `allow_tf32` says so too, but raises RuntimeError once a script has used `fp32_precision`, which always answers.
+    """
+    backends: Any = torch.backends
+    return backends.cuda.matmul.fp32_precision == "tf32", backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def set_tf32(matmul: bool, cudnn: bool) -> None:
+    """By the older switches, which set the newer ones too, so that reading either works."""
+    backends: Any = torch.backends
+    backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32 = matmul, cudnn
+    if ambient_tf32()[1] and not cudnn:  # off means "as in general" there, and in general TF32 is on
+        backends.cudnn.conv.fp32_precision = backends.cudnn.rnn.fp32_precision = "ieee"
+
+
+@contextlib.contextmanager
+def tf32_products(device: torch.device, on: bool) -> Iterator[None]:
+    """Inside, fp32 matrix products and convolutions on a GPU are in TF32, or not; on a CPU nothing changes."""
+    if device.type != "cuda":
+        yield
+        return
+    before = ambient_tf32()
+    set_tf32(on, on)
+    try:
+        yield
+    finally:
+        set_tf32(*before)

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastjepa.config import Config
+from fastjepa.eb_jepa import write_eb_jepa_checkpoint
 from fastjepa.files.safe_files import CheckpointError
 from fastjepa.refusal import refusals
-from fastjepa.storage.eb_jepa_export import write_run_for_eb_jepa
 from fastjepa.storage.run_folder import load_run_checkpoint
 from fastjepa.training.command_line import parse_options
 
@@ -44,10 +44,12 @@ def export_run(options: Options) -> list[str]:
     try:
         config, progress = Config.from_json(state["config"]), state["progress"]
         epoch, batch, step = (progress[name] for name in ("epoch", "batch", "global_step"))
+        modules = {name: state["modules"][name] for name in ("jepa", "image_decoder", "detection_head")}
+        optimizer = state["optimizer"]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path} is not the checkpoint of a run: {error!r}") from error
     try:
-        write_run_for_eb_jepa(options.eb_jepa, state, epoch=epoch, step=step)
+        write_eb_jepa_checkpoint(options.eb_jepa, modules, optimizer, epoch=epoch, step=step)
     except CheckpointError as error:
         raise CheckpointError(f"{path} could not be exported: {error}") from error
     lines = [f"wrote {options.eb_jepa}, after step {step}: eb_jepa goes on with its epoch {epoch} (it counts from 0)"]

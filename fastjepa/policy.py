@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -256,7 +256,7 @@ def largest_errors(known: Mapping[str, Error], found: Mapping[str, Error]) -> di
     return {name: max(known.get(name, error), error, key=lambda e: e.relative) for name, error in found.items()}
 
 
-# ---- how a GPU multiplies fp32, and what a failed allocation says ----------------------------------------------------
+# ---- what a failed allocation says -----------------------------------------------------------------------------------
 
 _WORDS = (
     "out of memory",
@@ -273,20 +273,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS)
-
-
-def ambient_tf32() -> tuple[bool, bool]:
-    """Whether fp32 matrix products, and convolutions, would be multiplied in TF32 on a GPU now.
-
-    `allow_tf32` says so too, but raises RuntimeError once a script has used `fp32_precision`, which always answers.
-    """
-    backends: Any = torch.backends
-    return backends.cuda.matmul.fp32_precision == "tf32", backends.cudnn.conv.fp32_precision == "tf32"
-
-
-def set_tf32(matmul: bool, cudnn: bool) -> None:
-    """By the older switches, which set the newer ones too, so that reading either works."""
-    backends: Any = torch.backends
-    backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32 = matmul, cudnn
-    if ambient_tf32()[1] and not cudnn:  # off means "as in general" there, and in general TF32 is on
-        backends.cudnn.conv.fp32_precision = backends.cudnn.rnn.fp32_precision = "ieee"

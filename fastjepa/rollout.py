@@ -9,7 +9,6 @@ if __name__ == "__main__":  # before the imports, which take seconds
 
     sys.exit(run_command("fastjepa.rollout", None, "python -m fastjepa.rollout"))
 
-import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,14 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastjepa.calibration.choice import EAGER, Choice
-from fastjepa.calibration.verdict import say_on_stderr
-from fastjepa.config import Config, resolve_device
+from fastjepa.config import resolve_device
 from fastjepa.environment import device_name
-from fastjepa.evaluate import compute_as_measured, load_run, look_up_rollout
+from fastjepa.evaluate import load_run_and_execution
 from fastjepa.graphs import CudaGraphChoice, GraphedRollout, use_cuda_graph
 from fastjepa.model.context import CONTEXT
-from fastjepa.model.jepa import JEPA
 from fastjepa.model.modes import eval_mode
 from fastjepa.moving_mnist.official import DownloadError
 from fastjepa.refusal import refusals
@@ -53,7 +49,7 @@ class Options:
     device: str = "auto"
     """"auto", "cpu", "cuda" or "cuda:N"."""
     cuda_graph: CudaGraphChoice = "auto"
-    """Predict in one launch (a GPU only): on, off, or auto: in the way that was measured to be fastest."""
+    """Predict in one launch (a GPU only): on, off, or auto: where the run was trained with graphs."""
     cache_dir: Path | None = None
     """Folder of the data; default: as in training."""
 
@@ -98,15 +94,14 @@ def roll_out(options: Options) -> Result:
     if path.parent.exists() and not path.parent.is_dir():
         raise ValueError(f"--out {path} cannot be written: {path.parent} is not a folder")
 
-    config, jepa, decoder, head = load_run(options.checkpoint, device)
+    execution, config, jepa, decoder, head = load_run_and_execution(options.checkpoint, device)
     set_precision(config.precision)
     _, validation = load_run_clips(config, options.cache_dir)
     if options.clips > len(validation):
         raise ValueError(
             f"--clips must be at most {len(validation)}, the validation clips of the run; got {options.clips}"
         )
-    fastest = _as_measured(options, config, jepa, device)
-    graph = use_cuda_graph(options.cuda_graph, device, measured_faster=fastest.cuda_graph)
+    graph = use_cuda_graph(options.cuda_graph, device, auto=execution.cuda_graph)
     video, _ = validation.subset(options.clips).to(device).batch(torch.arange(options.clips, device=device))
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16")
     with eval_mode(jepa, decoder, head), autocast:
@@ -127,39 +122,6 @@ def roll_out(options: Options) -> Result:
         context=CONTEXT, max_clips=PICTURED_CLIPS,
     )  # fmt: skip
     return Result(path, options.clips * options.horizon, seconds, graph, device_name(device))
-
-
-def _as_measured(options: Options, config: Config, jepa: JEPA, device: torch.device) -> Choice:
-    """What a calibration found to be fastest at these sizes; the networks of `jepa` compute so from now on, and as the
-    run resolved where there is nothing to look up, or a flag says how to roll out.
-
-    It is only looked up: a picture that takes seconds is not worth a minute of measuring. Where there is nothing, this
-    says which command measures.
-    """
-    if device.type != "cuda" or options.cuda_graph != "auto":
-        return EAGER
-    verdict = look_up_rollout(config, device, _batch(options), options.cache_dir)
-    if not verdict.rows:
-        say_on_stderr(f"no CUDA graph: {verdict.origin}; this measures it: {calibrate_command(options, config)}")
-        return EAGER
-    return compute_as_measured(jepa, verdict, device) or EAGER
-
-
-def calibrate_command(options: Options, config: Config) -> str:
-    """The command line that measures what a rollout with these options looks up."""
-    sizes = {name: getattr(config, name) for name in ("canvas", "henc", "hpre", "dstc")}
-    flags: dict[str, object] = {"batch_size": _batch(options), **sizes, "precision": config.precision}
-    if options.device != "auto":
-        flags["device"] = options.device
-    if (folder := options.cache_dir or config.cache_dir) is not None:
-        flags["cache_dir"] = folder
-    words = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items()]
-    return " ".join(["python -m fastjepa.calibrate --inference", *words])
-
-
-def _batch(options: Options) -> int:
-    """Clips that are predicted at a time."""
-    return min(options.chunk or options.clips, options.clips)
 
 
 def _measured(predict: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:

@@ -1,24 +1,24 @@
 """`fastjepa.verify(jepa, video)`: a user's own model, on a video of theirs, against the plain model in float64.
 
 Everything happens on copies. The policy is that of tests and benchmarks (`fastjepa.policy`): errors by norms, in
-fp32 in any case and in the model's own arithmetic if that is another, each beside eager's. `self_check_problem` holds
-fused networks of some widths against plain ones in the same way.
+fp32 in any case and in the model's own arithmetic if that is another, each beside eager's.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fastjepa.execution import ambient_tf32, tf32_products
 from fastjepa.fused.autocast import InBf16
 from fastjepa.fused.swap import accelerate, restore
-from fastjepa.model.jepa import build_jepa
+from fastjepa.model.networks import DetHead
 from fastjepa.model.probes import build_probes
 from fastjepa.model.step import TrainStep
 from fastjepa.policy import (
@@ -26,14 +26,12 @@ from fastjepa.policy import (
     GRADIENT,
     Error,
     Judgement,
-    ambient_tf32,
     is_out_of_memory,
     largest_errors,
     may_have_jumped,
     norm_bound,
     norm_errors,
     relative_error,
-    set_tf32,
     worst,
 )
 
@@ -89,7 +87,8 @@ class Verification:
     @property
     def worst(self) -> Row:
         """The row closest to, or furthest beyond, its bound."""
-        return worst_row(self.rows)
+        found = worst(row._judgement for row in self.rows)
+        return next(row for row in self.rows if row._judgement == found)
 
     def __str__(self) -> str:
         wrong, unsure = sum(not row.exact for row in self.rows), sum(row.bound is None for row in self.rows)
@@ -136,8 +135,8 @@ def verify(
     Each part's gradients (and its buffers) are one row. What does not compute in plain fp32 is checked in fp32 first:
     in bf16, half a gradient could pass. A gradient in which single ReLUs may have switched gets a second and a third
     chance, with the video mirrored. The model stays as it was, to the last bit, and so do random number generators; on
-    a GPU, "auto" may check itself first, as `accelerate` does. The unroll is the one that the model has, overridden or
-    not; where `TrainStep` takes a model, its loss is held against that of the unroll too.
+    a GPU, "auto" may run the self-check first, as `accelerate` does. The unroll is the model's own, overridden
+    or not; where `TrainStep` takes a model, its loss is held against that of the unroll too.
 
     Args:
         jepa: a JEPA of fastjepa or eb_jepa, accelerated or not, in the modes (train, frozen parts) to be checked.
@@ -189,7 +188,8 @@ def verify(
         def run(model: nn.Module, given: Inputs, rule: str) -> Tensors:
             return _unroll(model, given, rule, in_bf16, options)
 
-        rows = compare(plain, ours, inputs, run, rules, truth)
+        truths = [truth]
+        rows = [row for rule in rules for row in _rows(plain, ours, inputs, run, rule, truths)]
         if unroll_mode == "parallel" and actions is None and jepa.training:
             rows += _of_a_step(ours, video, steps, truth["losses"], rows[0])
     report: Any = ours.acceleration
@@ -204,24 +204,8 @@ def verify(
     return found
 
 
-def worst_row(rows: Sequence[Row]) -> Row:
-    """The row closest to, or furthest beyond, its bound."""
-    found = worst(row._judgement for row in rows)
-    return next(row for row in rows if row._judgement == found)
-
-
-def compare(
-    plain: nn.Module, ours: nn.Module, inputs: Inputs, run: Run, rules: Sequence[str], truth: Tensors | None = None
-) -> list[Row]:
-    """The policy on all results of `run`, in each arithmetic of `rules`; copies of the models are run.
-
-    Draws are the first of the inputs, and that mirrored. `truth`: that of the inputs, where it is known.
-    """
-    truths = [] if truth is None else [truth]
-    return [row for rule in rules for row in _rows(plain, ours, inputs, run, rule, truths)]
-
-
 def _rows(plain: nn.Module, ours: nn.Module, inputs: Inputs, run: Run, rule: str, truths: list[Tensors]) -> list[Row]:
+    """The policy in one arithmetic; draws are the video, and the video mirrored. `truths` are kept between calls."""
     eager: dict[str, Error] = {}
     for draw in range(DRAWS):
         drawn = (inputs[0].flip(-draw) if draw else inputs[0], *inputs[1:])
@@ -268,89 +252,16 @@ def _of_a_step(ours: nn.Module, video: Tensor, steps: int, truth: Tensor, losses
     model = copy.deepcopy(ours).float()
     _stop_autocast(model)
     try:
-        with torch.no_grad():
-            channels = copy.deepcopy(model).encoder(video).shape[1]
         with _arithmetic(video.device, "fp32"):
-            found = _step_losses(model, video, channels, steps)[0]
+            with torch.no_grad():
+                channels = copy.deepcopy(model).encoder(video).shape[1]
+            probes = [probe.to(video.device) for probe in build_probes(dobs=video.shape[1], dstc=channels)]
+            no_digits = video.new_zeros(video.shape[0], video.shape[2], DetHead.CELLS, DetHead.CELLS)
+            found = TrainStep(model, *probes, steps=steps).losses(video, no_digits).jepa
     except Exception:  # whatever a model of another structure, or its TrainStep, raises
         return []
     error = relative_error(found, truth[0], float(torch.linalg.vector_norm(truth)))
     return [Row(_STEP, "fp32", error, losses.eager, losses.bound)]
-
-
-# -- The check of one machine
-
-
-def self_check_problem(widths: Mapping[str, Any], precision: str, device: torch.device) -> str | None:
-    """Why fused networks and losses are not exact on this device, in one line; None if they are.
-
-    A step (losses, gradients, buffers) and a rollout of a small video, in fp32 and in `precision`, by the policy.
-
-    Args:
-        widths: of the JEPA: dobs, henc, hpre, dstc and perhaps projector, as `build_jepa` takes them.
-        precision: "fp32", "tf32" or "bf16", the run's.
-        device: where the kernels run.
-    """
-    rules = list(dict.fromkeys(("fp32", precision)))
-    before = ambient_tf32()
-    try:
-        with _random_numbers_of_its_own(device), torch.inference_mode(False), torch.enable_grad():
-            set_tf32(precision == "tf32", precision == "tf32")
-            torch.manual_seed(0)
-            plain = build_jepa(**widths, std_coeff=10.0, cov_coeff=100.0).to(device)
-            video = torch.rand(2, widths["dobs"], 4, 16, 16, device=device)
-            rows = compare(plain, _fused(plain, "train"), (video,), _step, rules)
-            plain.eval()
-            rows += compare(plain, _fused(plain, "inference"), (video,), _rollout, rules)
-    except Exception as error:  # whatever compilers and drivers raise
-        return f"{type(error).__name__}: {_first_line(error)}"
-    finally:
-        set_tf32(*before)
-    found = worst_row(rows)
-    if found.exact:
-        return None
-    allowed = "eager's own cannot judge it" if found.bound is None else f"{found.bound:.1e} is allowed"
-    return f"{found.result}, {found.precision}: {found.ours:.1e} from float64, {allowed}"
-
-
-def _fused(plain: nn.Module, purpose: Literal["train", "inference"]) -> nn.Module:
-    return accelerate(copy.deepcopy(plain), backend="fused", purpose=purpose, verbose=False)
-
-
-def _step(jepa: nn.Module, inputs: Inputs, rule: str) -> Tensors:
-    model: Any = jepa.double() if rule == "float64" else jepa
-    video = inputs[0].to(next(model.parameters()).dtype)
-    channels = model.regularizer.proj.net[0].in_features
-    with _arithmetic(video.device, rule):
-        losses = _step_losses(model, video, channels, steps=1, in_bf16=rule == "bf16")
-        losses[0].backward()
-    return _results(model, (*losses[:3], {}, losses[3]))
-
-
-def _step_losses(jepa: Any, video: Tensor, channels: int, steps: int, in_bf16: bool = False) -> tuple[Tensor, ...]:
-    """The JEPA's losses in a TrainStep: all, the regularizer's (weighted and not) and the prediction's."""
-    probes = [probe.to(video.device, video.dtype) for probe in build_probes(dobs=video.shape[1], dstc=channels)]
-    step = TrainStep(
-        jepa,
-        *probes,
-        steps=steps,
-        projection="auto" if hasattr(jepa, "acceleration") else "eager",
-        autocast_dtype=torch.bfloat16 if in_bf16 else None,
-    )
-    found = step.losses(video, video.new_zeros(video.shape[0], video.shape[2], 8, 8))
-    return found.jepa, found.vc, found.vc_unweighted, found.pred
-
-
-def _rollout(jepa: nn.Module, inputs: Inputs, rule: str) -> Tensors:
-    model: Any = jepa.double() if rule == "float64" else jepa
-    video = inputs[0].to(next(model.parameters()).dtype)
-    autocast = torch.autocast(video.device.type, torch.bfloat16, enabled=rule == "bf16")
-    with torch.no_grad(), _arithmetic(video.device, rule), autocast:
-        states, _ = model.unroll(video, None, nsteps=2, compute_loss=False)
-    return {"states of a rollout": states}
-
-
-# -- One unroll of a copy
 
 
 def _unroll(jepa: nn.Module, inputs: Inputs, rule: str, in_bf16: bool, options: Mapping[str, Any]) -> Tensors:
@@ -423,13 +334,8 @@ def _arithmetic(device: torch.device, rule: str) -> Iterator[None]:
     if rule not in ("fp32", "float64"):
         yield
         return
-    before = ambient_tf32()
-    try:
-        with torch.autocast(device.type, enabled=False):
-            set_tf32(False, False)
-            yield
-    finally:
-        set_tf32(*before)
+    with torch.autocast(device.type, enabled=False), tf32_products(device, False):
+        yield
 
 
 def _has_autocast(jepa: nn.Module) -> bool:

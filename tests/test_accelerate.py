@@ -11,14 +11,10 @@ import torch
 from torch import nn
 
 import fastjepa
-from calibration_standins import some_setting, trial
 from compare import assert_near
-from fastjepa.calibration.choice import Choice
-from fastjepa.calibration.memory import Memory
-from fastjepa.calibration.setting import Setting
-from fastjepa.calibration.trial import Trial
-from fastjepa.calibration.verdict import Verdict
-from fastjepa.fused import decision
+from fastjepa.eb_jepa import OriginalStep
+from fastjepa.execution import ExecutionConfig
+from fastjepa.fused import auto, swap
 from fastjepa.fused.losses import ClosedFormVCLoss
 from fastjepa.model.step import TrainStep
 from original import (
@@ -96,7 +92,7 @@ def test_the_deduplicated_step_takes_the_fused_path(device: str) -> None:
     video, digit_location = (t.to(device) for t in tiny_batch(2, 4))
     step = TrainStep(fast, *fast_heads, steps=2)
     assert step._projection_path() == "fused"
-    expected = TrainStep(jepa, *heads, steps=2, literal=True)(video, digit_location)
+    expected = OriginalStep(jepa, *heads, steps=2)(video, digit_location)
     found = step(video, digit_location)
     for name, value in expected._asdict().items():
         assert getattr(found, name).item() == pytest.approx(value.item(), rel=LOSS), name
@@ -140,8 +136,8 @@ def test_auto_on_a_cpu_explains_itself(capsys: pytest.CaptureFixture[str]) -> No
     jepa, fast = tiny_jepa(), tiny_jepa()
     fastjepa.accelerate(fast)
     printed = capsys.readouterr().out
-    assert "on a CPU, eager is fastest; fused kernels need a GPU" in printed
-    assert "closed form in plain torch: faster on a CPU" in printed
+    assert "encoder      ResNet5 left as it is: auto uses them on CUDA devices, this is cpu" in printed
+    assert "closed form in plain torch" in printed
     video = tiny_batch()[0]
     expected, found = jepa.unroll(video, nsteps=2)[1], fast.unroll(video, nsteps=2)[1]
     assert expected is not None
@@ -444,10 +440,11 @@ def test_what_cannot_be_swapped_is_named(device: str) -> None:
         ({"backend": "fast"}, ValueError, "backend must be one of auto, eager, fused; got 'fast'"),
         ({"precision": "fp8"}, ValueError, "precision must be one of keep, bf16; got 'fp8'"),
         ({"purpose": "fun"}, ValueError, "purpose must be one of train, inference; got 'fun'"),
-        ({"example": (2, 1, 4, 16)}, ValueError, r"example must be the shape \(B, C, T, H, W\) of a video"),
-        ({"example": (2, 3, 4, 16, 16)}, ValueError, "example has 3 channels, and this JEPA encodes videos of 1"),
-        ({"example": (2, 1, 2, 16, 16)}, ValueError, "train takes clips of at least 3 frames, got 2"),
-        ({"choice": Choice(), "backend": "fused"}, ValueError, "and so does backend='fused'; give one of them"),
+        ({"execution": ExecutionConfig(), "backend": "fused"}, ValueError, "so do backend and recompute; give one"),
+        ({"execution": ExecutionConfig(), "recompute": "on"}, ValueError, "so do backend and recompute; give one"),
+        ({"recompute": "maybe"}, ValueError, "recompute must be one of on, off; got 'maybe'"),
+        ({"recompute": "on", "backend": "eager"}, ValueError, "recompute='on' is for fused networks in training"),
+        ({"recompute": "on", "purpose": "inference"}, ValueError, "recompute='on' is for fused networks in training"),
     ],
 )
 def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -469,192 +466,69 @@ def test_bad_objects() -> None:
 @pytest.mark.usefixtures("needs_triton")
 def test_fused_where_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastjepa.kernels.launch.INTERPRET", False)
-    with pytest.raises(RuntimeError, match="backend 'fused' cannot be served: Triton kernels need a CUDA device"):
+    with pytest.raises(RuntimeError, match="fused kernels are not supported here: Triton kernels need a CUDA"):
         fastjepa.accelerate(original(), backend="fused")
+    with pytest.raises(RuntimeError, match="fused kernels are not supported here: Triton kernels need a CUDA"):
+        fastjepa.accelerate(original(), execution=ExecutionConfig(fused=True))
 
 
-# ---- auto on a GPU, which is pretended, and choices ------------------------------------------------------------------
+# ---- auto, and what a run has resolved -------------------------------------------------------------------------------
 
 
-def decided(monkeypatch: pytest.MonkeyPatch, *rows: Trial, origin: str = "pretended", **options: Any) -> Any:
-    """What "auto" decides on a GPU where a calibration gives these rows."""
-    monkeypatch.setattr(decision, "setting_of_jepa", lambda *_, **kw: some_setting(purpose=kw["purpose"]))
-    monkeypatch.setattr(decision, "resolve", lambda setting, _, **__: Verdict(setting, rows, origin))
-    arguments = {"precision": "keep", "example": None, "purpose": "train", "choice": None, **options}
-    return decision.decide(tiny_jepa(), torch.device("cuda"), "auto", **arguments)
-
-
-def test_auto_on_a_gpu_takes_the_best_that_modules_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks, graph = Choice(batch_norm=True, channels_last=True), Choice(batch_norm=True, cuda_graph=True)
-    losses = trial(Choice(losses="fused"), 20.0)
-    made = decided(monkeypatch, trial(graph, 2.0), trial(blocks, 5.0), losses)
-    assert made.choice == blocks
-    assert made.reasons["projected_losses"] == "measured here: fused losses: 0.50× eager (20.00 ms), exact"
-    assert "→ fused blocks + channels-last: 2.00× eager, 5.00 ms instead of 10.00" in made.calibration
-    assert "with fastjepa.graphs.GraphedTrainStep, fused blocks + CUDA graph would be 5.00×" in made.calibration
-
-
-def test_auto_on_a_gpu_says_why_nothing_was_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    hung = Trial(Choice(batch_norm=True), "hung", "no result after 25 s")
-    made = decided(monkeypatch, hung, trial(Choice(losses="fused"), 20.0))
-    assert made.choice == Choice()
-    assert made.reasons["batch_norm"] == "measured here: fused blocks: hung: no result after 25 s"
-    off = decided(monkeypatch, origin="FASTJEPA_CALIBRATE=0 is set")
-    assert set(off.reasons.values()) == {"FASTJEPA_CALIBRATE=0 is set"}
-    inference = decided(monkeypatch, trial(Choice(batch_norm=True), 5.0), purpose="inference")
-    assert inference.reasons["projected_losses"] == "inference computes no losses"
-    own, few = Choice(convolutions="all"), "encoder.conv1,predictor.up1"
-    graph = trial(Choice(cuda_graph=True, convolutions=few), 1.0)
-    inference = decided(monkeypatch, trial(own, 20.0), graph, purpose="inference")
-    assert inference.choice == Choice()
-    assert inference.reasons["batch_norm"] == "measured here: own convolutions: 0.50× eager (20.00 ms), exact"
-    assert "with fastjepa.graphs.GraphedRollout, own convolutions (2 of 25 layers) + CUDA" in inference.calibration
-    inference = decided(monkeypatch, trial(own, 4.0), trial(Choice(convolutions=few), 3.0), purpose="inference")
-    assert inference.choice == Choice(convolutions=few)
-
-
-def test_auto_on_a_gpu_leaves_what_is_not_of_the_published_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decision, "resolve", lambda *_: pytest.fail("it measures"))
-    jepa = tiny_jepa()
-    jepa.encoder = nn.Identity()  # type: ignore[assignment]
-    made = decision.decide(jepa, torch.device("cuda"), "auto", "keep", None, "train", None)
-    assert made.choice == Choice()
-    assert "is not calibrated: it is not of the published form" in made.reasons["batch_norm"]
-
-
-@pytest.mark.parametrize("kind", ["meta", "mps", "xpu"])
-@pytest.mark.parametrize("example", [None, (2, 1, 4, 16, 16)])
-def test_auto_on_another_device_leaves_everything(
-    kind: str, example: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(decision, "resolve", lambda *_: pytest.fail("it measures"))
-    made = decision.decide(tiny_jepa(), torch.device(kind), "auto", "keep", example, "train", None)
-    assert made.choice == Choice()
-    assert set(made.reasons.values()) == {
-        f"auto takes only what was measured, on a CPU or a CUDA device, and this model is on {kind}"
-    }
-
-
-def test_auto_leaves_a_jepa_without_numbers_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_auto_says_why_a_device_gets_no_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     jepa = original().to("meta")
     fastjepa.accelerate(jepa)
     assert jepa.acceleration.swapped == ()
-    assert "this model is on meta" in capsys.readouterr().out
+    assert "auto uses them on CUDA devices, this is meta" in capsys.readouterr().out
 
 
-def test_memory_that_is_set_aside_is_given_to_who_measures(monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: order.append("empty_cache"))
-    monkeypatch.setattr(decision, "setting_of_jepa", lambda *_, **__: some_setting())
-
-    def pretended(setting: Setting, device: torch.device, **_: Any) -> Verdict:
-        order.append("resolve")
-        return Verdict(setting, (), "pretended")
-
-    monkeypatch.setattr(decision, "resolve", pretended)
-    decision.decide(tiny_jepa(), torch.device("cuda"), "auto", "keep", None, "train", None)
-    assert order == ["empty_cache", "resolve"]
+def test_auto_takes_all_that_the_self_check_lets_pass(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swap, "auto_problem", lambda *_: None)
+    jepa = original().to(device)
+    fastjepa.accelerate(jepa, verbose=False)
+    assert jepa.acceleration.swapped == ("encoder", "predictor", "regularizer", "predcost")
+    assert jepa.acceleration.execution == ExecutionConfig(fused=True, channels_last=device == "cuda")
 
 
-# ---- recomputation ----
-
-OWN = Choice(losses="fused", convolutions="all")
-PLENTY, SCARCE = Memory(keeping=3, recomputing=2, free=9), Memory(keeping=3, recomputing=2, free=2)
-
-
-def counted_and_decided(
-    monkeypatch: pytest.MonkeyPatch, memory: Memory | None, rows: tuple[Trial, ...] = (), **options: Any
-) -> decision.Decision:
-    """What is wanted on a pretended GPU with such memory, where such rows were measured."""
-
-    def counted(setting: Setting, device: torch.device) -> Memory | str:
-        if setting.purpose == "inference":
-            return ""
-        assert memory is not None, "it counts"
-        assert setting.batch == 5
-        return memory
-
-    def measured(setting: Setting, device: torch.device, *, allowed: Any, recompute: bool) -> Verdict:
-        assert all(allowed(row.choice) for row in rows if row.choice.recompute == recompute)
-        return Verdict(setting, rows, "pretended")
-
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(decision, "setting_of_jepa", lambda *_, purpose, **__: some_setting(batch=5, purpose=purpose))
-    monkeypatch.setattr(decision, "memory_on", counted)
-    monkeypatch.setattr(decision, "resolve", measured)
-    arguments = {"backend": "fused", "precision": "bf16", "example": None, "purpose": "train", "choice": None}
-    return decision.decide(tiny_jepa(), torch.device("cuda"), **{**arguments, **options})
+def test_auto_leaves_a_part_that_is_not_the_published_one(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swap, "auto_problem", lambda *_: None)
+    jepa = tiny_jepa(projector="4-6-6-5").to(device)
+    fastjepa.accelerate(jepa, verbose=False)
+    assert jepa.acceleration.swapped == ("encoder", "predictor")
+    assert "the projector is Linear" in str(jepa.acceleration)
 
 
-FUSED, KEEPING = Choice(batch_norm=True, losses="fused", recompute=True), Choice(batch_norm=True, losses="fused")
+def test_auto_stays_eager_where_the_self_check_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swap, "auto_problem", lambda *_: "losses are off")
+    jepa = original()
+    fastjepa.accelerate(jepa, verbose=False)
+    assert jepa.acceleration.swaps[0].reason == "losses are off"
 
 
-def test_a_fused_model_recomputes_where_memory_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for memory, expected in ((PLENTY, KEEPING), (SCARCE, FUSED)):
-        found = counted_and_decided(monkeypatch, memory)
-        assert found.choice == expected
-        assert found.calibration == str(memory)
-    assert counted_and_decided(monkeypatch, None, recompute="on").choice == FUSED
-    assert counted_and_decided(monkeypatch, None, recompute="off").choice == KEEPING
-    assert counted_and_decided(monkeypatch, None, purpose="inference").choice == OWN  # which keeps nothing
-    # What is not of the published form has no count.
-    monkeypatch.setattr(decision, "setting_of_jepa", lambda *_, **__: "its encoder strides")
-    found = decision.decide(tiny_jepa(), torch.device("cuda"), "fused", "keep", None, "train", None)
-    assert found.choice == FUSED
-    assert found.calibration == "the memory of a step is not known (its encoder strides): recomputation"
-
-
-def test_auto_takes_what_was_measured_of_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = (trial(KEEPING, 2.0), trial(FUSED, 3.0))
-    for options, memory, expected in (
-        ({}, PLENTY, KEEPING), ({}, SCARCE, FUSED), ({"recompute": "on"}, None, FUSED),
-        ({"recompute": "off"}, None, KEEPING),
-    ):  # fmt: skip
-        found = counted_and_decided(monkeypatch, memory, rows, backend="auto", **options)
-        assert found.choice == expected
-        assert found.calibration.endswith(f": 5.00× eager, 2.00 ms instead of 10.00\n    {rows[1]}\n  {PLENTY}") == (
-            memory is PLENTY
-        )
-    assert (
-        counted_and_decided(monkeypatch, None, backend="auto", recompute="on").choice == FUSED
-    )  # served, though never measured
-    with pytest.raises(RuntimeError, match="recompute='on' cannot be served: nothing with it works here, for example"):
-        counted_and_decided(monkeypatch, None, (trial(FUSED, status="wrong"),), backend="auto", recompute="on")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"choice": OWN, "recompute": "auto"}, "own convolutions are for inference, and the choice .* serve 'train'"),
-        ({"backend": "eager"}, "recompute='on' is for fused networks in training: backend='eager' has none"),
-        ({}, "recompute='on' is for fused networks in training: auto takes none on a CPU; use 'auto' or 'off'"),
-        ({"purpose": "inference"}, "in training: a rollout keeps nothing"),
-        ({"choice": Choice()}, "a choice says which parts are swapped, and so does recompute='on'; give one of them"),
-        ({"recompute": "maybe"}, "recompute must be one of auto, on, off; got 'maybe'"),
-    ],
-)
-def test_what_cannot_be_served_for_this_purpose(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        fastjepa.accelerate(tiny_jepa(), **{"recompute": "on", **options})
-
-
-def test_a_choice_is_served_laid_out_and_undone(device: str) -> None:
+def test_an_execution_config_is_followed_laid_out_and_undone(device: str) -> None:
     jepa = original().to(device)
     before = {name: p.stride() for name, p in jepa.named_parameters()}
-    choice = Choice(batch_norm=True, losses="closed_form", channels_last=True)
-    fastjepa.accelerate(jepa, choice=choice, verbose=False)
-    assert not jepa.encoder.recompute
-    assert jepa.regularizer.projection_path == "closed_form"
+    execution = ExecutionConfig(fused=True, recompute=True, channels_last=True)
+    fastjepa.accelerate(jepa, execution=execution, verbose=False)
+    assert jepa.encoder.recompute
+    assert jepa.regularizer.projection_path == "fused"
     weight = jepa.encoder.layer1.conv1.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
-    assert "channels-last in memory" in str(jepa.acceleration)
+    assert "fused kernels, recomputation, channels-last" in str(jepa.acceleration)
     fastjepa.restore(jepa)
     assert {name: p.stride() for name, p in jepa.named_parameters()} == before
     assert jepa.encoder.layer1.conv1.weight is weight
     assert torch.equal(weight, original().encoder.layer1.conv1.weight.to(device))
 
 
-# ---- own convolutions, for inference ----
+def test_widths_are_read_from_the_weights() -> None:
+    found = auto.widths_of(tiny_jepa())
+    assert found is not None
+    assert fastjepa.build_jepa(**found._asdict(), std_coeff=1.0, cov_coeff=1.0).state_dict().keys()
+    assert auto.widths_of(nn.Linear(1, 1)) is None
+
+
+# ---- inference networks ----------------------------------------------------------------------------------------------
 
 
 def own_jepa(device: str) -> tuple[OriginalJEPA, OriginalJEPA, torch.Tensor]:
@@ -678,27 +552,16 @@ def assert_same_states(fast: OriginalJEPA, eager: OriginalJEPA, video: torch.Ten
     torch.testing.assert_close(fast.predictor(state, None), eager.predictor(state, None), rtol=1e-4, atol=1e-5)
 
 
-FEW = Choice(convolutions="encoder.conv1,encoder.layer3.conv2,predictor.dec1.conv2,predictor.up1")
-
-
-def test_own_convolutions_in_some_layers_and_what_the_report_says(device: str) -> None:
+def test_inference_networks(device: str) -> None:
     eager, fast, video = own_jepa(device)
     keys, ids = list(fast.state_dict()), [(name, id(p)) for name, p in fast.named_parameters()]
     modules = fast.encoder, fast.predictor
-    fastjepa.accelerate(fast, choice=FEW, purpose="inference", verbose=False)
+    fastjepa.accelerate(fast, backend="fused", purpose="inference", verbose=False)
     assert fast.acceleration.swapped == ("encoder", "predictor")
-    assert fast.encoder.kernel_layers == ("conv1", "layer3.conv2")
-    assert fast.predictor.kernel_layers == ("up1", "dec1.conv2")
+    assert fast.acceleration.swaps[2].reason == "inference computes no losses"
     assert fast.action_encoder is fast.encoder
     assert list(fast.state_dict()) == keys
     assert [(name, id(p)) for name, p in fast.named_parameters()] == ids
-    reasons = {swap.part: swap.reason for swap in fast.acceleration.swaps}
-    assert reasons["encoder"] == (
-        "torch's convolutions run layer1.conv1, layer1.conv2, layer2.conv1, layer2.conv2, layer3.conv1"
-    )
-    left = reasons["predictor"].removeprefix("torch's convolutions run ").split(", ")
-    assert set(left) == set(fast.predictor.layer_names) - {"up1", "dec1.conv2"}
-    assert "Encoder → FoldedEncoder: torch's convolutions run layer1.conv1," in str(fast.acceleration)
     assert_same_states(fast, eager, video)
     fast.encoder.train()
     fastjepa.restore(fast)
@@ -708,29 +571,9 @@ def test_own_convolutions_in_some_layers_and_what_the_report_says(device: str) -
     assert not fast.predictor.training
 
 
-def test_one_part_may_have_no_layer_by_own_convolutions(device: str) -> None:
+def test_inference_networks_in_bf16(device: str) -> None:
     eager, fast, video = own_jepa(device)
-    fastjepa.accelerate(fast, choice=Choice(convolutions="predictor.up1"), purpose="inference", verbose=False)
-    assert fast.encoder.kernel_layers == ()
-    reasons = {swap.part: swap.reason for swap in fast.acceleration.swaps}
-    assert reasons["encoder"] == "torch's convolutions run all its layers"
-    assert_same_states(fast, eager, video)
-
-
-def test_a_fused_backend_for_inference_means_own_convolutions(device: str) -> None:
-    eager, fast, video = own_jepa(device)
-    fastjepa.accelerate(fast, backend="fused", purpose="inference", verbose=False)
-    assert fast.acceleration.swapped == ("encoder", "predictor", "regularizer", "predcost")
-    assert [type(module).__name__ for module in (fast.encoder, fast.predictor)] == ["FoldedEncoder", "FoldedPredictor"]
-    for network in (fast.encoder, fast.predictor):
-        assert network.kernel_layers == network.layer_names
-    assert [swap.reason for swap in fast.acceleration.swaps[:2]] == ["", ""]
-    assert_same_states(fast, eager, video)
-
-
-def test_own_convolutions_in_bf16(device: str) -> None:
-    eager, fast, video = own_jepa(device)
-    fastjepa.accelerate(fast, choice=FEW, purpose="inference", precision="bf16", verbose=False)
+    fastjepa.accelerate(fast, backend="fused", purpose="inference", precision="bf16", verbose=False)
     assert fast.encoder.autocast_dtype is fast.predictor.autocast_dtype is torch.bfloat16
     with torch.no_grad():
         state = fast.encoder(video)
@@ -738,29 +581,39 @@ def test_own_convolutions_in_bf16(device: str) -> None:
         torch.testing.assert_close(state, eager.encoder(video), rtol=0.1, atol=0.1)
 
 
-def test_own_convolutions_of_what_is_not_of_the_published_form(device: str) -> None:
-    own = Choice(convolutions="all")
+def test_a_model_that_only_encodes_and_predicts(device: str) -> None:
+    eager, fast, video = own_jepa(device)
+    for jepa in (eager, fast):
+        del jepa.regularizer, jepa.predcost
+    fastjepa.accelerate(fast, backend="fused", purpose="inference", verbose=False)
+    assert fast.acceleration.swapped == ("encoder", "predictor")
+    assert_same_states(fast, eager, video)
+    with pytest.raises(ValueError, match=r"no module 'regularizer'.*purpose='inference' needs encoder and predictor"):
+        fastjepa.accelerate(fastjepa.restore(fast), backend="fused")
+
+
+def test_inference_networks_of_what_is_not_of_the_published_form(device: str) -> None:
     jepa = original().to(device)
     jepa.encoder.__class__ = Leaky
     with pytest.raises(ValueError, match="encoder: it has the published names but computes something else"):
-        fastjepa.accelerate(jepa, choice=own, purpose="inference")
+        fastjepa.accelerate(jepa, backend="fused", purpose="inference")
     assert type(jepa.predictor).__name__ == "PairPredictor"  # all or nothing
-    fastjepa.accelerate(jepa, choice=own, purpose="inference", strict=False, verbose=False)
+    fastjepa.accelerate(jepa, backend="fused", purpose="inference", strict=False, verbose=False)
     assert jepa.acceleration.swapped == ("predictor",)
     torch.manual_seed(0)
     jepa = action_unet_jepa().to(device)
     with pytest.raises(ValueError, match="predictor: "):
         fastjepa.accelerate(jepa, backend="fused", purpose="inference")
     assert jepa.predictor is jepa.get_submodule("predictor")
-    fastjepa.accelerate(jepa, choice=own, purpose="inference", strict=False, verbose=False)
+    fastjepa.accelerate(jepa, backend="fused", purpose="inference", strict=False, verbose=False)
     assert jepa.acceleration.swapped == ("encoder",)  # nothing is folded inside a wrapper of another kind
     jepa = original().to(device)
     jepa.encoder.layer2.bn1 = nn.BatchNorm2d(jepa.encoder.layer2.bn1.num_features, track_running_stats=False).to(device)
     with pytest.raises(ValueError, match=r"encoder: .*no running statistics"):
-        fastjepa.accelerate(jepa, choice=own, purpose="inference")
+        fastjepa.accelerate(jepa, backend="fused", purpose="inference")
 
 
-def test_a_folded_form_is_held_against_the_module(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_inference_network_is_held_against_the_module(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastjepa.fused import folded_weights
 
     fold = folded_weights.fold
@@ -770,17 +623,8 @@ def test_a_folded_form_is_held_against_the_module(device: str, monkeypatch: pyte
         return 1.1 * weight, bias
 
     monkeypatch.setattr(folded_weights, "fold", wrong)
-    with pytest.raises(ValueError, match=r"encoder: its folded form computes something else \(.* off\)"):
-        fastjepa.accelerate(original().to(device), choice=Choice(convolutions="all"), purpose="inference")
-
-
-@pytest.mark.usefixtures("needs_triton")
-def test_a_choice_that_cannot_be_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastjepa.kernels.launch.INTERPRET", False)
-    with pytest.raises(RuntimeError, match=r"the choice \(fused losses\) cannot be served: Triton kernels need"):
-        fastjepa.accelerate(original(), choice=Choice(losses="fused"))
-    with pytest.raises(RuntimeError, match=r"the choice \(own convolutions\) cannot be served: Triton kernels need"):
-        fastjepa.accelerate(original(), choice=Choice(convolutions="all"), purpose="inference")
+    with pytest.raises(ValueError, match=r"encoder: its inference form computes something else \(.* off\)"):
+        fastjepa.accelerate(original().to(device), backend="fused", purpose="inference")
 
 
 def test_in_bf16_a_network_still_says_what_it_is() -> None:

@@ -15,12 +15,12 @@ from bench.harness.roofline import H200
 from bench.harness.rows import Row, read_rows
 from bench.harness.variants import channels_last
 from bench.recipe import HIDDEN, OUT, TINY, Recipe, build_model, count, make_batch, step_work
+from bench.step_memory import StepSizes, count_step
 from compare import assert_close_to_truth
 from fastjepa.config import Config
-from fastjepa.fused.step_memory import StepSizes, count_step
+from fastjepa.eb_jepa import OriginalStep
 from fastjepa.kernels.convolution.recipe import predictor_layers
 from fastjepa.model.networks import ResNet5
-from fastjepa.model.step import TrainStep
 
 CPU = torch.device("cpu")
 
@@ -42,18 +42,18 @@ def test_flops_of_the_encoder_equal_a_hand_count() -> None:
     assert counted.elements == (33 + 64 * 2 + 96 + 128 + 96 + 80 + 32 + 80) * 3 * 64
 
 
-def test_flops_of_the_literal_step_are_what_pytorch_counts() -> None:
+def test_flops_of_the_original_step_are_what_pytorch_counts() -> None:
     batch = make_batch(TINY, CPU, torch.float32)
-    literal = TrainStep(*build_model(TINY, CPU), steps=TINY.steps, literal=True)
+    original = OriginalStep(*build_model(TINY, CPU), steps=TINY.steps)
     with FlopCounterMode(display=False) as counter:
-        literal(batch["video"], batch["digit_location"])
-    assert step_work(TINY).literal_flops == counter.get_total_flops()
+        original(batch["video"], batch["digit_location"])
+    assert step_work(TINY).original_flops == counter.get_total_flops()
 
 
 def test_work_of_the_published_recipe() -> None:
     work = step_work(Recipe())
-    assert work.literal_flops == pytest.approx(12.5e12, rel=0.01)  # as the specification of the recipe says
-    assert work.flops < work.literal_flops
+    assert work.original_flops == pytest.approx(12.5e12, rel=0.01)  # as the specification of the recipe says
+    assert work.flops < work.original_flops
     # No more than the roofline of separate layers, ≈ 30 ms, and no less than half of it.
     assert 0.015 < H200.seconds(*vars(work.once(torch.bfloat16)).values(), "bf16") < 0.030
 
@@ -72,7 +72,7 @@ def test_every_way_of_the_step_gives_the_losses_and_gradients_of_the_original() 
     inputs = make_batch(TINY, CPU, torch.float64)
     exact = step.truth(TINY, inputs)
     assert set(exact) == {"losses", *(f"gradient of {part}" for part in ("encoder", "predictor", "projector"))}
-    ways = [step.Way(literal=True), step.Way(projection="eager"), step.Way(projection="closed_form")]
+    ways = [step.Way(original=True), step.Way(projection="eager"), step.Way(projection="closed_form")]
     ways += [step.Way(projection="closed_form", channels_last=True), step.Way(projection="closed_form", graph=True)]
     for way in ways:
         found = step.Step(TINY, way, CPU, torch.float64)(inputs)

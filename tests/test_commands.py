@@ -18,12 +18,9 @@ import torch
 import fastjepa
 from absence import python, run_as_main, without
 from bench import train as bench_train
-from calibration_standins import some_setting
 from fastjepa import compare_steps, evaluate
 from fastjepa.__main__ import COMMANDS
 from fastjepa.__main__ import main as command
-from fastjepa.calibration.choice import Choice
-from fastjepa.calibration.verdict import Verdict
 from fastjepa.graphs import GraphedRollout
 from fastjepa.training.command_line import parse_config
 from fastjepa.training.evaluation import Evaluation
@@ -51,7 +48,7 @@ def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("options", [[], ["--literal"], ["--batch_size", "2"]])
+@pytest.mark.parametrize("options", [[], ["--original"], ["--batch_size", "2"]])
 def test_evaluating_again_gives_the_metrics_of_the_run(
     run: Path, tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,20 +68,20 @@ def test_evaluating_again_gives_the_metrics_of_the_run(
 @pytest.mark.parametrize(
     ("flags", "trained_with_graphs", "expected"),
     [("", False, False), ("", True, True), ("--cuda_graph off", True, False), ("--cuda_graph on", False, True),
-     ("--literal", True, False)],
+     ("--original", True, False)],
 )  # fmt: skip
 def test_evaluating_with_rollouts_in_one_launch(
     run: Path, flags: str, trained_with_graphs: bool, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a pretended GPU: auto does as the run did."""
-    load = evaluate.load_run_and_choice
+    load = evaluate.load_run_and_execution
 
     def loaded(checkpoint: Path, device: torch.device) -> tuple[Any, ...]:
-        choice, *rest = load(checkpoint, device)
-        return dataclasses.replace(choice, cuda_graph=trained_with_graphs), *rest
+        execution, *rest = load(checkpoint, device)
+        return dataclasses.replace(execution, cuda_graph=trained_with_graphs), *rest
 
-    def chosen(choice: str, _: torch.device, *, measured_faster: bool = False) -> bool:
-        return choice == "on" or (choice == "auto" and measured_faster)
+    def chosen(choice: str, _: torch.device, *, auto: bool = True) -> bool:
+        return choice == "on" or (choice == "auto" and auto)
 
     rollouts = []
 
@@ -92,7 +89,7 @@ def test_evaluating_with_rollouts_in_one_launch(
         rollouts.append(rollout)
         return evaluation(*arguments, rollout=rollout, **options)
 
-    monkeypatch.setattr(evaluate, "load_run_and_choice", loaded)
+    monkeypatch.setattr(evaluate, "load_run_and_execution", loaded)
     monkeypatch.setattr(evaluate, "use_cuda_graph", chosen)
     monkeypatch.setattr(evaluate, "evaluate", noted)
     evaluate.main(["--checkpoint", str(run), "--device", "cpu", "--json", str(tmp_path / "a.json"), *flags.split()])
@@ -106,44 +103,10 @@ def test_evaluating_with_rollouts_in_one_launch(
 
 
 @pytest.mark.parametrize(
-    ("flags", "batches"),
-    [("", [3]), ("--batch_size 2", [2]), ("--literal", []), ("--cuda_graph off", []), ("--cuda_graph on", [])],
-)
-@pytest.mark.parametrize("found", [Choice(cuda_graph=True, channels_last=True), None])
-def test_an_evaluation_computes_in_the_way_that_was_measured(
-    run: Path, flags: str, batches: list[int], found: Choice | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a pretended GPU, up to the clips that would lie there."""
-    asked: list[int] = []
-    graphs: list[bool] = []
-    verdict = Verdict(some_setting(purpose="inference"), (), "pretended")
-
-    def looked_up(config: Any, device: torch.device, batch: int, cache_dir: Any) -> Verdict:
-        asked.append(batch)
-        return verdict
-
-    def taken(jepa: Any, given: Verdict, device: torch.device) -> Choice | None:
-        assert given is verdict
-        return found
-
-    load = evaluate.load_run_and_choice
-    monkeypatch.setattr(evaluate, "resolve_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr(evaluate, "load_run_and_choice", lambda checkpoint, _: load(checkpoint, torch.device("cpu")))
-    monkeypatch.setattr(evaluate, "look_up_rollout", looked_up)
-    monkeypatch.setattr(evaluate, "compute_as_measured", taken)
-    monkeypatch.setattr(evaluate, "use_cuda_graph", lambda *_, measured_faster=False: graphs.append(measured_faster))
-    monkeypatch.setattr(evaluate, "load_run_clips", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(SystemExit):
-        evaluate.main(["--checkpoint", str(run), *flags.split()])
-    assert asked == batches
-    assert graphs == [False, found is not None and bool(batches)]  # the run was trained without
-
-
-@pytest.mark.parametrize(
     ("flags", "message"),
     [
         ("--cuda_graph on", "--cuda_graph on needs a CUDA device, and this runs on cpu"),
-        ("--cuda_graph on --literal", "--cuda_graph on cannot be served with --literal"),
+        ("--cuda_graph on --original", "--cuda_graph on is not supported with --original"),
     ],
 )
 def test_a_graph_that_cannot_be_served(run: Path, flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -237,7 +200,7 @@ def test_its_help_lists_every_command_and_its_version_names_versions(capsys: pyt
     assert command(["--help"]) == 0
     listed = re.findall(r"^  (\S+)  +\w", capsys.readouterr().out, re.MULTILINE)
     assert listed == list(COMMANDS)
-    assert set(COMMANDS) == {"train", "evaluate", "rollout", "compare-steps", "sweep", "figures", "export", "calibrate"}
+    assert set(COMMANDS) == {"train", "evaluate", "rollout", "compare-steps", "sweep", "figures", "export"}
     assert command(["--version"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"fastjepa {fastjepa.__version__}, torch ")

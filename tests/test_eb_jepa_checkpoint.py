@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastjepa.eb_jepa import load_eb_jepa_checkpoint
 from fastjepa.files.safe_files import CheckpointError
 from fastjepa.model.jepa import JEPA, build_jepa
-from fastjepa.storage.eb_jepa_checkpoint import load_eb_jepa_checkpoint
 
 GOLDEN = Path(__file__).parent / "data" / "golden_video_jepa.npz"
 SIZES = {"dobs": 2, "henc": 3, "hpre": 4, "dstc": 5}
@@ -50,6 +50,7 @@ def with_prefixes(key: str) -> str:
 RENAMINGS: dict[str, Callable[[str], str | None]] = {
     "plain": lambda key: key,
     "compiled whole": lambda key: "_orig_mod." + key,
+    "distributed": lambda key: "module." + key,
     "compiled whole and in parts": with_prefixes,
     "no second names": lambda key: None if key.startswith(("action_encoder.", "predcost.")) else key,
     "second name of one": lambda key: None if key.startswith("predcost.") else key,
@@ -115,7 +116,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "projector of another width": (_set("regularizer.proj.net.0.weight", torch.ones(7, 4)), "must start with dstc = 5"),
     "predictor of other states": (
         _set("predictor.predictor.head.weight", torch.ones(2, 4, 1, 1)),
-        "makes states of 5 channels; the predictor reads 5 states of 2",
+        r"predictor.predictor.head.weight is \(2, 4, 1, 1\) torch.float32, expected \(5, 4",
     ),
     "predictor of part of a state": (
         _set("predictor.predictor.head.weight", torch.ones(3, 4, 1, 1)),

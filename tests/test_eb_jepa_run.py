@@ -14,14 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastjepa
+from fastjepa.eb_jepa import EbJepaRun, load_eb_jepa_run, write_eb_jepa_checkpoint
 from fastjepa.files.safe_files import CheckpointError
-from fastjepa.files.state_dicts import plain_state
+from fastjepa.files.state_dicts import plain_state, strip_compile_prefix
 from fastjepa.model.networks import DetHead, ImageDecoder
 from fastjepa.model.probes import build_probes
 from fastjepa.model.step import TrainStep, build_optimizer
 from fastjepa.storage.checkpoint import snapshot
-from fastjepa.storage.eb_jepa_export import write_run_for_eb_jepa
-from fastjepa.storage.eb_jepa_run import EbJepaRun, load_eb_jepa_run, parameter_names
 from original import original_jepa, unrolled_loss
 
 STEPS = 2  # of the unroll
@@ -84,12 +83,16 @@ class Original:
         return everything(self.jepa, self.decoder, self.head, self.optimizer)
 
 
+def names_of(module: nn.Module) -> list[str]:
+    return [strip_compile_prefix(name) for name, _ in module.named_parameters()]
+
+
 def everything(jepa: nn.Module, decoder: nn.Module, head: nn.Module, optimizer: torch.optim.Adam) -> dict[str, Tensor]:
     """Weights, buffers, and Adam's state by the names of the parameters."""
     found: dict[str, Tensor] = {}
     for root, module in (("jepa", jepa), ("decoder", decoder), ("head", head)):
         found.update({f"{root}.{key}": value for key, value in plain_state(module).items()})
-        for name, parameter in zip(parameter_names(module), module.parameters(), strict=True):
+        for name, parameter in zip(names_of(module), module.parameters(), strict=True):
             found.update({f"{root}.{name}: {key}": value for key, value in optimizer.state[parameter].items()})
     return {key: value.detach().clone() for key, value in found.items()}
 
@@ -146,32 +149,23 @@ def test_an_accelerated_model_goes_on_too(path: Path, needs_triton: None) -> Non
     run = load_eb_jepa_run(original.save(path))
     other = load_eb_jepa_run(Original(seed=1, dtype=torch.float32).train(0).save(path.with_name("other")))
     fused = fastjepa.accelerate(other.jepa, backend="fused", verbose=False)
-    assert parameter_names(fused) == parameter_names(run.jepa)
+    assert names_of(fused) == names_of(run.jepa)
     optimizer = build_optimizer(fused, other.image_decoder, other.detection_head, 0.5)
+    memory = {key: value.data_ptr() for key, value in plain_state(fused).items()}
     run.copy_into(other.modules, optimizer)
+    assert {key: value.data_ptr() for key, value in plain_state(fused).items()} == memory  # a graph writes there
     assert_equal(everything(fused, other.image_decoder, other.detection_head, optimizer), original.everything())
     assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-4, 1e-3]
     written = path.with_name("back")
     heads = {"image_decoder": other.image_decoder, "detection_head": other.detection_head}
     fastjepa.save_eb_jepa_checkpoint(written, fused, optimizer, epoch=4, step=2, **heads)
     from_a_run = path.with_name("from a run")  # whose optimizer had that order too
-    write_run_for_eb_jepa(from_a_run, snapshot(other.modules, optimizer, {}, {}), epoch=4, step=2)
+    state = snapshot(other.modules, optimizer, {}, {})
+    write_eb_jepa_checkpoint(from_a_run, state["modules"], state["optimizer"], epoch=4, step=2)
     for file in (written, from_a_run):
         again = Original(seed=2, dtype=torch.float32)
         again.load(file)
         assert_equal(again.everything(), original.everything())
-
-
-def test_memory_stays_where_it_is(path: Path) -> None:
-    """A captured graph goes on writing there."""
-    run = load_eb_jepa_run(Original(dtype=torch.float32).train(0, 1).save(path))
-    other = load_eb_jepa_run(Original(seed=1, dtype=torch.float32).train(0).save(path))
-    before = {key: value.data_ptr() for key, value in plain_state(other.jepa).items()}
-    state = {id(p): s["exp_avg"].data_ptr() for p, s in other.optimizer.state.items()}
-    run.copy_into(other.modules, other.optimizer)
-    assert {key: value.data_ptr() for key, value in plain_state(other.jepa).items()} == before
-    assert {id(p): s["exp_avg"].data_ptr() for p, s in other.optimizer.state.items()} == state
-    assert_equal(of_run(other), of_run(run))
 
 
 def test_heads_that_are_not_there_begin_anew(path: Path) -> None:
@@ -198,13 +192,18 @@ class Probe(nn.Module):
         self.jepa, self.head = jepa, head
 
 
-@pytest.mark.parametrize("suffix", ["", "_state_dict"])
-@pytest.mark.parametrize("whole", [False, True], ids=["head", "probe"])
-@pytest.mark.parametrize("names", [("image_decoder", "detection_head"), ("decoder", "dethead")])
-def test_heads_are_found(path: Path, names: tuple[str, str], whole: bool, suffix: str) -> None:
+@pytest.mark.parametrize(
+    ("names", "whole"),
+    [
+        (("image_decoder", "detection_head"), False),
+        (("decoder_state_dict", "dethead"), False),
+        (("pixel_decoder", "dethead_state_dict"), True),
+    ],
+)
+def test_heads_are_found(path: Path, names: tuple[str, str], whole: bool) -> None:
     original = Original().train(0, 1)
     states = {
-        name + suffix: (torch.compile(Probe(original.jepa, head)) if whole else head).state_dict()
+        name: (torch.compile(Probe(original.jepa, head)) if whole else head).state_dict()
         for name, head in zip(names, (original.decoder, original.head), strict=True)
     }
     run = load_eb_jepa_run(original.save(path, heads=False, **states))
@@ -212,41 +211,50 @@ def test_heads_are_found(path: Path, names: tuple[str, str], whole: bool, suffix
     assert_equal(of_run(run), original.everything())
 
 
-def test_what_is_not_used_is_told(path: Path) -> None:
-    run = load_eb_jepa_run(Original().save(path, step=0, scheduler_state_dict={"last_epoch": 1}, note="mine"))
-    assert run.unused == ("note", "scheduler_state_dict")
-    assert load_eb_jepa_run(Original().save(path, step=0, a=1, **{"b\n": 2})).unused == ("a", "b\n")
-
-
-def test_adam_of_older_pytorch(path: Path) -> None:
-    """The original asks for torch 2.6, whose Adam has no decoupled_weight_decay yet."""
-    original = Original().train(0, 1)
-    adam = original.optimizer.state_dict()
+def older(adam: dict[str, Any]) -> dict[str, Any]:
+    """As before torch 2.8, which the original may use: without saying how weights decay."""
     for group in adam["param_groups"]:
         for key in ("decoupled_weight_decay", "fused", "foreach"):
             del group[key]
-    run = load_eb_jepa_run(original.save(path, optimizer_state_dict=adam))
+    return adam
+
+
+def test_adam_of_older_pytorch(path: Path) -> None:
+    original = Original().train(0, 1)
+    run = load_eb_jepa_run(original.save(path, optimizer_state_dict=older(original.optimizer.state_dict())))
     assert_equal(of_run(run), original.everything())
     assert all(group["decoupled_weight_decay"] is False for group in run.optimizer.param_groups)
 
 
-def test_a_run_before_its_first_step(path: Path) -> None:
-    run = load_eb_jepa_run(Original().save(path, epoch=-1, step=0))
+def test_weight_decay_is_that_of_the_file_or_refused(path: Path) -> None:
+    original = Original()
+    groups = original.optimizer.param_groups
+    original.optimizer = torch.optim.AdamW([{"params": g["params"], "lr": g["lr"]} for g in groups], weight_decay=0.1)
+    run = load_eb_jepa_run(original.train(0, 1).save(path))
+    step = TrainStep(run.jepa, run.image_decoder, run.detection_head, run.optimizer, steps=STEPS)
+    step(*batch(2))
+    for actual, expected in zip(run.jepa.parameters(), original.train(2).jepa.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-9)
+    original.save(path, optimizer_state_dict=older(original.optimizer.state_dict()))
+    with pytest.raises(CheckpointError, match="Adam's and AdamW's alike: add decoupled_weight_decay"):
+        load_eb_jepa_run(path)
+
+
+def test_a_run_before_its_first_step_and_entries_of_other_kinds(path: Path) -> None:
+    others = {"scheduler_state_dict": {"last_epoch": 1}, "b\n": 2}
+    run = load_eb_jepa_run(Original().save(path, epoch=-1, step=0, **others))
     assert (run.epoch, run.step, run.optimizer.state_dict()["state"]) == (0, 0, {})
+    assert run.unused == ("b\n", "scheduler_state_dict")
 
 
 def test_only_the_same_sizes_are_filled(path: Path) -> None:
     run = load_eb_jepa_run(Original(dtype=torch.float32).train(0, 1).save(path))
-    sizes = {name: run.sizes[name] for name in ("dobs", "henc", "dstc", "hpre", "projector")}
-    torch.manual_seed(3)
-    jepa = fastjepa.build_jepa(**sizes | {"henc": 3}, std_coeff=1.0, cov_coeff=1.0)  # type: ignore[arg-type]
-    decoder, head = build_probes(dobs=1, dstc=sizes["dstc"], hdet=2)  # type: ignore[arg-type]
-    optimizer = build_optimizer(jepa, decoder, head, 0.5)
-    before = {key: value.clone() for key, value in jepa.state_dict().items()}
-    with pytest.raises(CheckpointError, match="optimizer group 0"):
-        run.copy_into({"jepa": jepa, "image_decoder": decoder, "detection_head": head}, optimizer)
-    assert_equal(dict(jepa.state_dict()), before)
-    assert (optimizer.state, optimizer.param_groups[0]["lr"]) == ({}, 0.5)
+    other = load_eb_jepa_run(path)
+    other.jepa.encoder.conv1 = nn.Conv2d(1, 3, 3)
+    before = {key: value.clone() for key, value in other.jepa.state_dict().items()}
+    with pytest.raises(CheckpointError, match="jepa has other parameters"):
+        run.copy_into(other.modules, other.optimizer)
+    assert_equal(dict(other.jepa.state_dict()), before)
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------------
@@ -268,36 +276,21 @@ def _set(**values: Any) -> Callable[[dict[str, Any]], object]:
     return lambda content: content.update(values)
 
 
+# What Adam's own state must be is tested in test_checkpoint.py.
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     **{
         f"epoch {value!r}": (_set(epoch=value), "epoch is .*, expected a whole number from -1")
-        for value in ("3", 3.0, -2, 2**80, True, None, torch.tensor(3))
+        for value in ("3", 3.0, -2, 2**80, True)
     },
     "a huge string": (_set(epoch="9" * 10_000), r"epoch is '9{39}…, expected"),
-    "an epoch of 400 digits": (_set(epoch=10**400), r"epoch is 10{39}…, expected"),
     "an lr of 400 digits": (_setting(lr=10**400), r"lr is saved as 10{39}…, expected"),
     "no epoch": (lambda c: c.pop("epoch"), "epoch is missing"),
-    "no step": (lambda c: c.pop("step"), "step is missing"),
     "step negative": (_set(step=-1), "step is -1, expected a whole number from 0"),
     "no optimizer": (lambda c: c.pop("optimizer_state_dict"), "no optimizer_state_dict"),
-    "optimizer a list": (_set(optimizer_state_dict=[1]), "no optimizer_state_dict"),
-    "optimizer without groups": (_adam(lambda a: a.pop("param_groups")), "has 3 parameter groups, the saved one no"),
-    "optimizer of two groups": (_adam(lambda a: a["param_groups"].pop()), "has 3 parameter groups, the saved one 2"),
-    "group of others": (_adam(lambda a: a["param_groups"][1]["params"].pop()), "optimizer group 1 has 4 parameters"),
     "not Adam": (_adam(lambda a: a["param_groups"][0].pop("betas")), "same settings: betas"),
-    "setting of another optimizer": (_setting(momentum=0.9), "same settings: momentum"),
-    "lr NaN": (_setting(lr=math.nan), "lr is saved as nan, expected a number ≥ 0"),
     "lr infinite": (_setting(2, lr=math.inf), "optimizer group 2: lr is saved as inf"),
-    "lr a string": (_setting(lr="1"), "lr is saved as '1'"),
-    "betas of strings": (_setting(betas=("a", "b")), "betas are saved with 'a'"),
     "betas of 1": (_setting(betas=(0.9, 1.0)), "betas are saved with 1.0"),
-    "betas of three": (_setting(betas=(0.9, 0.9, 0.9)), "betas is saved as"),
-    "eps negative": (_setting(eps=-1.0), "eps is saved as -1.0"),
-    "amsgrad without its maxima": (_setting(amsgrad=True), "max_exp_avg_sq"),
     "count NaN": (_moment("step", torch.tensor(math.nan)), "parameter 0: step is nan"),
-    "count of a half": (_moment("step", torch.tensor(0.5)), "parameter 0: step is 0.5"),
-    "count negative": (_moment("step", torch.tensor(-1.0)), "parameter 0: step is -1"),
-    "count in bf16": (_moment("step", torch.tensor(2.0).bfloat16()), "step is 2.0 in torch.bfloat16"),
     "moment NaN": (
         _moment("exp_avg", torch.full((2, 1, 3, 3), math.nan).double()),
         "jepa.encoder.conv1.weight: exp_avg has NaN or infinite",
@@ -306,24 +299,12 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         _moment("exp_avg_sq", torch.full((2, 1, 3, 3), -1.0).double()),
         "jepa.encoder.conv1.weight: exp_avg_sq is negative",
     ),
-    "moment of another shape": (_moment("exp_avg", torch.ones(2).double()), r"parameter 0: exp_avg is \(2,\)"),
-    "moment huge over nothing": (
-        _moment("exp_avg", torch.zeros(1).double().expand(2**40)),
-        r"parameter 0: exp_avg is \(1099511627776,\)",
-    ),
-    "moment in another dtype": (_moment("exp_avg", torch.ones(2, 1, 3, 3)), "exp_avg is .* torch.float32"),
-    "moment missing": (_adam(lambda a: a["state"][0].pop("exp_avg")), "the saved state is not"),
     "state missing": (
         _adam(lambda a: a["state"].pop(3)),
         "no state of jepa.encoder.layer1.conv1.weight, after 2 steps",
     ),
     "state of a head missing": (_adam(lambda a: a["state"].popitem()), "no state of detection_head.head.0.2"),
     "no state at all": (_adam(lambda a: a["state"].clear()), "no state of jepa.encoder.conv1.weight"),
-    "state too many": (_adam(lambda a: a["state"].update({999: {}})), "that do not exist: .999"),
-    "weights NaN": (
-        lambda c: c["model_state_dict"]["encoder.bn1.running_mean"].fill_(math.nan),
-        "model_state_dict: encoder.bn1.running_mean has NaN",
-    ),
     "head NaN": (
         lambda c: c["pixel_decoder"]["net.0.bias"].fill_(math.inf),
         "pixel_decoder: net.0.bias has NaN or inf",
@@ -333,14 +314,12 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "head empty": (_set(detection_head={}), "detection_head: .*head.0.0.weight is missing"),
     "head of another encoder": (
         lambda c: c.update(detection_head=DetHead(9, 2, 1).double().state_dict()),
-        "the detection_head reads 9",
+        r"detection_head: .*head.0.0.weight is \(2, 9, 1, 3, 3\)",
     ),
     "decoder of another image": (
         lambda c: c.update(pixel_decoder=ImageDecoder(4, 3).double().state_dict()),
-        "the decoder paints 3",
+        r"pixel_decoder: .*net.2.weight is \(3, 16, 3, 3\)",
     ),
-    "model missing": (lambda c: c.pop("model_state_dict"), "it has no model_state_dict"),
-    "weight missing": (lambda c: c["model_state_dict"].pop("encoder.bn1.bias"), "encoder.bn1.bias is missing"),
     "code": (_set(cfg=argparse.Namespace(lr=1.0)), r"other pickled objects \(argparse.Namespace\)"),
 }
 
@@ -363,6 +342,9 @@ def test_damaged_files(saved: Path, path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=str(path)):
             load_eb_jepa_run(path)
+    torch.save(torch.load(saved, weights_only=True), path, _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match="is in torch's legacy format"):
+        load_eb_jepa_run(path)
     with pytest.raises(CheckpointError, match="nothere: No such file"):
         load_eb_jepa_run(path.with_name("nothere"))
     with pytest.raises(ValueError, match="device 'moon' cannot be used"):
@@ -403,23 +385,15 @@ def test_the_original_goes_on_from_ours(path: Path, how: str) -> None:
 
 
 def test_without_optimizer_and_heads(path: Path) -> None:
+    """The original's own JEPA, too."""
     original = Original().train(0)
-    run = load_eb_jepa_run(original.save(path))
-    fastjepa.save_eb_jepa_checkpoint(path, run.jepa, epoch=0, step=0)
+    fastjepa.save_eb_jepa_checkpoint(path, original.jepa, epoch=0, step=0)
     content = torch.load(path, weights_only=True)
     assert content.keys() == {"epoch", "step", "model_state_dict"}
     assert content["epoch"] == -1  # the original goes on with the one after it
     assert_equal(content["model_state_dict"], dict(original.jepa.state_dict()))
-    loaded = fastjepa.load_eb_jepa_checkpoint(export(path, run, optimizer=None))
-    assert_equal(dict(loaded.state_dict()), dict(original.jepa.state_dict()))
-
-
-def test_the_originals_own_jepa_can_be_saved(path: Path) -> None:
-    original = Original().train(0, 1)
-    fastjepa.save_eb_jepa_checkpoint(path, original.jepa, original.optimizer, epoch=4, step=2)
-    run = load_eb_jepa_run(path)
-    assert run.new_heads == ("image_decoder", "detection_head")
-    assert_equal(dict(run.jepa.state_dict()), dict(original.jepa.state_dict()))
+    fastjepa.save_eb_jepa_checkpoint(path, original.jepa, original.optimizer, epoch=4, step=1)
+    assert_equal(dict(load_eb_jepa_run(path).jepa.state_dict()), dict(original.jepa.state_dict()))
 
 
 def test_what_cannot_be_written(path: Path) -> None:
@@ -515,28 +489,22 @@ def test_a_run_goes_on_and_back(path: Path, cache: Path, tmp_path: Path, capsys:
 
 
 @pytest.mark.packages("tyro", "torchmetrics", "cv2", "sklearn")
-def test_a_run_with_heads_and_another_rate(path: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_run_with_heads_and_another_rate(
+    path: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     original = Original(dtype=torch.float32).train(0, 1)
-    trainer = new_run(original.save(path), tmp_path / "run", cache, "--lr", "0.01", "--preset", "readme")
+    for group in original.optimizer.param_groups:
+        group["lr"] = 0.0  # as a schedule leaves it
+    original.save(path)
+    with pytest.raises(SystemExit):
+        new_run(path, tmp_path / "run", cache)
+    assert "--lr must be a positive number, got 0.0" in capsys.readouterr().err
+    trainer = new_run(path, tmp_path / "run", cache, "--lr", "0.01", "--preset", "readme")
     found = everything(trainer.jepa, trainer.image_decoder, trainer.detection_head, trainer.optimizer)
     assert_equal(found, original.everything())
     assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.01, 0.001, 0.01]
     assert (trainer.config.preset, trainer.config.std_coeff, trainer.config.epochs) == ("readme", 200.0, 100)
     assert trainer.config.hdet == 2
-
-
-@pytest.mark.packages("tyro")
-def test_a_rate_that_a_schedule_brought_to_nothing(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from fastjepa.training.command_line import parse_config
-
-    original = Original(dtype=torch.float32).train(0, 1)
-    for group in original.optimizer.param_groups:
-        group["lr"] = 0.0
-    flags = [*TINY, "--from_eb_jepa", str(original.save(path))]
-    with pytest.raises(SystemExit):
-        parse_config(flags)
-    assert "cannot be trained here: --lr must be a positive number, got 0.0" in capsys.readouterr().err
-    assert parse_config([*flags, "--lr", "0.01"]).lr == 0.01
 
 
 @pytest.mark.packages("tyro", "torchmetrics", "cv2", "sklearn")
@@ -547,8 +515,8 @@ def test_requests_that_contradict_the_file(
 
     Original(dtype=torch.float32).train(0, 1).save(path)
     for flags, message in (
-        (["--epochs", "4"], "ended after epoch 4, and --epochs 4 counts those too: give more than 4"),
-        (["--max_steps", "2"], "ended after step 2, and --max_steps 2 counts those too: give more than 2"),
+        (["--epochs", "4"], "ended after epoch 4 and step 2, and --epochs and --max_steps count those too: give more"),
+        (["--max_steps", "2"], "ended after epoch 4 and step 2, and"),
         (["--henc", "9", "--hdet", "8"], r"asked for: --henc 9 \(the file has 2\), --hdet 8 \(the file has 2\)"),
         (["--projector", "4-64-64"], r"asked for: --projector 4-64-64 \(the file has 4-"),
     ):

@@ -34,7 +34,7 @@ def clips(n: int, frames: int = 6, size: int = 16) -> ClipSet:
 
 
 @pytest.mark.parametrize(("frames", "size"), [(10, (8, 8)), (6, (11, 9)), (3, (8, 8))])
-def test_tails_equal_the_literal_rollout(frames: int, size: tuple[int, int]) -> None:
+def test_tails_equal_the_original_rollout(frames: int, size: tuple[int, int]) -> None:
     jepa, decoder, head = trained()
     video = tiny_batch(2, frames, size)[0].double()
     calls = []
@@ -87,16 +87,16 @@ def test_folding_keeps_the_numbers() -> None:
             assert any(isinstance(m, torch.nn.BatchNorm2d) for m in network.modules())
 
 
-def test_deduplicated_evaluation_equals_literal() -> None:
+def test_deduplicated_evaluation_equals_original() -> None:
     jepa, decoder, head = trained(torch.float32)
     data = clips(5)
-    literal = evaluate(jepa, decoder, head, data, 2, literal=True)
+    original = evaluate(jepa, decoder, head, data, 2, original=True)
     single = evaluate(jepa, decoder, head, data, 2)
-    assert single.recon_loss == pytest.approx(literal.recon_loss, rel=1e-5)
-    assert single.det_loss == pytest.approx(literal.det_loss, rel=1e-5)
+    assert single.recon_loss == pytest.approx(original.recon_loss, rel=1e-5)
+    assert single.det_loss == pytest.approx(original.det_loss, rel=1e-5)
     # A rank changes only where two probabilities differ by rounding; there are none here.
-    assert single.ap == pytest.approx(literal.ap, rel=1e-6)
-    assert single.pooled_ap == pytest.approx(literal.pooled_ap, rel=1e-6)
+    assert single.ap == pytest.approx(original.ap, rel=1e-6)
+    assert single.pooled_ap == pytest.approx(original.pooled_ap, rel=1e-6)
     assert single.positive_share == pytest.approx(data.digit_maps[:, 2:].float().mean().item(), rel=1e-6)
     assert single.map == pytest.approx(sum(single.ap) / 3)
     assert single.as_row().keys() >= {"ap_0", "ap_2", "map", "pooled_map", "val_det_loss", "positive_share"}
@@ -160,8 +160,8 @@ def test_a_rollout_that_is_of_no_use_is_refused() -> None:
     model, other = trained(torch.float32), trained(torch.float32)
     with pytest.raises(ValueError, match="`rollout` is of another predictor than that of `jepa`"):
         evaluate(*model, clips(2), 2, rollout=GraphedRollout(other[0]))
-    with pytest.raises(ValueError, match="a literal evaluation rolls every frame out at every step"):
-        evaluate(*model, clips(2), 2, literal=True, rollout=GraphedRollout(model[0]))
+    with pytest.raises(ValueError, match="original=True rolls every frame out at every step"):
+        evaluate(*model, clips(2), 2, original=True, rollout=GraphedRollout(model[0]))
     with pytest.raises(ValueError, match="there are no clips to evaluate"):
         evaluate(*model, clips(0), 2)
 
@@ -211,18 +211,18 @@ def fold(jepa: JEPA, autocast_dtype: torch.dtype | None, layers: Layers = ()) ->
 
 
 @pytest.mark.parametrize("autocast_dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize(("in_one_launch", "literal"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(("in_one_launch", "original"), [(False, False), (True, False), (False, True)])
 def test_a_folded_model_evaluates_the_same(
-    autocast_dtype: torch.dtype | None, in_one_launch: bool, literal: bool
+    autocast_dtype: torch.dtype | None, in_one_launch: bool, original: bool
 ) -> None:
     jepa, decoder, head = trained(torch.float32)
     data = clips(5)
-    expected = evaluate(jepa, decoder, head, data, 2, literal=True)
+    expected = evaluate(jepa, decoder, head, data, 2, original=True)
     strides = {name: parameter.stride() for name, parameter in jepa.named_parameters()}
     folded = fold(jepa, autocast_dtype)
     assert all(module.training for module in jepa.modules())
     rollout = GraphedRollout(folded, fold_batch_norm=True) if in_one_launch else None
-    found = evaluate(folded, decoder, head, data, 2, rollout=rollout, literal=literal)
+    found = evaluate(folded, decoder, head, data, 2, rollout=rollout, original=original)
     if autocast_dtype is None:
         assert found.ap == pytest.approx(expected.ap, rel=1e-3)
         assert found.pooled_ap == pytest.approx(expected.pooled_ap, rel=1e-3)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bench import train as bench_train
-from fastjepa import calibrate, compare_steps, evaluate, export, rollout
+from fastjepa import compare_steps, evaluate, export, rollout
 from fastjepa.config import PRESETS, Config
 from fastjepa.environment import ROOT
 from fastjepa.figures import __main__ as figures
@@ -50,7 +50,6 @@ COMMANDS: dict[str, Callable[[list[str]], object]] = {
     "export": export.main,
     "figures": figures.main,
     "compare_steps": compare_steps.main,
-    "calibrate": calibrate.main,
 }
 
 
@@ -176,8 +175,6 @@ def here(things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("compare_steps", "--lrr 3", "there is no flag --lrr; perhaps --lr is meant"),
         ("bench train", "", "the following arguments are required: --out; see python -m bench train --help"),
         ("bench train", "--out a --seconds nan", "--seconds must be more than 0, got nan"),
-        ("calibrate", "--batch_size x", "argument --batch_size: invalid int value: 'x'"),
-        ("calibrate", "--device cpu", "there is nothing to calibrate on a CPU"),
         # where nothing can be written
         ("train tiny", "--out file", "--out file cannot be written: it is a file, and a run takes a folder"),
         ("train tiny", "--out file/run", "--out file/run cannot be written: Not a directory"),
@@ -227,7 +224,7 @@ def test_the_flags_that_are_looked_at_are_those_that_there_are() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for CUDA where there is none")
-@pytest.mark.parametrize("command", ["train", "evaluate", "rollout", "calibrate"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "rollout"])
 def test_a_gpu_where_there_is_none(command: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = "--checkpoint run " if command in ("evaluate", "rollout") else ""
     assert refused(command, f"{flags}--device cuda", capsys).startswith("--device cuda was asked for, but ")
@@ -260,7 +257,7 @@ def test_resumed_twice(here: Path, run: Path, capsys: pytest.CaptureFixture[str]
     lock.release()
 
 
-@pytest.mark.parametrize("at", ["data", "calibration"])
+@pytest.mark.parametrize("at", ["data", "self-check"])
 def test_ctrl_c_before_training(
     at: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -269,7 +266,7 @@ def test_ctrl_c_before_training(
 
     where = {
         "data": "fastjepa.moving_mnist.clips.generate_clips",
-        "calibration": "fastjepa.training.trainer.resolve_run",
+        "self-check": "fastjepa.training.trainer.begun_execution",
     }
     monkeypatch.setattr(where[at], interrupt)
     assert train(*TINY, "--cache_dir", "cache", "--out", "new/run") == 130
@@ -402,7 +399,7 @@ def test_an_environment_without_torch_says_so() -> None:
     "command",
     [
         "train.py", "-m fastjepa train", "-m fastjepa.evaluate", "-m fastjepa.rollout", "-m fastjepa.export",
-        "-m fastjepa.compare_steps", "-m fastjepa.sweep --grid published", "-m fastjepa.calibrate",
+        "-m fastjepa.compare_steps", "-m fastjepa.sweep --grid published",
         "-m fastjepa.figures x",
     ],
 )  # fmt: skip

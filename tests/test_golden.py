@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastjepa.eb_jepa import OriginalStep
 from fastjepa.fused.swap import accelerate
 from fastjepa.model.jepa import JEPA, build_jepa
 from fastjepa.model.networks import DetHead, ImageDecoder
@@ -51,10 +54,12 @@ def build(golden: dict[str, Tensor]) -> tuple[JEPA, ImageDecoder, DetHead]:
     return jepa, decoder, head
 
 
-@pytest.mark.parametrize("literal", [True, False], ids=["literal", "deduplicated"])
-def test_training_step(golden: dict[str, Tensor], literal: bool) -> None:
+@pytest.mark.parametrize(
+    "kind", [OriginalStep, partial(TrainStep, projection="eager")], ids=["original", "deduplicated"]
+)
+def test_training_step(golden: dict[str, Tensor], kind: Callable[..., TrainStep]) -> None:
     jepa, decoder, head = build(golden)
-    step = TrainStep(jepa, decoder, head, steps=STEPS, literal=literal, projection="eager")
+    step = kind(jepa, decoder, head, steps=STEPS)
     losses = step(golden["video"], golden["digit_location"])
     recorded = {
         "loss": losses.jepa,

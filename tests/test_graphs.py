@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastjepa.eb_jepa import OriginalStep
 from fastjepa.graphs import GraphCaptureError, GraphedRollout, GraphedTrainStep, use_cuda_graph
 from fastjepa.graphs import capture as graph_capture
 from fastjepa.graphs.capture import Recording
@@ -31,8 +32,14 @@ def test_a_step_never_waits_for_the_device() -> None:
             return func(*args, **(kwargs or {}))
 
     clips = some_clips()
-    for options in ({}, {"projection": "eager"}, {"literal": True}, {"autocast_dtype": torch.bfloat16}):
-        step = some_step(**options)
+    plain = some_step()
+    model = (plain.jepa, plain.image_decoder, plain.detection_head)
+    for step in (
+        plain,
+        some_step(projection="eager"),
+        some_step(autocast_dtype=torch.bfloat16),
+        OriginalStep(*model, steps=plain.steps),
+    ):
         step.optimizer = None  # on a CPU, Adam does read its learning rate; on CUDA its kernel does
         with NoWait():
             step(*clips.batch(torch.tensor([0, 1])))

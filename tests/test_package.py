@@ -69,7 +69,7 @@ HEAVY = "torch numpy matplotlib PIL sklearn scipy cv2 torchmetrics tensorboard t
             "from fastjepa.figures.__main__ import main\ntry: main(['nowhere'])\nexcept SystemExit: pass",
             "numpy matplotlib PIL",
         ),
-        ("import fastjepa.calibrate, fastjepa.evaluate, fastjepa.rollout, fastjepa.compare_steps", "torch numpy"),
+        ("import fastjepa.evaluate, fastjepa.rollout, fastjepa.compare_steps", "torch numpy"),
         ("import fastjepa.training.command_line", "torch numpy"),
         ("from fastjepa.sweep import main\ntry: main(['--help'])\nexcept SystemExit: pass", ""),
         ("import bench.__main__ as bench; bench.main(['--help'])", ""),
@@ -85,8 +85,8 @@ def test_a_command_imports_what_it_needs_and_no_more(code: str, taken: str) -> N
 # ---- what is installed ----
 
 
-def test_importing_and_accelerating_need_four_packages(project: dict[str, Any]) -> None:
-    assert names(project["project"]["dependencies"]) == {"torch", "triton", "numpy", "nvtx"}
+def test_importing_and_accelerating_need_five_packages(project: dict[str, Any]) -> None:
+    assert names(project["project"]["dependencies"]) == {"torch", "triton", "numpy", "nvtx", "filelock"}
 
 
 def test_the_extras_are_those_that_errors_name(project: dict[str, Any]) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.step_memory import fake_tensors
 from bench.traffic.counting import TrafficCounter, launch_bytes, noted_launches
-from fastjepa.fused.step_memory import fake_tensors
 from fastjepa.kernels.launch import KERNEL_OPS, AuditCase, LaunchConfig
 from fastjepa.kernels.moments import centred_linear, merge, narrow
 from fastjepa.kernels.moments.fused import moments

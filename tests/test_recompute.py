@@ -6,36 +6,36 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastjepa.fused.recompute import Maker, Recomputation, recompute_activations
+from fastjepa.fused.recompute import Recomputation, Registered
 from fastjepa.fused.swap import accelerate
 from fastjepa.model.networks import ResUNet
 from fastjepa.model.step import TrainStep, build_optimizer
 from tiny import tiny_batch, tiny_model
 
 
-def test_a_maker_is_made_once_for_its_users_and_then_freed() -> None:
-    made = []
+def test_a_tensor_is_computed_once_for_its_users_and_then_freed() -> None:
+    computed = []
 
-    def make() -> Tensor:
-        made.append(1)
+    def compute() -> Tensor:
+        computed.append(1)
         return torch.rand(3)
 
-    maker = Maker(make)
-    maker.add_user()
-    maker.add_user()
+    registered = Registered((), compute)
+    registered.add_user()
+    registered.add_user()
     for _ in range(2):  # two backward passes
-        first = maker.take()
-        assert maker.once() is first
-        assert maker.take() is first
-        assert maker._tensor is None
-    assert len(made) == 2
-    maker.once()
-    assert maker._tensor is None
+        first = registered.take()
+        assert registered.once() is first
+        assert registered.take() is first
+        assert registered._tensor is None
+    assert len(computed) == 2
+    registered.once()
+    assert registered._tensor is None
 
 
 def test_views_come_back_as_they_were() -> None:
     memory = Recomputation()
-    (base,) = memory.announce((torch.arange(24.0).view(2, 3, 4),), lambda: torch.arange(24.0).view(2, 3, 4))
+    (base,) = memory.register((torch.arange(24.0).view(2, 3, 4),), lambda: torch.arange(24.0).view(2, 3, 4))
     view = base[1:, :, ::2].transpose(1, 2)
     packed = memory.pack(view)
     assert not isinstance(packed, Tensor)
@@ -43,26 +43,26 @@ def test_views_come_back_as_they_were() -> None:
     assert memory.unpack(packed).stride() == view.stride()
 
 
-def test_a_reused_address_is_not_mistaken_for_the_announced_tensor() -> None:
+def test_a_reused_address_is_not_mistaken_for_the_registered_tensor() -> None:
     memory = Recomputation()
     base = torch.zeros(1000)
-    tensor, alias = memory.announce((base, base.detach()), lambda: torch.zeros(1000))
+    tensor, alias = memory.register((base, base.detach()), lambda: torch.zeros(1000))
     del base
     key = tensor.untyped_storage()._cdata
     other = torch.ones(1000)
-    memory._makers[other.untyped_storage()._cdata] = memory._makers.pop(key)
-    assert memory.maker_of(other) is not None
+    memory._registered[other.untyped_storage()._cdata] = memory._registered.pop(key)
+    assert memory.registered(other) is not None
     del tensor
     gc.collect()
-    assert memory.maker_of(other) is not None  # another tensor is the same memory
+    assert memory.registered(other) is not None  # another tensor is the same memory
     del alias
     gc.collect()
-    assert memory.maker_of(other) is None
+    assert memory.registered(other) is None
 
 
 def test_nothing_is_recorded_without_gradients() -> None:
-    with torch.no_grad(), recompute_activations() as memory:
-        (x,) = memory.announce((torch.rand(3),), lambda: pytest.fail("never asked for"))
+    with torch.no_grad(), (memory := Recomputation()).hooks():
+        (x,) = memory.register((torch.rand(3),), lambda: pytest.fail("never asked for"))
         (x * 2).sum()
 
 
@@ -73,14 +73,14 @@ def test_gradients_are_bitwise_those_of_kept_activations(device: str) -> None:
 
     torch.manual_seed(0)
     eager = ResUNet(4, 2, 3).to(device)
-    network = fused_module.FusedResUNet.from_eager(eager)
+    network = fused_module.FusedResUNet.from_eager(eager, recompute=True)
     x = torch.rand(2, 4, 11, 9, device=device)
     weight = torch.rand(2, 3, 11, 9, device=device)
     parameters = list(network.parameters())
     loss = (network(x) * weight).sum()
     found = [torch.autograd.grad(loss, parameters, retain_graph=True) for _ in range(2)]
-    keeping = fused_module.FusedResUNet.from_eager(eager, recompute=False)
-    assert not keeping.enc1.recompute
+    keeping = fused_module.FusedResUNet.from_eager(eager)
+    assert not keeping.recompute
     kept = torch.autograd.grad((keeping(x) * weight).sum(), parameters)
     for again in found:
         assert all(torch.equal(a, b) for a, b in zip(again, kept, strict=True))
@@ -110,7 +110,7 @@ def test_a_training_step_is_bitwise_the_same(device: str, autocast_dtype: torch.
 
 
 def test_without_recomputation_nothing_is_remembered() -> None:
-    with recompute_activations(False) as memory:
-        (x,) = memory.announce((torch.rand(3, requires_grad=True) * 1,), lambda: pytest.fail("never asked for"))
-        assert memory.maker_of(x) is None
+    with (memory := Recomputation(False)).hooks():
+        (x,) = memory.register((torch.rand(3, requires_grad=True) * 1,), lambda: pytest.fail("never asked for"))
+        assert memory.registered(x) is None
         (x * x).sum().backward()

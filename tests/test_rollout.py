@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,23 +12,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import fastjepa
-from calibration_standins import some_setting, trial
-from fastjepa import calibrate, evaluate, rollout
-from fastjepa.calibration.choice import EAGER, Choice
-from fastjepa.calibration.setting import Setting
-from fastjepa.calibration.trial import Trial
-from fastjepa.calibration.verdict import Verdict
-from fastjepa.evaluate import load_run
 from fastjepa.figures.horizon import draw_horizon_gif
 from fastjepa.model.jepa import JEPA
 from fastjepa.policy import FP32_RELATIVE_LIMIT
 from fastjepa.rollout import Options, main, roll_out
 from fastjepa.storage.export import PretrainedJEPA
-from fastjepa.training.command_line import parse_config, parse_options
+from fastjepa.training.command_line import parse_config
 from fastjepa.training.trainer import Trainer
 from graph_cases import literal_rollout, trained_jepa
-from tiny import tiny_batch, tiny_jepa
+from tiny import tiny_batch
 
 
 def jepa_and_video(frames: int = 2) -> tuple[JEPA, Tensor]:
@@ -166,103 +156,6 @@ def test_a_graphed_rollout_is_what_the_command_draws(
         options = Options(run, horizon=4, clips=3, chunk=2, device="cpu", out=tmp_path / "x.gif")
         assert roll_out(options).graph is graph
     assert np.abs(drawn[1] - drawn[0]).max() <= FP32_RELATIVE_LIMIT * np.abs(drawn[0]).max()
-
-
-@pytest.mark.parametrize(
-    ("flags", "batch"), [("--clips 4", 4), ("--clips 4 --chunk 3", 3), ("--clips 2 --chunk 5 --device cuda:0", 2)]
-)
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
-def test_the_command_it_names_measures_the_row_it_looks_up(
-    run: Path,
-    flags: str,
-    batch: int,
-    precision: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """The GPU is pretended."""
-    asked: list[tuple[Setting, Any]] = []
-
-    def pretended(setting: Setting, device: torch.device, *, cache_dir: Any, **_: Any) -> Verdict:
-        asked.append((setting, cache_dir))
-        return Verdict(setting, (), "it was not measured")
-
-    for name in ("evaluate", "calibrate"):
-        monkeypatch.setattr(f"fastjepa.{name}.resolve", pretended)
-    monkeypatch.setattr("fastjepa.calibration.setting.device_name", lambda device: f"GPU {device}")
-    monkeypatch.setattr("fastjepa.calibration.setting.driver_version", lambda _: "1")
-    options = parse_options(Options, ["--checkpoint", str(run), *flags.split()], prog="")
-    config, jepa, *_ = load_run(run, torch.device("cpu"))
-    device = "cuda" if options.device == "auto" else options.device
-    monkeypatch.setattr(calibrate, "resolve_device", lambda name: torch.device("cuda" if name == "auto" else name))
-    config = dataclasses.replace(config, precision=precision)
-    torch.backends.cudnn.deterministic = True  # as the command does first
-    assert rollout._as_measured(options, config, jepa, torch.device(device)) == EAGER
-    assert getattr(jepa, "acceleration", None) is None
-    told = capsys.readouterr().err.strip()
-    start = "fastjepa: no CUDA graph: it was not measured; this measures it: python -m fastjepa.calibrate "
-    assert told.startswith(start)
-    assert calibrate.main(shlex.split(told.removeprefix(start))) == 0
-    (looked_up, cache), made = asked
-    assert made == (looked_up, cache)
-    assert made[0].key == looked_up.key
-    assert (looked_up.purpose, looked_up.frames, looked_up.batch) == ("inference", 2, batch)
-
-
-def looked_up(run: Path, monkeypatch: pytest.MonkeyPatch, *rows: Trial, flags: str = "") -> tuple[Choice, JEPA]:
-    """What a rollout of the run on a pretended GPU takes where such rows were measured, and its JEPA then."""
-    setting = some_setting(purpose="inference")
-    monkeypatch.setattr("fastjepa.evaluate.setting_of_rollout", lambda *_: setting)
-    monkeypatch.setattr("fastjepa.evaluate.resolve", lambda *_, **__: Verdict(setting, rows, "pretended"))
-    monkeypatch.setattr("fastjepa.evaluate.unavailable_reason", lambda _: None)
-    options = parse_options(Options, ["--checkpoint", str(run), *flags.split()], prog="")
-    config, jepa, *_ = load_run(run, torch.device("cpu"))
-    return rollout._as_measured(options, config, jepa, torch.device("cuda")), jepa
-
-
-OWN = Choice(cuda_graph=True, convolutions="encoder.conv1,predictor.up1")
-
-
-@pytest.mark.usefixtures("needs_triton")
-def test_a_rollout_computes_in_the_way_that_was_measured(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen, jepa = looked_up(run, monkeypatch, trial(OWN, 2.0), trial(Choice(cuda_graph=True), 4.0))
-    assert chosen == OWN
-    kinds = [type(network).__name__ for network in (jepa.encoder, jepa.predictor)]
-    assert kinds == ["FoldedEncoder", "FoldedPredictor"]
-    assert jepa.encoder.kernel_layers == ("conv1",)
-    chosen, jepa = looked_up(run, monkeypatch, trial(OWN, 20.0), trial(Choice(cuda_graph=True), 4.0))
-    assert chosen == Choice(cuda_graph=True)
-    assert getattr(jepa, "acceleration", None) is None
-
-
-@pytest.mark.parametrize(
-    ("rows", "flags"),
-    [((), ""), ((trial(OWN, status="wrong"),), ""), ((trial(OWN, 2.0),), "--cuda_graph off"),
-     ((trial(OWN, 2.0),), "--cuda_graph on")],
-)  # fmt: skip
-def test_where_nothing_was_measured_or_a_flag_says_how_the_run_computes_as_it_did(
-    rows: tuple[Trial, ...], flags: str, run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chosen, jepa = looked_up(run, monkeypatch, *rows, flags=flags)
-    assert chosen == EAGER
-    assert getattr(jepa, "acceleration", None) is None
-
-
-@pytest.mark.usefixtures("needs_triton")
-def test_what_was_measured_takes_the_place_of_what_the_run_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
-    setting = some_setting(purpose="inference")
-    verdict = Verdict(setting, (trial(OWN, 2.0), trial(Choice(cuda_graph=True), 3.0)), "")
-    jepa, device = tiny_jepa(), torch.device("cpu")
-    fastjepa.accelerate(jepa, choice=Choice(batch_norm=True), purpose="inference", verbose=False)
-    nothing_exact = Verdict(setting, (trial(OWN, status="wrong"),), "")
-    assert evaluate.compute_as_measured(jepa, nothing_exact, device) is None
-    assert type(jepa.encoder).__name__ == "FusedResNet5"
-    assert evaluate.compute_as_measured(jepa, verdict, device) == OWN
-    assert type(jepa.encoder).__name__ == "FoldedEncoder"
-    # Where kernels cannot run, the best of what needs none.
-    monkeypatch.setattr("fastjepa.evaluate.unavailable_reason", lambda _: "no kernels here")
-    assert evaluate.compute_as_measured(jepa, verdict, device) == Choice(cuda_graph=True)
-    assert type(jepa.encoder).__name__ == "ResNet5"
 
 
 # ---- the animation ---------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def test_one_call_counts_as_many(momentum: float | None, earlier_calls: int) -> 
 @pytest.mark.parametrize("momentum", [0.1, 1.0, None])
 def test_advanced_by_several_calls(momentum: float | None) -> None:
     """z, z, p¹, z, p², as a training step makes them: projected once each, advanced in the original's order."""
-    single, literal = layer(momentum), layer(momentum)
+    single, original = layer(momentum), layer(momentum)
     z, p1, p2 = rows(1), rows(2), rows(3)
     before = {name: buffer.clone() for name, buffer in single.named_buffers()}
     with BatchStatisticsRecorder(single) as recorder:
@@ -50,8 +50,8 @@ def test_advanced_by_several_calls(momentum: float | None) -> None:
     assert single.momentum == momentum
     (sz,), (s1,), (s2,) = statistics
     advance_buffers(single, [sz, sz, s1, sz, s2])
-    expected = [literal(x) for x in (z, z, p1, z, p2)]
-    assert_same_buffers(single, literal)
+    expected = [original(x) for x in (z, z, p1, z, p2)]
+    assert_same_buffers(single, original)
     for output, index in zip(outputs, (0, 2, 4), strict=True):
         assert torch.equal(output, expected[index])
 

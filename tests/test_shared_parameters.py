@@ -13,7 +13,7 @@ from bench.traffic.counting import TrafficCounter
 from compare import assert_near
 from fastjepa.fused import networks
 from fastjepa.fused.networks import FusedResUNet, FusedStateOnlyPredictor
-from fastjepa.fused.shared_parameters import SharedParameters, _copy_all, is_plain_convolution
+from fastjepa.fused.shared_parameters import _copy_all, is_plain_convolution, share_parameters
 from fastjepa.model.jepa import parallel_unroll
 from fastjepa.model.networks import ResUNet, StateOnlyPredictor
 
@@ -34,9 +34,9 @@ class Layers(nn.Module):
 
 def run(layers: Layers, x: Tensor, calls: int, shared: bool) -> list[Tensor]:
     """Gradients of all parameters that are trained."""
-    parameters = SharedParameters(layers, "cpu") if shared else None
+    parameters = share_parameters(layers, "cpu") if shared else None
     for _ in range(calls):
-        p = parameters.of_call() if parameters is not None else (lambda parameter: parameter)
+        p = parameters() if parameters is not None else (lambda parameter: parameter)
         x = nn.functional.conv2d(x, _tensor(p, layers.conv.weight), p(layers.conv.bias), padding=1)
         x = nn.functional.conv_transpose2d(x, _tensor(p, layers.up.weight), p(layers.up.bias))
         x = nn.functional.batch_norm(x, None, None, p(layers.norm.weight), p(layers.norm.bias), training=True)
@@ -71,7 +71,7 @@ def test_the_gradients_of_a_call_are_one_copy() -> None:
     layers.tied = nn.Conv2d(3, 3, 3, padding=1)
     layers.tied.weight = layers.conv.weight
     parameters = list(layers.parameters())
-    p = SharedParameters(layers, "cpu").of_call()
+    p = share_parameters(layers, "cpu")()
     outs = [_tensor(p, parameter) for parameter in parameters]
     assert all(out.data_ptr() == parameter.data_ptr() for out, parameter in zip(outs, parameters, strict=True))
     grads = [torch.randn_like(parameter) for parameter in parameters]
@@ -88,7 +88,7 @@ def test_the_gradients_of_a_call_are_one_copy() -> None:
 def test_the_casts_are_those_of_autocast_and_gradients_come_back_in_fp32() -> None:
     layers = Layers()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        p = SharedParameters(layers, "cpu").of_call()
+        p = share_parameters(layers, "cpu")()
         for conv in (layers.conv, layers.up):
             assert torch.equal(_tensor(p, conv.weight), conv.weight.to(torch.bfloat16))
             assert torch.equal(_tensor(p, conv.bias), conv.bias.to(torch.bfloat16))  # type: ignore[arg-type,union-attr]
@@ -96,7 +96,7 @@ def test_the_casts_are_those_of_autocast_and_gradients_come_back_in_fp32() -> No
         assert weight.dtype == torch.float32
         assert weight.data_ptr() == layers.norm.weight.data_ptr()
         wide = Layers().double()
-        assert _tensor(SharedParameters(wide, "cpu").of_call(), wide.conv.weight).dtype == torch.float64
+        assert _tensor(share_parameters(wide, "cpu")(), wide.conv.weight).dtype == torch.float64
     (3 * _tensor(p, layers.conv.weight)).sum().backward()
     assert layers.conv.weight.grad is not None
     assert layers.conv.weight.grad.dtype == torch.float32
@@ -125,8 +125,8 @@ def test_calls_add_up_in_fp32() -> None:
     """In bf16, 256 + 1 is 256: eager adds the gradients of calls there, and casts the sum."""
     layers = Layers()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        parameters = SharedParameters(layers, "cpu")
-        calls = [_tensor(parameters.of_call(), layers.conv.weight) for _ in range(2)]
+        parameters = share_parameters(layers, "cpu")
+        calls = [_tensor(parameters(), layers.conv.weight) for _ in range(2)]
     (256 * calls[0] + calls[1]).sum().backward()
     assert layers.conv.weight.grad is not None
     assert torch.equal(layers.conv.weight.grad, torch.full_like(layers.conv.weight, 257.0))
@@ -135,20 +135,18 @@ def test_calls_add_up_in_fp32() -> None:
 def test_without_gradients_there_are_casts_only() -> None:
     layers = Layers()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        weight = _tensor(SharedParameters(layers, "cpu").of_call(), layers.conv.weight)
+        weight = _tensor(share_parameters(layers, "cpu")(), layers.conv.weight)
     assert weight.dtype == torch.bfloat16
     assert not weight.requires_grad
     with (
         torch.no_grad(),
         torch.autocast("cpu", dtype=torch.bfloat16),
     ):  # which keeps casts itself, if it is the caller's
-        assert (
-            SharedParameters(layers, "cpu", callers_autocast=True).of_call()(layers.conv.weight) is layers.conv.weight
-        )
+        assert share_parameters(layers, "cpu", callers_autocast=True)()(layers.conv.weight) is layers.conv.weight
     frozen = Layers().requires_grad_(False)
-    assert not _tensor(SharedParameters(frozen, "cpu").of_call(), frozen.conv.weight).requires_grad
+    assert not _tensor(share_parameters(frozen, "cpu")(), frozen.conv.weight).requires_grad
     frozen.up.requires_grad_(True)
-    p = SharedParameters(frozen, "cpu").of_call()
+    p = share_parameters(frozen, "cpu")()
     assert _tensor(p, frozen.up.weight).requires_grad
     assert not _tensor(p, frozen.conv.weight).requires_grad
 
@@ -162,7 +160,7 @@ def test_a_convolution_of_another_kind_is_called_itself() -> None:
     others = (Own(2, 2, 1), hooked, nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), nn.Linear(2, 2))
     assert not any(is_plain_convolution(module) for module in others)
     assert is_plain_convolution(nn.Conv2d(2, 2, 1))
-    p = SharedParameters(nn.ModuleList(others), "cpu").of_call()
+    p = share_parameters(nn.ModuleList(others), "cpu")()
     assert all(p(parameter) is parameter for module in others for parameter in module.parameters())
 
 

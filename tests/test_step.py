@@ -1,4 +1,4 @@
-"""The de-duplicated step computes what the literal one computes: losses, gradients, buffers, and so whole trainings."""
+"""The deduplicated step computes what the original one computes: losses, gradients, buffers, and so whole trainings."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastjepa.eb_jepa import OriginalStep
 from fastjepa.model.step import TrainStep, build_optimizer
 from tiny import tiny_batch, tiny_model
 
@@ -30,25 +31,26 @@ def outcome(step: TrainStep, batches: list[tuple[torch.Tensor, torch.Tensor]]) -
     return found
 
 
-def make(literal: bool, *, steps: int = 3, momentum: float | None = 0.1, projector: str | None = None) -> TrainStep:
+def make(original: bool, *, steps: int = 3, momentum: float | None = 0.1, projector: str | None = None) -> TrainStep:
     jepa, decoder, head = (module.double() for module in tiny_model(projector=projector))
     for module in jepa.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = momentum
     # SGD, because Adam makes full-size steps of gradients that are only noise (a bias in front of a BatchNorm).
     parameters = [p for m in (jepa, decoder, head) for p in m.parameters()]
-    return TrainStep(jepa, decoder, head, torch.optim.SGD(parameters, lr=1e-2), steps=steps, literal=literal)
+    kind = OriginalStep if original else TrainStep
+    return kind(jepa, decoder, head, torch.optim.SGD(parameters, lr=1e-2), steps=steps)
 
 
 @pytest.mark.parametrize("projector", [None, "4-5", "4-7-6-5"], ids=["one hidden", "linear", "two hidden"])
 @pytest.mark.parametrize(("steps", "momentum", "size"), [(1, 0.1, (16, 16)), (3, 0.37, (11, 13)), (2, None, (8, 8))])
-def test_deduplicated_equals_literal(
+def test_deduplicated_equals_original(
     steps: int, momentum: float | None, size: tuple[int, int], projector: str | None
 ) -> None:
     batches = [tuple(t.double() for t in tiny_batch(2, 4, size, seed)) for seed in range(3)]
-    literal = outcome(make(True, steps=steps, momentum=momentum, projector=projector), batches)  # type: ignore[arg-type]
+    original = outcome(make(True, steps=steps, momentum=momentum, projector=projector), batches)  # type: ignore[arg-type]
     single = outcome(make(False, steps=steps, momentum=momentum, projector=projector), batches)  # type: ignore[arg-type]
-    assert_same(single, literal)
+    assert_same(single, original)
 
 
 def test_calls_are_counted_as_the_originals() -> None:
@@ -62,8 +64,8 @@ def test_calls_are_counted_as_the_originals() -> None:
 def test_separate_projectors() -> None:
     """A user may give the two losses different projectors; the buffers of each are advanced for themselves."""
     results = []
-    for literal in (True, False):
-        step = make(literal)
+    for original in (True, False):
+        step = make(original)
         torch.manual_seed(5)
         step.jepa.predcost.proj = type(step.jepa.regularizer.proj)("4-3-2").double()
         step.optimizer = None

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastjepa
+from fastjepa.eb_jepa import OriginalStep
 from fastjepa.graphs import GraphedTrainStep, make_capturable
 from fastjepa.model.losses import VCLoss
 from fastjepa.model.probes import JEPAProbe, probe_head
@@ -160,14 +161,14 @@ def assert_equal(found: Tensors, expected: Tensors) -> None:
         assert float((found[name] - value).norm()) <= 1e-9 * scale, name
 
 
-@pytest.mark.parametrize("literal", [False, True], ids=["each thing once", "literal"])
+@pytest.mark.parametrize("kind", [TrainStep, OriginalStep])
 @pytest.mark.parametrize("case", JEPAS)
-def test_a_step_is_the_original_loop(case: str, literal: bool) -> None:
+def test_a_step_is_the_original_loop(case: str, kind: type[TrainStep]) -> None:
     change, problem = JEPAS[case]
     theirs, ours = model(change), model(change)
     expected = everything(theirs, their_loop(theirs, steps=3))
     numbers = torch.get_rng_state()
-    step = TrainStep(*ours, steps=3, literal=literal)
+    step = kind(*ours, steps=3)
     assert torch.equal(torch.get_rng_state(), numbers)  # looking at the losses leaves them alone
     if problem:
         assert re.match(problem, step.loss_problem or "")

@@ -76,7 +76,7 @@ if {fused}:
     from fastjepa.fused.networks import Call
     from fastjepa.fused.recompute import Recomputation
     from fastjepa.fused.shared_parameters import own
-    convolve = Call(Recomputation(active=False), own).convolve
+    convolve = Call(Recomputation(False), own).convolve
 else:
     from fastjepa.model.strided_convolution import apply_convolution as convolve
 torch.set_num_threads(3)

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from bench.harness.rows import read_rows
 from bench.recipe import TINY, Recipe
+from bench.step_memory import fake_tensors
 from bench.traffic import command, totals, work
 from bench.traffic.counting import Event, TrafficCounter, bytes_of
 from bench.traffic.parts import ACCUMULATION, ACTIVATIONS, CONVOLUTIONS, LAYOUT, LOSSES, OPTIMIZER, PROBES
 from fastjepa.environment import ROOT
-from fastjepa.fused.step_memory import fake_tensors
 from fastjepa.kernels.convolution.layer import DTYPES, Layer, Precision
 from fastjepa.kernels.convolution.recipe import predictor_layers
 from fastjepa.kernels.launch import TRITON_TYPE, AuditCase

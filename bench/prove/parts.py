@@ -62,6 +62,7 @@ def parts(out: Path, device: torch.device, quick: bool) -> list[Part]:
     make = _Maker(_relative(out), device, quick)
     ceilings = ("--seconds", "0.2", "--no-memory")
     first = [
+        make.self_check(),
         make.suite("ceilings", 60, *make.only_on_gpu("--only", "copy", "product"), *ceilings, per_variant=15),
         make.suite("step", 300, "--seconds", "4", variants=HEADLINE, per_variant=120),
         make.suite("checks", 150, "--rounds", "2", "--no-memory", per_variant=45),
@@ -74,7 +75,6 @@ def parts(out: Path, device: torch.device, quick: bool) -> list[Part]:
         make.suite("frame_windows", 150, "--seconds", "0.5", variants=_OPS),
         make.suite("layers", 180, "--seconds", "0.5", variants=_OPS),
         make.training(),
-        make.calibration(),
         make.suite("ceilings", 90, *ceilings, name="ceilings of convolutions", per_variant=30),
         *(make.sanitized(op) for op in OPS),
         make.ncu(),
@@ -143,10 +143,10 @@ class _Maker:
         command = [*self.bench, "train", "--out", self.folder, *flags]
         return Part("train", command, 240 if self.on_gpu else 600, unavailable=_not_installed(*_TRAINING))
 
-    def calibration(self) -> Part:
-        """What `auto` would take here; its rows can be shipped for others with this GPU."""
-        command = [sys.executable, "-m", "fastjepa.calibrate", "--cache_dir", f"{self.folder}/calibration"]
-        return Part("calibration", command, 120, unavailable=self.no_gpu)
+    def self_check(self) -> Part:
+        """What `auto` finds out before its first fused run here."""
+        command = [sys.executable, "-m", "bench", "self_check", "--out", self.folder]
+        return Part("self-check", command, 150, unavailable=self.no_gpu)
 
     def sanitized(self, op: str) -> Part:
         """The kernels of an op at small sizes, with every access to memory checked."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -13,10 +14,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from bench.recipe import COV_COEFF, STD_COEFF, Recipe
+from bench.step_memory import fake_tensors
 from bench.traffic.counting import Event, TrafficCounter
 from bench.traffic.parts import part_of
+from fastjepa.eb_jepa import OriginalStep
 from fastjepa.fused.folding import folded_batch_norm
-from fastjepa.fused.step_memory import fake_tensors
 from fastjepa.model.context import CONTEXT
 from fastjepa.model.jepa import JEPA, build_jepa
 from fastjepa.model.networks import DetHead, ImageDecoder
@@ -34,7 +36,7 @@ class Way:
     """How one variant computes."""
 
     name: str
-    literal: bool = False
+    original: bool = False
     bf16: bool = False
     channels_last: bool = False
     fused: bool = False
@@ -44,7 +46,7 @@ class Way:
     own_convolutions: bool = False  # folded too, each with what surrounds it in one launch of ours
 
 
-ORIGINAL = Way("original", literal=True)
+ORIGINAL = Way("original", original=True)
 ONCE = Way("each thing once")
 EAGER_BF16 = Way("each thing once, bf16, channels-last", bf16=True, channels_last=True)
 FUSED = Way("fused", bf16=True, channels_last=True, fused=True, projection="fused")
@@ -85,11 +87,14 @@ def training_step(recipe: Recipe, way: Way) -> list[Event]:
     with fake_tensors(beside_real_ones=True):
         model = build_model(recipe, way)
         # What the trainer uses on a GPU; the original's own default there is multi-tensor.
-        kind: dict[str, Any] = {"foreach": True} if way.literal else {"fused": True}
-        step = TrainStep(
-            *model, build_optimizer(*model, 1e-3, **kind), steps=recipe.steps, literal=way.literal,
-            projection="auto" if way.literal else way.projection, autocast_dtype=torch.bfloat16 if way.bf16 else None,
-        )  # fmt: skip
+        kind: dict[str, Any] = {"foreach": True} if way.original else {"fused": True}
+        make_step = OriginalStep if way.original else partial(TrainStep, projection=way.projection)
+        step = make_step(
+            *model,
+            build_optimizer(*model, 1e-3, **kind),
+            steps=recipe.steps,
+            autocast_dtype=torch.bfloat16 if way.bf16 else None,
+        )
         for module in model:
             for parameter in module.parameters():
                 parameter.grad = torch.empty_like(parameter)
@@ -127,7 +132,7 @@ def rollout_step(recipe: Recipe, way: Way) -> list[Event]:
 
 def evaluation(recipe: Recipe, way: Way) -> list[Event]:
     """One evaluation of one batch, up to the probabilities that average precision ranks. BatchNorm is folded before."""
-    folds = not (way.literal or way.fused or way.own_convolutions)
+    folds = not (way.original or way.fused or way.own_convolutions)
     model = build_model(recipe, replace(way, folded=folds))
     with fake_tensors(beside_real_ones=True):
         video = torch.empty(recipe.batch, recipe.frames, recipe.pixels, recipe.pixels, dtype=torch.uint8)
@@ -146,7 +151,7 @@ def _evaluate(model: Model, clips: ClipSet, recipe: Recipe, way: Way) -> None:
     # In the end it reads its results, and shapes have no values.
     with contextlib.suppress(DataDependentOutputException):
         training_evaluation.evaluate(
-            *model, clips, recipe.batch, literal=way.literal, autocast_dtype=torch.bfloat16 if way.bf16 else None
+            *model, clips, recipe.batch, original=way.original, autocast_dtype=torch.bfloat16 if way.bf16 else None
         )
 
 

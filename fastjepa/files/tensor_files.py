@@ -12,6 +12,9 @@ import torch
 
 from fastjepa.files.safe_files import CheckpointError
 
+# torch.save's format before it was a zip archive: pickles, one after another, of which the first is a magic number.
+_LEGACY_START = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
+
 
 def read_tensor_file(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
     """What `torch.save` wrote to `path`, checked against its checksums and loaded without running code from the file.
@@ -56,6 +59,12 @@ def _verified_archive(file: BinaryIO) -> io.BytesIO:
     size = file.seek(0, os.SEEK_END)
     if size == 0:
         raise ValueError("is empty")
+    file.seek(0)
+    if file.read(len(_LEGACY_START)) == _LEGACY_START:
+        raise ValueError(
+            "is in torch's legacy format (torch < 1.6, or _use_new_zipfile_serialization=False), which has no "
+            "checksums: load it with torch.load(..., weights_only=True), and save it again with torch.save"
+        )
     clean = io.BytesIO()
     try:
         with zipfile.ZipFile(file) as archive, zipfile.ZipFile(clean, "w") as copy:

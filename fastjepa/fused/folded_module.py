@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastjepa.execution import ambient_tf32
 from fastjepa.fused.autocast import InBf16
 from fastjepa.fused.folded_layers import FoldedLayer, kernels_problem, norms_of
 from fastjepa.fused.folded_maps import MapsCache
@@ -16,7 +17,6 @@ from fastjepa.fused.folded_run import FoldedRun
 from fastjepa.fused.folded_weights import FoldedWeights
 from fastjepa.fused.recognition import require
 from fastjepa.kernels.checks import require_available
-from fastjepa.policy import ambient_tf32
 
 Layers = Literal["all"] | Collection[str]
 

@@ -1,30 +1,40 @@
 """Activations that are computed again in the backward pass instead of being kept for it.
 
 What lies between two convolutions follows, in one cheap pass, from the raw output of the first: relu(BN(y) + r). The
-second convolution's gradient needs it, and plain autograd keeps it. Inside `recompute_activations`, autograd keeps a
-maker instead, for every tensor announced with `announce`: convolution outputs stay, everything else is made anew.
-The maker runs the same kernel on the same numbers, so gradients are the same bit for bit.
+second convolution's gradient needs it, and plain autograd keeps it. Here autograd keeps a function instead, for every
+tensor that was registered with one: convolution outputs stay, everything else is computed again, by the same kernel on
+the same numbers, so gradients are the same bit for bit.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# One result, given out once for each of its users: one memory, but each user's gradient goes its own way to the kernel
+# that adds them. A tuple of these is what would be one tensor in eager code.
+Fork = tuple[Tensor, ...]
 
-class Maker:
-    """How to make a tensor again. While several users in a backward pass wait for it, it is made once and shared."""
 
-    def __init__(self, make: Callable[[], Tensor]) -> None:
-        self._make = make
+class Registered:
+    """A tensor that can be computed again. While several users in a backward pass wait for it, they share one."""
+
+    def __init__(self, tensors: Fork, compute: Callable[[], Tensor]) -> None:
+        self._compute = compute
+        self._references = [weakref.ref(tensor) for tensor in tensors]
         self._users = 0  # saved places that will ask for the tensor
-        self._waiting = 0  # of these, how many have not yet asked since it was made
+        self._waiting = 0  # of these, how many have not yet asked since it was computed
         self._tensor: Tensor | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the storage is still that of the registered tensors."""
+        return any(reference() is not None for reference in self._references)
 
     def add_user(self) -> None:
         """Count one more place that will ask in each backward pass."""
@@ -33,7 +43,7 @@ class Maker:
     def take(self) -> Tensor:
         """The tensor, for one of the users; freed with the last of them."""
         if self._tensor is None:
-            self._tensor, self._waiting = self._make(), self._users
+            self._tensor, self._waiting = self._compute(), self._users
         tensor = self._tensor
         self._waiting -= 1
         if self._waiting <= 0:
@@ -41,79 +51,62 @@ class Maker:
         return tensor
 
     def once(self) -> Tensor:
-        """The tensor as an ingredient of another: shared if it is there, otherwise made and not held on to."""
-        return self._make() if self._tensor is None else self._tensor
+        """The tensor as an ingredient of another: shared if it is there, otherwise computed and not held on to."""
+        return self._compute() if self._tensor is None else self._tensor
 
 
 class Recomputation:
-    """The makers of one forward pass. A tensor without a maker is kept as autograd always does.
+    """The registered tensors of one forward pass, by storage; others are kept as autograd always does.
 
-    `active=False` keeps no makers at all: everything is left to autograd.
+    Registers nothing if it is not `wanted`, nor where nothing is kept (no gradients), nor under torch.compile, which
+    plans its own memory.
     """
 
-    def __init__(self, *, active: bool = True) -> None:
-        self._active = active
-        # By storage; the weak references tell whether the storage is still the announced tensors'.
-        self._makers: dict[int, tuple[list[weakref.ref[Tensor]], Maker]] = {}
+    def __init__(self, wanted: bool = True) -> None:
+        self._active = wanted and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        self._registered: dict[int, Registered] = {}
 
-    def announce(self, tensors: tuple[Tensor, ...], make: Callable[[], Tensor]) -> tuple[Tensor, ...]:
-        """Say how `tensors`, one and the same memory, can be made again, with the same layout; returns them."""
-        if torch.compiler.is_compiling() or not self._active:
-            return tensors
-        references = [weakref.ref(tensor) for tensor in tensors]
-        self._makers[tensors[0].untyped_storage()._cdata] = (references, Maker(make))
+    def hooks(self) -> AbstractContextManager[object]:
+        """Inside, autograd does not keep what is registered."""
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack) if self._active else nullcontext()
+
+    def register(self, tensors: Fork, compute: Callable[[], Tensor]) -> Fork:
+        """Say how `tensors`, one and the same memory, can be computed again, with the same layout; returns them."""
+        if self._active:
+            self._registered[tensors[0].untyped_storage()._cdata] = Registered(tensors, compute)
         return tensors
 
-    def remake(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """A function that gives `tensor` again: by its maker if it has one, else by keeping it."""
+    def recompute(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """A function that gives `tensor` again: as it was registered, else by keeping it."""
         if not self._active:  # nobody will ask
             return lambda: tensor
-        maker = None if torch.compiler.is_compiling() else self.maker_of(tensor)
-        if maker is None:
-            kept = keep(tensor.detach())
-            return lambda: kept
-        return maker.once
+        if (registered := self.registered(tensor)) is not None:
+            return registered.once
+        kept = keep(tensor.detach())
+        return lambda: kept
 
-    def maker_of(self, tensor: Tensor) -> Maker | None:
-        """The maker of the announced tensor that shares the storage of `tensor`, or None."""
-        announced, maker = self._makers.get(tensor.untyped_storage()._cdata, ([], None))
-        return maker if any(reference() is not None for reference in announced) else None
+    def registered(self, tensor: Tensor) -> Registered | None:
+        """What was registered in the storage of `tensor`, or None."""
+        found = self._registered.get(tensor.untyped_storage()._cdata)
+        return found if found is not None and found.is_alive else None
 
     def pack(self, tensor: Tensor) -> Any:
         """What autograd keeps for `tensor`, which may be a view."""
-        maker = self.maker_of(tensor)
-        if maker is None:
+        registered = self.registered(tensor)
+        if registered is None:
             return keep(tensor)
-        maker.add_user()
-        return maker, tensor.size(), tensor.stride(), tensor.storage_offset()
+        registered.add_user()
+        return registered, tensor.size(), tensor.stride(), tensor.storage_offset()
 
     @staticmethod
     def unpack(packed: Any) -> Tensor:
         """The tensor again."""
         if isinstance(packed, Tensor):
             return packed
-        maker, size, stride, offset = packed
-        return maker.take().as_strided(size, stride, offset)
+        registered, size, stride, offset = packed
+        return registered.take().as_strided(size, stride, offset)
 
 
 def keep(tensor: Tensor) -> Tensor:
-    """What is kept of a tensor without a maker: itself. A function of its own so that tests can count."""
+    """What is kept of a tensor that is not registered: itself. A function of its own, so that bytes can be counted."""
     return tensor
-
-
-def recompute_activations(active: bool = True) -> AbstractContextManager[Recomputation]:
-    """Inside, autograd keeps makers for the tensors announced to the object that the context gives.
-
-    Does nothing if it is not `active`, nor where nothing is kept (no gradients), nor under torch.compile, which plans
-    its own memory.
-    """
-    if not active or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return nullcontext(Recomputation(active=False))
-    return _recompute()
-
-
-@contextmanager
-def _recompute() -> Iterator[Recomputation]:
-    recomputation = Recomputation()
-    with torch.autograd.graph.saved_tensors_hooks(recomputation.pack, recomputation.unpack):
-        yield recomputation

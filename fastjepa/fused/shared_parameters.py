@@ -37,40 +37,36 @@ def is_plain_convolution(module: nn.Module) -> bool:
     return known and module.padding_mode == "zeros" and hooks_problem(module) is None
 
 
-class SharedParameters:
+def share_parameters(
+    network: nn.Module, device_type: str, *, callers_autocast: bool = False
+) -> Callable[[], ParameterOf]:
     """The parameters of the convolutions and BatchNorms in `network`, as they are now, for calls that follow at once.
 
     Convolutions get theirs in the dtype of the autocast that is on for `device_type`, if it is; BatchNorms as they are.
     Nothing is shared, and every module uses its own, under torch.compile, which plans casts and sums itself; and,
     without gradients, in an autocast that the caller has opened, which keeps its casts for calls to come.
+
+    Returns:
+        To be called once for each call of the network: it gives what gives the tensor to use for a parameter. Other
+        parameters stand for themselves.
     """
+    if torch.compiler.is_compiling() or (callers_autocast and not torch.is_grad_enabled()):
+        return lambda: own
+    convolutions = _parameters(module for module in network.modules() if is_plain_convolution(module))
+    norms = _parameters(module for module in network.modules() if type(module) is nn.BatchNorm2d)
+    parameters = [*convolutions, *norms]
+    tensors = [*_cast(convolutions, device_type), *(p.detach() for p in norms)]
+    layout = token = None
+    if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+        layout = _Layout(parameters)
+        token = _Gather.apply(layout, *(p for p in parameters if p.requires_grad))
 
-    def __init__(self, network: nn.Module, device_type: str, *, callers_autocast: bool = False) -> None:
-        kept_by_autocast = callers_autocast and not torch.is_grad_enabled()
-        self._active = not (torch.compiler.is_compiling() or kept_by_autocast)
-        if not self._active:
-            return
-        convolutions = _parameters(module for module in network.modules() if is_plain_convolution(module))
-        norms = _parameters(module for module in network.modules() if type(module) is nn.BatchNorm2d)
-        self._parameters = [*convolutions, *norms]
-        self._tensors = [*_cast(convolutions, device_type), *(p.detach() for p in norms)]
-        self._layout: _Layout | None = None
-        self._token: Tensor | None = None
-        trained = [p for p in self._parameters if p.requires_grad]
-        if trained and torch.is_grad_enabled():
-            self._layout = _Layout(trained)
-            self._token = _Gather.apply(self._layout, *trained)
-
-    def of_call(self) -> ParameterOf:
-        """What gives the tensor to use for each parameter in one call; other parameters stand for themselves."""
-        if not self._active:
-            return own
-        tensors: Sequence[Tensor] = self._tensors
-        if self._token is not None:
-            trained = [p.requires_grad for p in self._parameters]
-            tensors = _Spread.apply(self._token, self._layout, trained, self._tensors)
-        found = {id(parameter): tensor for parameter, tensor in zip(self._parameters, tensors, strict=True)}
+    def of_call() -> ParameterOf:
+        spread = tensors if token is None else _Spread.apply(token, layout, tensors)
+        found = {id(parameter): tensor for parameter, tensor in zip(parameters, spread, strict=True)}
         return lambda parameter: found.get(id(parameter), parameter)
+
+    return of_call
 
 
 def _parameters(modules: Iterable[nn.Module]) -> list[Tensor]:
@@ -95,7 +91,8 @@ def _copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """
     alike: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in pairs:
-        if _lie_alike(target, source):
+        strides = zip(target.shape, target.stride(), source.stride(), strict=True)
+        if all(size == 1 or s == t for size, s, t in strides):
             targets, sources = alike.setdefault(source.dtype, ([], []))
             targets.append(target)
             sources.append(source.as_strided(target.shape, target.stride()))
@@ -105,33 +102,23 @@ def _copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         torch._foreach_copy_(targets, sources)
 
 
-def _lie_alike(a: Tensor, b: Tensor) -> bool:
-    """Whether the strides that count are the same: those of sizes beyond 1."""
-    return all(size == 1 or s == t for size, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
-
-
 class _Layout:
-    """Where the gradients of some parameters lie in one tensor: each with the strides of its parameter."""
+    """Where the gradients of those parameters that are trained lie in one tensor: each with its parameter's strides."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.trained = [p.requires_grad for p in parameters]
         self._places = []
         self.size = 0
-        for p in parameters:
-            stride = p.stride() if _is_dense(p) else torch.empty(p.shape, device="meta").stride()
-            self._places.append((p.shape, stride, self.size, p.dtype))
+        for p in (p for p in parameters if p.requires_grad):
+            dense = p.is_contiguous() or (p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last))
+            stride = p.stride() if dense else torch.empty(p.shape, device="meta").stride()
+            self._places.append((p.shape, stride, self.size))
             self.size += -(-p.numel() // _ALIGNMENT) * _ALIGNMENT
-        self.device = parameters[0].device
-        self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+        self.dtypes = [p.dtype for p in parameters if p.requires_grad]
+        self.dtype = torch.float64 if torch.float64 in self.dtypes else torch.float32
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        return [flat.as_strided(shape, stride, offset) for shape, stride, offset, _ in self._places]
-
-    def gradients(self, flat: Tensor) -> list[Tensor]:
-        return [view.to(place[3]) for view, place in zip(self.views(flat), self._places, strict=True)]
-
-
-def _is_dense(p: Tensor) -> bool:
-    return p.is_contiguous() or (p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last))
+        return [flat.as_strided(*place) for place in self._places]
 
 
 class _Gather(torch.autograd.Function):
@@ -140,31 +127,30 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layout: _Layout, *parameters: Tensor) -> Tensor:
         ctx.layout = layout
-        return torch.empty((), dtype=layout.dtype, device=layout.device).expand(layout.size)
+        return torch.empty((), dtype=layout.dtype, device=parameters[0].device).expand(layout.size)
 
     @staticmethod
     def backward(ctx: Any, flat: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *ctx.layout.gradients(flat))
+        layout: _Layout = ctx.layout
+        return (None, *(view.to(dtype) for view, dtype in zip(layout.views(flat), layout.dtypes, strict=True)))
 
 
 class _Spread(torch.autograd.Function):
     """The token → tensors for one call."""
 
     @staticmethod
-    def forward(
-        ctx: Any, token: Tensor, layout: _Layout, trained: list[bool], tensors: list[Tensor]
-    ) -> tuple[Tensor, ...]:
-        ctx.layout, ctx.trained = layout, trained
+    def forward(ctx: Any, token: Tensor, layout: _Layout, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        ctx.layout, ctx.device = layout, token.device
         ctx.set_materialize_grads(False)
         outs = tuple(tensor.detach() for tensor in tensors)
-        ctx.mark_non_differentiable(*(out for out, train in zip(outs, trained, strict=True) if not train))
+        ctx.mark_non_differentiable(*(out for out, train in zip(outs, layout.trained, strict=True) if not train))
         return outs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         layout: _Layout = ctx.layout
-        wanted = [grad for grad, train in zip(grads, ctx.trained, strict=True) if train]
-        missing = any(grad is None for grad in wanted)
-        flat = (torch.zeros if missing else torch.empty)(layout.size, dtype=layout.dtype, device=layout.device)
+        wanted = [grad for grad, train in zip(grads, layout.trained, strict=True) if train]
+        empty = torch.zeros if any(grad is None for grad in wanted) else torch.empty
+        flat = empty(layout.size, dtype=layout.dtype, device=ctx.device)
         _copy_all((view, grad) for view, grad in zip(layout.views(flat), wanted, strict=True) if grad is not None)
-        return flat, None, None, None
+        return flat, None, None

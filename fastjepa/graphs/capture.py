@@ -46,8 +46,8 @@ class GraphCaptureError(RuntimeError):
     """The work cannot be recorded as a CUDA graph; the message says why, and the cause has the place."""
 
 
-def use_cuda_graph(choice: CudaGraphChoice, device: torch.device, *, measured_faster: bool = False) -> bool:
-    """Whether work runs as a graph. "auto" takes one only where a calibration, which the caller asks, found it faster.
+def use_cuda_graph(choice: CudaGraphChoice, device: torch.device, *, auto: bool = True) -> bool:
+    """Whether work runs as a graph; `auto` is what "auto" means on a CUDA device.
 
     Raises:
         ValueError: another choice, or "on" without a CUDA device.
@@ -56,7 +56,7 @@ def use_cuda_graph(choice: CudaGraphChoice, device: torch.device, *, measured_fa
         raise ValueError(f"--cuda_graph must be auto, on or off; got {choice!r}")
     if choice == "on" and device.type != "cuda":
         raise ValueError(f"--cuda_graph on needs a CUDA device, and this runs on {device}; use auto or off")
-    return choice == "on" or (choice == "auto" and device.type == "cuda" and measured_faster)
+    return choice == "on" or (choice == "auto" and device.type == "cuda" and auto)
 
 
 class Recording:

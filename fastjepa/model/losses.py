@@ -1,4 +1,4 @@
-"""The two losses of Video JEPA, eager and literal. Both read a state (B, D, T, H, W) as rows of D, one per pixel.
+"""The two losses of Video JEPA, eager. Both read a state (B, D, T, H, W) as rows of D, one per pixel.
 
 Losses are computed in fp32 or better: rows of a bf16 state are upcast, and autocast is off inside. The formula of the
 variance–covariance loss is `kernels.projected_losses.reference.std_and_cov_loss`.

@@ -60,6 +60,8 @@ def hidden_layer(projector: nn.Module, *, any_mode: bool = False) -> HiddenLayer
         ):
             if linear2.bias is not None:
                 return "the projector's last Linear has a bias"
+            if linear2.out_features < 2:
+                return "the projector has one output, which has no covariance"
             if not (any_mode or norm.training) and norm.track_running_stats:
                 return "the projector is in eval mode, where it uses running statistics and not the batch's"
             return HiddenLayer(linear1, norm, linear2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -150,38 +150,6 @@ def _plan_param(
         created["step"] = torch.zeros((), dtype=saved["step"].dtype, device=step_device)
     copies += [(current[name], saved[name]) for name in names]
     return created
-
-
-def reorder_adam_state(
-    saved: Mapping[str, Any], names: Sequence[Sequence[str]], wanted: Sequence[Sequence[str]]
-) -> dict[str, Any]:
-    """A state_dict of Adam with the parameters of each group in another order.
-
-    Args:
-        saved: a state_dict; its tensors are shared.
-        names: what its parameters are called, group by group, in its order.
-        wanted: the names of each group in the new order.
-
-    Raises:
-        ValueError: the groups have other numbers of parameters, or other names.
-    """
-    groups = saved["param_groups"]
-    if not len(groups) == len(names) == len(wanted):
-        raise ValueError(f"the optimizer has {len(groups)} parameter groups, expected {len(wanted)}")
-    new_groups: list[dict[str, Any]] = []
-    new_state: dict[int, Any] = {}
-    start = 0
-    for number, (group, before, after) in enumerate(zip(groups, names, wanted, strict=True)):
-        if len(group["params"]) != len(before) or sorted(before) != sorted(after):
-            raise ValueError(f"optimizer group {number} does not have the {len(after)} parameters expected of it")
-        old = dict(zip(before, group["params"], strict=True))
-        indices = range(start, start + len(after))
-        new_groups.append({**group, "params": list(indices)})
-        new_state.update(
-            {i: saved["state"][old[n]] for i, n in zip(indices, after, strict=True) if old[n] in saved["state"]}
-        )
-        start += len(after)
-    return {"state": new_state, "param_groups": new_groups}
 
 
 def plain_execution(saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from fastjepa.config import (
 )
 from fastjepa.distributed.launch import Launch, read_launch
 from fastjepa.distributed.ranks import LostRanksError, Ranks
+from fastjepa.eb_jepa import defaults_from_eb_jepa
 from fastjepa.files.safe_files import CheckpointError
 from fastjepa.graphs.capture import use_cuda_graph
 from fastjepa.kernels.checks import unavailable_reason
@@ -30,10 +31,9 @@ from fastjepa.optional_packages import MissingPackageError, needed_for
 from fastjepa.refusal import ALWAYS_REFUSED, STOPPED, CommandParser, fail, refusals
 from fastjepa.storage.checkpoint import check_same_config
 from fastjepa.storage.run_folder import CHECKPOINT_NAME, read_run_config
-from fastjepa.training.eb_jepa_start import defaults_from_eb_jepa
+from fastjepa.training.execution import no_graph_reason
 from fastjepa.training.flags import check_flags
 from fastjepa.training.one_voice import heard_if, parse_alike
-from fastjepa.training.resolution import graph_problem_of, refuse_recompute
 from fastjepa.training.stop_signals import Interrupted
 from fastjepa.training.summary import describe, summary
 from fastjepa.training.trainer import NonFiniteLossError, Trainer
@@ -153,11 +153,13 @@ def parse_config(
         if device.type != "cuda" and config.precision == "tf32":
             raise ValueError("--precision tf32 needs a CUDA device; use fp32 or bf16")
         if config.backend == "fused" and (reason := unavailable_reason(device)) is not None:
-            raise ValueError(f"--backend fused cannot be served: {reason}; use auto or eager")
+            raise ValueError(f"--backend fused is not supported here: {reason}; use auto or eager")
         use_cuda_graph(config.cuda_graph, device)
-        if config.cuda_graph == "on" and (problem := graph_problem_of(config, Ranks(), device)):
-            raise ValueError(f"--cuda_graph on cannot be served: {problem}; use auto or off")
-        refuse_recompute(config, device)
+        if config.cuda_graph == "on" and (problem := no_graph_reason(config, Ranks(), device)):
+            raise ValueError(f"--cuda_graph on is not supported here: {problem}; use auto or off")
+        if config.recompute == "on" and (config.backend == "eager" or unavailable_reason(device) is not None):
+            why = unavailable_reason(device) if config.backend != "eager" else "--backend eager has none"
+            raise ValueError(f"--recompute on needs fused networks: {why}; use off")
     return config
 
 

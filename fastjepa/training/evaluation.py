@@ -119,7 +119,7 @@ def evaluate(
     batch_size: int,
     *,
     autocast_dtype: torch.dtype | None = None,
-    literal: bool = False,
+    original: bool = False,
     rollout: GraphedRollout | None = None,
     ranks: Ranks | None = None,
 ) -> Evaluation:
@@ -130,8 +130,8 @@ def evaluate(
         clips: at least one.
         batch_size: clips at a time; the last batch may be smaller.
         autocast_dtype: torch.bfloat16 runs everything in bf16 autocast.
-        literal: encode for each metric and roll every frame out at every step, as the original does; the default does
-            each once, with BatchNorm folded into the convolutions.
+        original: encode for each metric and roll every frame out at every step, as the original does; the default
+            encodes once and computes each predicted frame once, with BatchNorm folded into the convolutions.
         rollout: of this JEPA; predicts what is rolled out of a batch in one launch, by the same code. Kept from one
             evaluation to the next, it records once for each size of a batch; weights that have changed in place are
             seen, also where it folds BatchNorm.
@@ -139,15 +139,15 @@ def evaluate(
             all have the evaluation of all: the same as one process's, bit for bit on the same hardware.
 
     Raises:
-        ValueError: no clips, or clips of fewer than 3 frames; a rollout of another predictor, or of a literal
-            evaluation.
+        ValueError: no clips, or clips of fewer than 3 frames; a rollout of another predictor, or with
+            `original`.
         MissingPackageError: torchmetrics is not installed.
     """
     if len(clips) == 0:
         raise ValueError("there are no clips to evaluate")
     if rollout is not None:
-        if literal:
-            raise ValueError("a literal evaluation rolls every frame out at every step; `rollout` is for the other")
+        if original:
+            raise ValueError("original=True rolls every frame out at every step; `rollout` is for the other evaluation")
         if rollout.predictor is not jepa.predictor:
             raise ValueError("`rollout` is of another predictor than that of `jepa`")
         rollout.refresh()
@@ -156,12 +156,12 @@ def evaluate(
     found: list[_OfBatch] = []
     with span("evaluation"), eval_mode(jepa, image_decoder, detection_head):
         encoder, predictor = jepa.encoder, jepa.predictor
-        if not literal:
+        if not original:
             encoder = folded_batch_norm(encoder)
             predictor = folded_batch_norm(predictor) if rollout is None else predictor  # or that of the rollout
             if clips.device.type == "cpu":  # the layout in which a CPU convolves fastest; a fused network has it
-                for folded, original in ((encoder, jepa.encoder), (predictor, jepa.predictor)):
-                    if folded is not original:  # which keeps its layout
+                for folded, source in ((encoder, jepa.encoder), (predictor, jepa.predictor)):
+                    if folded is not source:  # which keeps its layout
                         folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         batches = sequential_batches(len(clips), batch_size, clips.device)
         for indices in batches[ranks.rank :: ranks.size]:
@@ -171,9 +171,9 @@ def evaluate(
             with torch.autocast(video.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
                 with span("encode"):
                     state = encoder(video)
-                image = image_decoder(encoder(video) if literal else state)
-                detected = detection_head(encoder(video) if literal else state)
-                if literal:
+                image = image_decoder(encoder(video) if original else state)
+                detected = detection_head(encoder(video) if original else state)
+                if original:
                     steps, _ = jepa.unroll(
                         video, None, nsteps=video.shape[2] - 2, compute_loss=False, return_all_steps=True
                     )

@@ -13,14 +13,13 @@ def describe(trainer: Trainer) -> str:
     """What will be trained, on what, and where it goes."""
     config, parameters = trainer.config, sum(p.numel() for p in trainer.jepa.parameters())
     small = " (small, for a CPU; --preset full is the published recipe)" if config.preset == "demo" else ""
-    resolution = trainer.resolution
-    how = f"computes with: {resolution.choice} (--backend, --cuda_graph, --recompute)"
-    if resolution.report:
-        how += f"\n{resolution.report}"
+    how = f"computes with: {trainer.execution} (--precision, --backend, --cuda_graph, --recompute)"
+    if trainer.execution_notes:
+        how += f"\n{trainer.execution_notes}"
     return (
         f"preset {config.preset}{small}; {device_name(trainer.device)}\n"
         f"{_of_processes(trainer)}"
-        f"precision {config.precision} (--precision changes it); {how}\n"
+        f"{how}\n"
         f"{parameters:,} parameters; {len(trainer.train_clips):,} + {len(trainer.val_clips):,} clips of "
         f"{config.n_frames}×{config.canvas}×{config.canvas} ({config.data}); {config.epochs} epochs of batches of "
         f"{config.batch_size}\nfolder: {trainer.folder}"

@@ -17,13 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastjepa import autotune
 from fastjepa.config import Config, resolve_device, resolve_precision
 from fastjepa.distributed.launch import device_of
 from fastjepa.distributed.ranks import Ranks
+from fastjepa.eb_jepa import EbJepaRun, begin_with, run_to_begin_with
 from fastjepa.environment import run_environment
 from fastjepa.files.safe_files import CheckpointError, write_atomic, write_text_atomic
 from fastjepa.fused.swap import accelerate
-from fastjepa.graphs import GraphedRollout, GraphedTrainStep
+from fastjepa.graphs import GraphCaptureError, GraphedRollout, GraphedTrainStep
 from fastjepa.model.jepa import build_jepa
 from fastjepa.model.probes import build_probes
 from fastjepa.model.step import StepLosses, TrainStep, build_optimizer
@@ -31,17 +33,15 @@ from fastjepa.moving_mnist import ClipSet, epoch_indices, prefetched
 from fastjepa.optional_packages import require_packages
 from fastjepa.profiling import span
 from fastjepa.storage.checkpoint import load_checkpoint, load_snapshot, save_checkpoint, snapshot
-from fastjepa.storage.eb_jepa_run import EbJepaRun
 from fastjepa.storage.export import export_pretrained
 from fastjepa.storage.run_folder import CHECKPOINT_NAME, RunFolder
 from fastjepa.training.board import BOARD_NAME, Board, open_board
-from fastjepa.training.eb_jepa_start import continue_from, read_start
 from fastjepa.training.evaluation import Evaluation, evaluate
+from fastjepa.training.execution import begun_execution, resumed_execution
 from fastjepa.training.launches import next_launch, steps_per_launch
 from fastjepa.training.left_out import PICTURES, WEIGHTS, left_out, say_what_is_left_out
 from fastjepa.training.picture_arrays import rollout_arrays
 from fastjepa.training.progress import Bar, progress_bar, say
-from fastjepa.training.resolution import resolution_of, resolve_run
 from fastjepa.training.run_clips import load_run_clips
 from fastjepa.training.step_trace import TRACE_NAME, trace_steps
 from fastjepa.training.stop_signals import Interrupted, stop_signals
@@ -98,7 +98,7 @@ class Trainer:
                 f"--batch_size {config.batch_size} is less than the {self.ranks.size} processes, which share it; every "
                 "one needs a clip"
             )
-        before = read_start(config)
+        before = run_to_begin_with(config)
         device = resolve_device(config.device)
         return before, device_of(device, self.ranks.launch)
 
@@ -119,18 +119,17 @@ class Trainer:
         precision = resolve_precision(config.precision, self.device)
         self.config = config = dataclasses.replace(config, out=self.folder, precision=precision)
         set_precision(precision)
-        # Before anything is on the device: a calibration needs its memory.
         path = self.folder / CHECKPOINT_NAME
         saved = ranks.from_first(lambda: None if config.resume is None else load_checkpoint(path))
-        # The first process alone measures: all must compute alike.
-        self.resolution = ranks.from_first(
+        # The first process alone checks and times: all must compute alike.
+        autotune.decide_by(None if ranks.alone else ranks.from_first)
+        self.execution, self.execution_notes = ranks.from_first(
             lambda: (
-                resolve_run(config, self.device, ranks)
+                begun_execution(config, self.device, ranks)
                 if saved is None
-                else resolution_of(saved, config, self.device, path)
+                else resumed_execution(saved, config, self.device, path)
             )
         )
-        choice = self.resolution.choice
         train, validation = ranks.first_of_each_host(lambda: load_run_clips(config))
         self.data_fingerprint = f"{train.fingerprint()} {validation.fingerprint()}"
         ranks.require_same({"their clips": self.data_fingerprint})
@@ -142,7 +141,7 @@ class Trainer:
             projector=config.projector,
             std_coeff=config.std_coeff, cov_coeff=config.cov_coeff,
         ).to(self.device)  # fmt: skip
-        accelerate(self.jepa, choice=choice, verbose=False)
+        self._accelerate(strict=config.backend == "fused")
         decoder, head = build_probes(dobs=config.dobs, dstc=config.dstc, hdet=config.hdet)
         self.image_decoder, self.detection_head = decoder.to(self.device), head.to(self.device)
         self.modules = {
@@ -156,7 +155,6 @@ class Trainer:
             self.detection_head,
             self.optimizer,
             steps=config.steps,
-            projection=choice.losses,
             autocast_dtype=self.autocast_dtype,
             ranks=ranks,
             sync_stats=config.sync_stats,
@@ -168,12 +166,12 @@ class Trainer:
         self.epoch_losses = torch.zeros(len(LOSS_NAMES), dtype=torch.float64, device=self.device)
         self.interval_losses = torch.zeros_like(self.epoch_losses)
         self.graphed_step: GraphedTrainStep | None = None
-        if choice.cuda_graph:
+        if self.execution.cuda_graph:
             assert isinstance(self.train_clips, ClipSet), "graphs are for resident clips"
             sums = (self.epoch_losses, self.interval_losses)
             self.graphed_step = GraphedTrainStep(self.step, self.train_clips, accumulators=sums)
         # Of evaluations: recorded at the first, and replayed in those after it.
-        self.graphed_rollout = GraphedRollout(self.jepa, fold_batch_norm=True) if choice.cuda_graph else None
+        self.graphed_rollout = GraphedRollout(self.jepa, fold_batch_norm=True) if self.execution.cuda_graph else None
         # A trace is of single steps.
         several = self.graphed_step is not None and not config.profile
         self.steps_per_launch = steps_per_launch(config.log_every, config.checkpoint_every) if several else 1
@@ -186,12 +184,36 @@ class Trainer:
                 ranks.on_first(self._write_metrics)  # what was written after the checkpoint is about to be done again
         else:
             if before is not None:
-                self.epoch, self.global_step = ranks.together(
-                    lambda: continue_from(before, config, self.modules, self.optimizer)
-                )
+                for line in ranks.together(lambda: begin_with(before, config, self.modules, self.optimizer)):
+                    say(line)
+                self.epoch, self.global_step = before.epoch, before.step
             ranks.on_first(self._describe_in_folder)
             ranks.copy_from_first(self._trained)
             self.save()
+
+    def _accelerate(self, *, strict: bool) -> None:
+        """Swap in what the execution config says, and note what could not be. Raises ValueError if `strict` and there
+        is such a part.
+        """
+        try:
+            accelerate(self.jepa, execution=self.execution, strict=strict, verbose=False)
+        except ValueError as error:
+            if not strict:
+                raise
+            raise ValueError(f"--backend fused is not supported for this model: {error}") from error
+        report: Any = self.jepa.acceleration
+        left = [f"{s.part} eager: {s.reason}" for s in report.swaps if self.execution.fused and not s.by]
+        self.execution_notes = "\n".join(filter(None, (self.execution_notes, *left)))
+
+    def _go_on_without_graphs(self, error: GraphCaptureError) -> None:
+        """Of "auto": train and evaluate as before, step by step. Raises the error where graphs were asked for."""
+        if self.config.cuda_graph == "on":
+            raise error
+        say(f"no CUDA graphs: {error}")
+        self.graphed_step = self.graphed_rollout = None
+        self.steps_per_launch = 1
+        self.execution = dataclasses.replace(self.execution, cuda_graph=False)
+        self.ranks.on_first(self._describe_in_folder)
 
     @property
     def _trained(self) -> list[Tensor]:
@@ -199,7 +221,7 @@ class Trainer:
 
     def _describe_in_folder(self) -> None:
         write_text_atomic(self.folder / "config.json", json.dumps(self.config.to_json(), indent=2) + "\n")
-        environment = {**run_environment(self.device), "resolved": self.resolution.to_json()}
+        environment = {**run_environment(self.device), "execution": self.execution.to_json()}
         if not self.ranks.alone:
             environment["processes"] = self.ranks.size
         write_text_atomic(self.folder / "environment.json", json.dumps(environment, indent=2) + "\n")
@@ -266,7 +288,15 @@ class Trainer:
             row = {"epoch": self.epoch, "step": self.global_step, "seconds": round(self.seconds, 3)}
             return True, self.rows.pop() if self.rows else row
         self.cut_short = None  # its epoch goes on
-        complete = self._train_epoch(board, received, step_done)
+        try:
+            complete = self._train_epoch(board, received, step_done)
+        except GraphCaptureError as error:
+            self._go_on_without_graphs(error)
+            complete = self._train_epoch(board, received, step_done)
+        except torch.OutOfMemoryError as error:
+            if self.execution.fused and not self.execution.recompute:
+                raise torch.OutOfMemoryError(f"{_first_line(error)}; --recompute on needs less memory") from error
+            raise
         row = self._training_row()
         if complete:
             self.epoch, self.batch = self.epoch + 1, 0
@@ -358,12 +388,19 @@ class Trainer:
 
     def _evaluate(self, board: Board) -> Evaluation:
         self._share_buffers()
-        evaluation = evaluate(
+        try:
+            evaluation = self._evaluation()
+        except GraphCaptureError as error:
+            self._go_on_without_graphs(error)
+            evaluation = self._evaluation()
+        self.ranks.on_first(lambda: self._show_evaluation(evaluation, board))
+        return evaluation
+
+    def _evaluation(self) -> Evaluation:
+        return evaluate(
             self.jepa, self.image_decoder, self.detection_head, self.val_clips, self.config.batch_size,
             autocast_dtype=self.autocast_dtype, rollout=self.graphed_rollout, ranks=self.ranks,
         )  # fmt: skip
-        self.ranks.on_first(lambda: self._show_evaluation(evaluation, board))
-        return evaluation
 
     def _share_buffers(self) -> None:
         """Where each process has its own statistics, all go on with the first's, as in plain data parallel training."""
@@ -411,7 +448,7 @@ class Trainer:
         state["losses"] = {"epoch": self.epoch_losses.cpu(), "interval": self.interval_losses.cpu()}
         state["rows"], state["cut_short"] = self.rows, self.cut_short
         state["data"] = self.data_fingerprint
-        state["resolved"] = self.resolution.to_json()
+        state["execution"], state["autotuned"] = self.execution.to_json(), autotune.chosen()
         save_checkpoint(self.folder / CHECKPOINT_NAME, state)
 
     def _resume(self, state: dict[str, Any]) -> None:
@@ -459,6 +496,10 @@ class Trainer:
             "config.json", "environment.json", "metrics.csv", CHECKPOINT_NAME, BOARD_NAME, pretrained.name, TRACE_NAME
         )  # fmt: skip
         return [path for name in names if (path := self.folder / name).exists()] + written
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
 
 
 def _checked_losses(state: dict[str, Any], path: Path) -> dict[str, Tensor]:

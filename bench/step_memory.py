@@ -1,41 +1,28 @@
-"""How much memory a training step takes, counted at its sizes before it runs, on any machine.
+"""How much memory a training step keeps for its backward pass, counted at its sizes, on any machine.
 
 Shapes are traced with fake tensors on the CPU: nothing is computed and nothing of that size is allocated, so the full
 recipe is counted on a laptop in a second or two. What is counted is every distinct storage that autograd keeps for the
-backward pass, without parameters, buffers and the batch: most of a step's peak. What comes on top is the margin below.
+backward pass, without parameters, buffers and the batch: most of a step's peak.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from unittest.mock import patch
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from fastjepa.calibration.memory import Memory
-from fastjepa.calibration.setting import Setting
 from fastjepa.fused import recompute as recompute_module
 from fastjepa.kernels import checks
 from fastjepa.model.jepa import build_jepa
 from fastjepa.model.probes import build_probes
 from fastjepa.model.projected_losses import ProjectionPath
 from fastjepa.model.step import TrainStep
-
-# Gradients in flight, as multiples of the largest tensor that is kept. At the default recipe in bf16 an H100 showed 4
-# of fused networks and 5 of eager ones on top of what is kept (bench/results: the peaks of `python -m bench step`).
-GRADIENTS_IN_FLIGHT = 8
-# Each weight, its gradient and Adam's two moments.
-COPIES_OF_WEIGHTS = 4
-# Workspaces of cuDNN and cuBLAS, a CUDA context of a child that measures, kernels' code.
-WORKSPACES = 1 << 30
-# What the allocator has cut into pieces that do not fit, as a part of what is kept.
-FRAGMENTATION = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -53,35 +40,13 @@ class StepSizes:
     projector: str = "16-64-64"
     steps: int = 4
 
-    @staticmethod
-    def of(setting: Setting) -> StepSizes:
-        """Those of a calibration."""
-        return StepSizes(
-            setting.batch, setting.frames, setting.height, setting.width, setting.dobs, setting.henc, setting.hpre,
-            setting.dstc, setting.projector, setting.steps,
-        )  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes that autograd keeps for the backward pass of one step: of all storages, and of the largest; and those of
-    the weights, which it does not count.
-    """
+    """Bytes that autograd keeps for the backward pass of one step: of all storages, and of the largest."""
 
     total: int
     largest: int
-    weights: int = 0
-
-    @property
-    def needed(self) -> int:
-        """What the step takes in all, with the margin for what is not counted."""
-        return (
-            self.total
-            + int(self.total * FRAGMENTATION)
-            + GRADIENTS_IN_FLIGHT * self.largest
-            + COPIES_OF_WEIGHTS * self.weights
-            + WORKSPACES
-        )
 
 
 def kept_bytes(function: Callable[[], object], owned: Iterable[Tensor]) -> int:
@@ -106,7 +71,7 @@ def kept_storages(function: Callable[[], object], owned: Iterable[Tensor]) -> li
         return tensor
 
     # Only the innermost hooks see a tensor: outside fused networks these, inside them those of fused.recompute.
-    with patch.object(recompute_module, "keep", count), saved_tensors_hooks(count, lambda tensor: tensor):
+    with _replaced(recompute_module, "keep", count), saved_tensors_hooks(count, lambda tensor: tensor):
         function()
     return list(found.values())
 
@@ -147,45 +112,18 @@ def count_step(
         weights = [parameter for module in (jepa, *heads) for parameter in module.parameters()]
         buffers = [buffer for module in (jepa, *heads) for buffer in module.buffers()]
         found = kept_storages(lambda: step.losses(video, digit_location), [*weights, *buffers, video])
-    return Kept(sum(found), max(found), sum(weight.nbytes for weight in weights))
+    return Kept(sum(found), max(found))
 
 
-@functools.cache
-def _count_fused(sizes: StepSizes, bf16: bool, recompute: bool) -> Kept:
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: object) -> Iterator[None]:
+    """Inside, this attribute has another value."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
-        return count_step(sizes, bf16=bf16, fused=True, recompute=recompute)
-    except ValueError:  # a projector that the kernels of the losses do not take
-        return count_step(sizes, bf16=bf16, fused=True, recompute=recompute, projection="eager")
-
-
-def step_memory(setting: Setting, free: int, clips: int = 0) -> Memory | str:
-    """What a training step of fused networks needs at this setting, beside what is free; or why it cannot be counted.
-
-    Args:
-        setting: of training.
-        free: bytes of the device that are free.
-        clips: bytes of clips that are still to be put there.
-    """
-    sizes, bf16 = StepSizes.of(setting), setting.precision == "bf16"
-    try:
-        keeping, recomputing = (_count_fused(sizes, bf16, recompute).needed + clips for recompute in (False, True))
-    except Exception as error:  # whatever torch raises where it traces otherwise: a count is worth no failed run
-        line = (str(error).strip().splitlines() or [""])[0]
-        return f"the memory of a step could not be counted ({type(error).__name__}: {line[:200]}): recomputation first"
-    return Memory(keeping, recomputing, free)
-
-
-def memory_on(setting: Setting, device: torch.device, clips: int = 0) -> Memory | str:
-    """`step_memory` beside what is free on this GPU; "" where it does not matter: no GPU, no training, no kernels."""
-    if device.type != "cuda" or setting.purpose != "train" or checks.unavailable_reason(device) is not None:
-        return ""
-    return step_memory(setting, free_bytes(device), clips)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Bytes of a GPU that this process can still take: those of nobody, and those that it has set aside."""
-    set_aside = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + set_aside
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 @contextlib.contextmanager
@@ -207,8 +145,8 @@ def fake_tensors(*, beside_real_ones: bool = False) -> Iterator[None]:
             torch.device("cpu"),
             FakeTensorMode(allow_non_fake_inputs=beside_real_ones),
             # A truncated normal is drawn by looking at values, which fake tensors do not have.
-            patch("torch.nn.init.trunc_normal_", lambda tensor, **_: tensor),
-            patch.object(checks, "unavailable_reason", lambda device: None),
+            _replaced(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor),
+            _replaced(checks, "unavailable_reason", lambda device: None),
         ):
             yield
     finally:
