@@ -249,15 +249,16 @@ def _of_a_step(ours: nn.Module, video: Tensor, steps: int, truth: Tensor, losses
     A TrainStep composes the networks and losses itself, and must not do so for a model whose own unroll is another.
     """
     video = video.to(next(ours.parameters()).dtype).float()
-    model = copy.deepcopy(ours).float()
+    model: Any = copy.deepcopy(ours).float()
     _stop_autocast(model)
     try:
         with _arithmetic(video.device, "fp32"):
             with torch.no_grad():
                 channels = copy.deepcopy(model).encoder(video).shape[1]
-            probes = [probe.to(video.device) for probe in build_probes(dobs=video.shape[1], dstc=channels)]
+            decoder, head = build_probes(dobs=video.shape[1], dstc=channels)
+            decoder, head = decoder.to(video.device), head.to(video.device)
             no_digits = video.new_zeros(video.shape[0], video.shape[2], DetHead.CELLS, DetHead.CELLS)
-            found = TrainStep(model, *probes, steps=steps).losses(video, no_digits).jepa
+            found = TrainStep(model, decoder, head, steps=steps).losses(video, no_digits).jepa
     except Exception:  # whatever a model of another structure, or its TrainStep, raises
         return []
     error = relative_error(found, truth[0], float(torch.linalg.vector_norm(truth)))

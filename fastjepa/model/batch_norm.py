@@ -59,7 +59,7 @@ def _is_intercepted() -> bool:
     """Whether something stands in for F.batch_norm, records it, or differentiates it as no Function can."""
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
