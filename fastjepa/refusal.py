@@ -52,7 +52,7 @@ def refusals(*kinds: type[Exception]) -> Iterator[None]:
     except ALWAYS_REFUSED + kinds as error:
         fail(error)
     except (RuntimeError, MemoryError) as error:
-        from fastjepa.measuring.out_of_memory import is_out_of_memory  # which needs torch, as whoever raised this did
+        from fastjepa.policy import is_out_of_memory  # which needs torch, as whoever raised this did
 
         if not is_out_of_memory(error):
             raise

@@ -1,11 +1,11 @@
-"""Assertions of the one exactness policy, which is written down in `fastjepa.measuring.policy`."""
+"""Assertions of the one exactness policy, which is written down in `fastjepa.policy`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastjepa.measuring.policy import FP32_RELATIVE_LIMIT, error_bound, largest_entry, max_error
+from fastjepa.policy import FP32_RELATIVE_LIMIT, error_bound, largest_entry, max_error
 
 
 def assert_as_exact_as_eager(

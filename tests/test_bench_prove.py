@@ -27,7 +27,7 @@ from bench.prove.proof import FAILED, OUT_OF_TIME, PASSED, PENDING, SKIPPED, Out
 from bench.recipe import GRAPH
 from bench.step import COMPILED, ORIGINAL
 from fastjepa.environment import ROOT
-from fastjepa.measuring.child_process import Ended
+from fastjepa.sweeping.child_process import Ended
 from stand_in_suite import KINDS
 
 CPU = torch.device("cpu")

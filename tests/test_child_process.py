@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastjepa.measuring.child_process import Ended, run_child
+from fastjepa.sweeping.child_process import Ended, run_child
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and sessions are POSIX")
 
@@ -106,7 +106,7 @@ def test_it_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     code = (
         "from pathlib import Path; import sys\n"
-        "from fastjepa.measuring.child_process import run_child\n"
+        "from fastjepa.sweeping.child_process import run_child\n"
         f"run_child([sys.executable, '-c', {child!r}], Path({str(tmp_path / 'log')!r}), 600)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent)

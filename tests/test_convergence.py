@@ -2,7 +2,7 @@
 
 Rounding differences grow over a training, for eager fp32 just as for fused fp32, so both are held against the same
 training in float64: fused may be at most twice as far from it as eager, and the policy's floor for each step
-(`fastjepa.measuring.policy`). The measure of a tensor is how far it has moved: fifty steps move a weight by a
+(`fastjepa.policy`). The measure of a tensor is how far it has moved: fifty steps move a weight by a
 thousandth of its size, and a wrong gradient would be lost in that.
 
 Where a rounding takes the input of one ReLU across zero, a training goes another way, and its weights are soon a
@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from fastjepa.fused.swap import accelerate
-from fastjepa.measuring.norms import DRAWS
-from fastjepa.measuring.policy import relative_error, relative_floor
 from fastjepa.model.step import TrainStep
+from fastjepa.policy import DRAWS, relative_error, relative_floor
 from tiny import tiny_batch, tiny_model
 
 STEPS = 50

@@ -145,3 +145,36 @@ def gradient_error(layout: torch.memory_format, threads: int) -> float:
 
 def test_a_step_is_as_exact_channels_last_as_contiguous(threads: int) -> None:
     assert gradient_error(torch.channels_last, threads) <= 2 * gradient_error(torch.contiguous_format, threads)
+
+
+def test_gradients_can_be_differentiated_again() -> None:
+    found = []
+    for function in (normalize, nn.BatchNorm2d.forward):
+        norm, (x, _) = copy.deepcopy(some_norm(6)).train(), some_input((4, 6, 9, 8))
+        torch.manual_seed(1)
+        nn.init.normal_(norm.weight)
+        x.requires_grad_()
+        (grad,) = torch.autograd.grad(function(norm, x).pow(3).sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), [x, norm.weight]))
+    for ours, theirs in zip(*found, strict=True):
+        assert max_error(ours, theirs.double()) <= 1e-4 * largest_entry(theirs)
+
+
+@pytest.mark.parametrize("kind", ["forward of its own", "vmap", "jvp", "trace"])
+def test_whatever_takes_batch_norm_apart_meets_the_module(kind: str) -> None:
+    x, tangent = some_input((4, 6, 9, 8))
+    norm = nn.BatchNorm2d(6, track_running_stats=False)
+    if kind == "forward of its own":
+        norm.forward = lambda x: 2 * x  # type: ignore[method-assign]
+        assert torch.equal(normalize(norm, x), 2 * x)
+    elif kind == "vmap":
+        many = torch.stack((x, 2 * x)).to(torch.float32)
+        found = torch.func.vmap(lambda one: normalize(norm, one))(many)
+        torch.testing.assert_close(found, torch.stack([norm(one.contiguous()) for one in many]))
+    elif kind == "jvp":
+        found, _ = torch.func.jvp(lambda one: normalize(norm, one), (x,), (tangent,))
+        torch.testing.assert_close(found, norm(x.contiguous()))
+    else:
+        norm.requires_grad_(False)
+        traced = torch.jit.trace(lambda one: normalize(norm, one), x)
+        torch.testing.assert_close(traced(2 * x), norm(2 * x))

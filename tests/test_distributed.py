@@ -18,8 +18,8 @@ from fastjepa.distributed.launch import Launch, device_of, read_launch
 from fastjepa.distributed.meeting import meet
 from fastjepa.distributed.ranks import Ranks
 from fastjepa.kernels.shares import Shares
-from fastjepa.measuring.policy import error_bound
 from fastjepa.model.step import TrainStep, build_optimizer
+from fastjepa.policy import error_bound
 from several import run
 from several_steps import BATCHES, batch_indices, clips, model_of_the_cases, train
 from tiny import tiny_batch, tiny_model

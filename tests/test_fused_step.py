@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastjepa.fused.swap import accelerate
-from fastjepa.measuring.norms import DRAWS, judge_norms, norm_errors
 from fastjepa.model.step import TrainStep
+from fastjepa.policy import DRAWS, judge_norms, norm_errors
 from tiny import tiny_batch, tiny_model
 
 

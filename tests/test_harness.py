@@ -18,12 +18,12 @@ from bench.harness.case import BACKWARD, BOTH, FORWARD, Case, Runner, Work, trut
 from bench.harness.rows import Row, format_table, read_rows, write_rows, write_text
 from bench.harness.run import render, run_case
 from bench.harness.session import Settings
+from bench.harness.timing import HostTimer, quantile
 from bench.harness.variants import Tensors, Variant, channels_last, eager, eager_bf16, needs_cuda
 from bench.recipe import Recipe, losses_work
 from fastjepa.environment import Environment
 from fastjepa.files.safe_files import CheckpointError
-from fastjepa.measuring.out_of_memory import is_out_of_memory
-from fastjepa.measuring.timing import HostTimer, quantile
+from fastjepa.policy import is_out_of_memory
 
 CPU = torch.device("cpu")
 ENVIRONMENT = Environment(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from compare import assert_as_exact_as_eager
-from fastjepa.measuring.policy import (
+from fastjepa.policy import (
     FP32_RELATIVE_LIMIT,
     Error,
     error_bound,

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from compare import assert_as_exact_as_eager, assert_close_to_truth
 from fastjepa.kernels.projected_losses import backward, closed_form, forward, fused, reference
-from fastjepa.measuring.norms import JUMP
-from fastjepa.measuring.policy import relative_error
+from fastjepa.policy import JUMP, relative_error
 from projector_cases import (
     EPS,
     PARAMETERS,

@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from compare import assert_as_exact_as_eager, assert_close_to_truth
 from fastjepa.kernels.projected_losses import closed_form, reference
 from fastjepa.kernels.projected_losses.chunks import SMALL, Chunking, chunking_for
+from fastjepa.policy import judge_norms, norm_errors
 from projector_cases import EPS, Case, loss_and_gradients, make_case, with_offset_and_dead_channels
 
 # Both sides add at most a few thousand float64 terms per result: 1e-12 leaves 4,000 units of rounding.
@@ -226,3 +227,24 @@ def test_bad_shapes_are_named(function: object) -> None:
             function(*bad, 1e-5)  # type: ignore[operator]
     with pytest.raises(ValueError, match="variance of 1 row"):
         reference.std_and_cov_loss(z[:1])
+
+
+@pytest.mark.parametrize("distance", [30.0, 100.0, 1e4])
+@pytest.mark.parametrize("alternating", [False, True])
+@pytest.mark.parametrize("n_predictions", [0, 1])
+def test_gradients_of_two_groups_of_clips_far_apart_are_as_exact_as_eager(
+    n_predictions: int, alternating: bool, distance: float
+) -> None:
+    """`distance`: of the groups, in standard deviations within each, in all channels; alternating, chunks mix them."""
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(32, 16, 2, 8, 16, generator=generator)
+    z[slice(None, None, 2) if alternating else slice(16, None)] += distance
+    predictions = [z + 0.3 * torch.randn(z.shape, generator=generator) for _ in range(n_predictions)]
+    case = make_case((2, 16), 0)._replace(z=z, predictions=predictions)
+    truth = loss_and_gradients(reference.projected_losses, case.double())
+    eager = loss_and_gradients(reference.projected_losses, case)
+    closed = loss_and_gradients(closed_form.projected_losses, case)
+    errors, eager_errors = (norm_errors(results, truth) for results in (closed, eager))
+    gradients = {name: error for name, error in errors.items() if name.startswith("gradient") and name != BIAS1}
+    judgement = judge_norms(gradients, eager_errors, "fp32")
+    assert judgement.exact, judgement

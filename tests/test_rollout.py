@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from fastjepa.figures.horizon import draw_horizon_gif
-from fastjepa.measuring.policy import FP32_RELATIVE_LIMIT
 from fastjepa.model.jepa import JEPA
+from fastjepa.policy import FP32_RELATIVE_LIMIT
 from fastjepa.rollout import Options, main, roll_out
 from fastjepa.storage.export import PretrainedJEPA
 from fastjepa.training.command_line import parse_config

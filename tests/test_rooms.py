@@ -23,7 +23,7 @@ from fastjepa.kernels import OPS
 ROOMS: dict[str, set[str]] = {
     "files": set(),
     "kernels": set(),
-    "measuring": set(),
+    "policy": set(),
     "config": set(),
     "environment": set(),
     "execution": set(),
@@ -32,25 +32,24 @@ ROOMS: dict[str, set[str]] = {
     "distributed": {"kernels"},
     "model": {"files", "kernels", "profiling", "optional_packages", "distributed"},
     "storage": {"files", "config", "optional_packages", "model"},
-    "refusal": {"files", "measuring", "optional_packages"},
+    "refusal": {"files", "policy", "optional_packages"},
     "entry": {"optional_packages", "refusal"},
     "moving_mnist": {"files", "optional_packages"},
     "autotune": {"environment", "files", "storage"},
     "fused": {
-        "files", "kernels", "measuring", "environment", "execution", "profiling", "distributed", "model", "storage",
+        "files", "kernels", "policy", "environment", "execution", "profiling", "distributed", "model", "storage",
         "autotune",
     },
     "graphs": {"kernels", "profiling", "model", "moving_mnist", "fused"},
     "eb_jepa": {"files", "config", "model", "storage"},
-    "verification_result": {"measuring"},
-    "verification": {"verification_result", "measuring", "execution", "fused"},
+    "verification": {"policy", "execution", "model", "fused"},
     "figures": {"files", "optional_packages", "model", "refusal", "entry"},
     "training": {
         "files", "kernels", "config", "environment", "profiling", "optional_packages", "distributed", "model",
         "storage", "refusal", "moving_mnist", "execution", "autotune", "fused", "graphs", "eb_jepa", "figures",
     },
     "sweeping": {
-        "files", "measuring", "config", "optional_packages", "storage", "figures", "training",
+        "files", "config", "optional_packages", "storage", "figures", "training",
     },
     "evaluate": {
         "entry",

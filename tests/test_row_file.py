@@ -20,7 +20,7 @@ from bench.harness.run import DeviceLostError, run_case
 from bench.harness.session import Session, Settings
 from bench.harness.variants import Tensors, Variant, eager, needs_cuda
 from fastjepa.environment import Environment
-from fastjepa.measuring.policy import Error
+from fastjepa.policy import Error
 
 CPU = torch.device("cpu")
 ENVIRONMENT = Environment("python -m bench toy", "abc", False, "2026-01-02T03:04:05+00:00", "a CPU", "", 1, {})

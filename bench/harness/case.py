@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from bench.harness.timing import Timer
 from bench.harness.variants import Tensors, Variant
-from fastjepa.measuring.policy import Error, ErrorMeasure, relative_errors
-from fastjepa.measuring.timing import Timer
+from fastjepa.policy import Error, ErrorMeasure, relative_errors
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 

@@ -18,7 +18,7 @@ import torch
 from bench.harness.variants import Tensors
 from fastjepa.environment import ROOT
 from fastjepa.files.safe_files import CheckpointError, write_atomic
-from fastjepa.measuring.policy import Error
+from fastjepa.policy import Error
 
 _MOST_BYTES = 512 * 1024 * 1024
 

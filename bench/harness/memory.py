@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from fastjepa.measuring.out_of_memory import is_out_of_memory
+from fastjepa.policy import is_out_of_memory
 
 Phases = dict[str, int]  # peak bytes by phase
 Run = Callable[[Callable[[str], None]], object]  # runs every phase once and calls its argument at the end of each

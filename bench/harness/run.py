@@ -3,7 +3,7 @@
 Each variant is built, checked against the float64 truth and warmed up; then it and the baseline are timed in turns, so
 that a clock or a neighbour that changes during the run changes both, and their ratio stands. Its rows are handed on at
 once: what comes later cannot take them back. A variant that runs out of memory, fails, or cannot run on the device is a
-row that says so. A speed-up is stated only for a variant whose error keeps the policy (`measuring.policy`), before the
+row that says so. A speed-up is stated only for a variant whose error keeps the policy (`fastjepa.policy`), before the
 timed rounds and after them.
 """
 
@@ -18,9 +18,9 @@ from bench.harness.case import Case
 from bench.harness.kept import Kept
 from bench.harness.rows import Row, format_table
 from bench.harness.session import Session, Settings
+from bench.harness.timing import make_timer
 from bench.harness.variants import Variant
 from fastjepa.environment import Environment
-from fastjepa.measuring.timing import make_timer
 
 
 class DeviceLostError(RuntimeError):

@@ -14,11 +14,10 @@ from bench.harness import memory
 from bench.harness.case import Case, Runner, truth_of
 from bench.harness.kept import Kept, PhaseErrors
 from bench.harness.roofline import ceilings_of
+from bench.harness.timing import Timer, quantile
 from bench.harness.variants import Tensors, Variant
 from fastjepa.environment import clocks_mhz
-from fastjepa.measuring.out_of_memory import is_out_of_memory
-from fastjepa.measuring.policy import judge
-from fastjepa.measuring.timing import Timer, quantile
+from fastjepa.policy import is_out_of_memory, judge
 
 
 @dataclass(frozen=True)

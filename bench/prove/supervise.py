@@ -11,7 +11,7 @@ from bench.harness.suite import DEVICE_LOST, VARIANT_FAILED
 from bench.prove.parts import Part
 from bench.prove.proof import FAILED, OUT_OF_TIME, PASSED, PENDING, SKIPPED, Outcome, Proof
 from fastjepa.environment import ROOT
-from fastjepa.measuring.child_process import Ended, run_child
+from fastjepa.sweeping.child_process import Ended, run_child
 
 _LEAST_SECONDS = 5.0  # with less left nothing is begun
 _MOST_RESTARTS = 200  # of one part; more than any suite has variants

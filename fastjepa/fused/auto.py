@@ -21,9 +21,8 @@ from fastjepa.environment import device_name, machine_key
 from fastjepa.execution import ExecutionConfig, RunPrecision, tf32_products
 from fastjepa.files.safe_files import CheckpointError
 from fastjepa.kernels.checks import unavailable_reason
-from fastjepa.measuring.norms import DRAWS, GRADIENT, judge_norms, largest_errors, may_have_jumped, norm_errors
-from fastjepa.measuring.policy import Error
 from fastjepa.model.jepa import JEPA, build_jepa
+from fastjepa.policy import DRAWS, GRADIENT, Error, judge_norms, largest_errors, may_have_jumped, norm_errors
 from fastjepa.storage.sizes import encoder_sizes, predictor_sizes, projector_sizes
 
 Backend = Literal["auto", "eager", "fused"]

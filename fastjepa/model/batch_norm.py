@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_modules
 
 ROWS_OF_A_BLOCK = 1024  # added one after another; more blocks than this needs would leave the caches
@@ -41,6 +41,7 @@ def _is_inexact(norm: nn.Module, x: Tensor) -> bool:
     """Whether norm(x) would run torch's channels-last kernel, and nothing waits for or stands in for that call."""
     return (
         type(x) is Tensor
+        and not _is_intercepted()  # asked first: within vmap a tensor cannot tell its layout
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and type(norm) is nn.BatchNorm2d
@@ -49,13 +50,26 @@ def _is_inexact(norm: nn.Module, x: Tensor) -> bool:
         and x.is_contiguous(memory_format=torch.channels_last)
         and not x.is_contiguous()
         and _rows(x) > 1
+        and x.shape[1] == norm.num_features
         and not _has_hooks(norm)
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_function_stack() == 0  # a mode may stand in for F.batch_norm
+    )
+
+
+def _is_intercepted() -> bool:
+    """Whether something stands in for F.batch_norm, records it, or differentiates it as no Function can."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
     )
 
 
 def _has_hooks(norm: nn.Module) -> bool:
+    """Hooks, or a call of this module's own in place of its class's."""
+    if "forward" in norm.__dict__ or norm._compiled_call_impl is not None:
+        return True
     own = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks)
     return any(own) or torch_modules._has_any_global_hook()
 
@@ -133,9 +147,11 @@ class _BlockedBatchNorm(torch.autograd.Function):
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var, rstd = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradients are to be differentiated again: torch's own can
+            given = (grad, x, weight, None, None, mean, rstd, True, ctx.eps, list(ctx.needs_input_grad[:3]))
+            return *torch.ops.aten.native_batch_norm_backward(*given), None
         grad = grad.contiguous(memory_format=torch.channels_last)
         products, sums = _gradient_sums(grad, x, mean, rstd)
         grad_x = None

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastjepa.measuring.child_process import Ended, run_child
+from fastjepa.sweeping.child_process import Ended, run_child
 
 _LOOK_SECONDS = 0.1
 

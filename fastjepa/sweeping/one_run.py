@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastjepa.measuring.child_process import Ended
 from fastjepa.storage.run_folder import CHECKPOINT_NAME
 from fastjepa.sweeping.child import Child
+from fastjepa.sweeping.child_process import Ended
 from fastjepa.sweeping.state import LOG_NAME, forget_failure, note_failure
 
 

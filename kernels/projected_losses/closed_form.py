@@ -99,7 +99,8 @@ def _forward(inputs: list[Tensor], eps: float, shares: Shares | None = None) -> 
     means, scatters = zip(*(pixel_passes.row_moments(c, chunking) for c in chunks), strict=True)
     mean, scatter = _of_all_rows(torch.stack(means), torch.stack(scatters), _n_rows(tensors), shares)
     affine = algebra.hidden_affine(params, mean, scatter, n_rows, eps)
-    sums = _summed(pixel_passes.activation_sums(chunks, chunking, affine, mean, params.bn_bias), shares)
+    centre = pixel_passes.centres(mean, scatter, n_rows, tensors[0].dtype)
+    sums = _summed(pixel_passes.activation_sums(chunks, chunking, affine, mean, centre, params.bn_bias), shares)
     mean_r, scatter_r, delta_moments = pixel_passes.activation_moments(sums, affine, dtype, n_rows)
     cov = algebra.covariance(params.weight2, scatter_r, n_rows)
     std_loss, cov_loss = algebra.std_and_cov_from_moments(cov.diagonal(), cov)
@@ -121,15 +122,16 @@ def _backward(
     params, tensors = _parameters_and_tensors(inputs)
     n_rows, chunking = _n_rows(tensors, shares), _chunking(tensors)
     affine = algebra.hidden_affine(params, mean, scatter, n_rows, eps)
+    centre = pixel_passes.centres(mean, scatter, n_rows, tensors[0].dtype)
     out = algebra.output_gradients(params.weight2, scatter_r, delta_moments, n_rows, *grads)
     same = same_layout(tensors, chunking)
     chunks = [columns(x, chunking) for x in same]
     results = [torch.empty_like(x) for x in same]
     grad_chunks = [columns(x, chunking) for x in results]
-    own = pixel_passes.slope_gradients(chunks, grad_chunks, chunking, affine, mean, params.bn_bias, mean_r, out)
-    sums = pixel_passes.centred_slope_sums(_summed(own, shares), affine, mean, tensors[0].dtype)
+    own = pixel_passes.slope_gradients(chunks, grad_chunks, chunking, affine, mean, centre, params.bn_bias, mean_r, out)
+    sums = pixel_passes.centred_slope_sums(_summed(own, shares), affine, mean, centre)
     grad = algebra.input_gradients(params, affine, scatter, *sums, n_rows)
-    pixel_passes.subtract_correction(chunks, grad_chunks, chunking, mean, grad.constant, grad.linear)
+    pixel_passes.subtract_correction(chunks, grad_chunks, chunking, mean, centre, grad.constant, grad.linear)
     grad_params = ProjectorParameters(grad.weight1, grad.bias1, grad.bn_weight, grad.bn_bias, out.weight2)
     if shares is not None:
         grad_params = ProjectorParameters(*(shares.once(g) for g in grad_params))

@@ -23,19 +23,19 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def row_moments(chunks: Sequence[Tensor], chunking: Chunking) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and scatter (D, D) in float64: every chunk about its own centre, combined by Chan's formula."""
-    wide = compute_dtype(chunks[0].dtype)
+    """Mean (D,) and scatter (D, D) in float64: every chunk about its own mean, combined by Chan's formula.
+
+    Products are float64 too: of two groups of rows, d apart in every channel, the scatter is d² of what it is within a
+    group, and the variance of a hidden feature that hardly tells the groups apart is the small difference.
+    """
 
     def moments_of_group(group: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         found = []
         for chunk in group:
-            x = chunk.to(wide)
-            centre = x.mean(1, keepdim=True)
-            x = x - centre
-            # The centre is rounded; the exact chunk mean is centre + residual.
-            residual = row_sums(x) / x.shape[1]
-            scatter = row_products(x, x) - x.shape[1] * torch.outer(residual, residual)
-            found.append((centre[:, 0].double() + residual, scatter))
+            x = chunk.double()
+            mean = x.mean(1, keepdim=True)
+            x = x - mean
+            found.append((mean[:, 0], row_products(x, x)))
         return found
 
     means, scatters = zip(*chain.from_iterable(chunking.map(moments_of_group, chunks)), strict=True)
@@ -55,6 +55,17 @@ def _counts(chunks: Sequence[Tensor], like: Tensor) -> Tensor:
     return torch.cat([like.new_full((end - start, 1), counts[start]) for start, end in zip(starts, ends, strict=True)])
 
 
+def centres(mean: Tensor, scatter: Tensor, n_rows: int, dtype: torch.dtype) -> Tensor:
+    """What the passes subtract from x (T, D): the mean, rounded, where it is far from zero, and nothing elsewhere.
+
+    A value subtracted from one of about its size leaves an exact difference, and rows far from zero keep their
+    precision. Subtracted from rows near zero it would round them away: of two groups of rows, one at 0 and one at d,
+    the first would keep no more digits than the second. Without it, both have what eager has.
+    """
+    variance = scatter.diagonal(dim1=-2, dim2=-1) / n_rows
+    return torch.where(mean.square() >= 16 * variance, mean.to(compute_dtype(dtype)).to(mean.dtype), 0.0)
+
+
 class _ChunkAffine(NamedTuple):
     """y = slope·(x − centre) + offset at the compute precision; offset carries what rounding took from the centre."""
 
@@ -68,13 +79,16 @@ class _ChunkAffine(NamedTuple):
         return x, torch.addmm(self.offset, self.slope, x).relu_()
 
 
-def _affines(affine: algebra.HiddenAffine, mean: Tensor, bn_bias: Tensor, dtype: torch.dtype) -> list[_ChunkAffine]:
+def _affines(
+    affine: algebra.HiddenAffine, mean: Tensor, centre: Tensor, bn_bias: Tensor, dtype: torch.dtype
+) -> list[_ChunkAffine]:
     wide = compute_dtype(dtype)
-    centre = mean.to(wide)
-    offset = bn_bias.double() - torch.einsum("thd,td->th", affine.slope, mean - centre.double())
+    slope = affine.slope.to(wide)
+    # With the slope as it is rounded, so that y is β where x is μ.
+    offset = bn_bias.double() - torch.einsum("thd,td->th", slope.double(), mean - centre)
     return [
         _ChunkAffine(c.unsqueeze(1), s, o.unsqueeze(1))
-        for c, s, o in zip(centre, affine.slope.to(wide), offset.to(wide), strict=True)
+        for c, s, o in zip(centre.to(wide), slope, offset.to(wide), strict=True)
     ]
 
 
@@ -91,10 +105,11 @@ def activation_sums(
     chunking: Chunking,
     affine: algebra.HiddenAffine,
     mean: Tensor,
+    centre: Tensor,
     bn_bias: Tensor,
 ) -> ActivationSums:
     """The pass over the rows of which `activation_moments` makes moments."""
-    affines = _affines(affine, mean, bn_bias, tensors[0][0].dtype)
+    affines = _affines(affine, mean, centre, bn_bias, tensors[0][0].dtype)
     wide = affines[0].slope.dtype
     shift = affine.shift.to(wide).unsqueeze(1)
     hidden = shift.shape[0]
@@ -129,7 +144,7 @@ class SlopeSums(NamedTuple):
     """Sums over the rows; float64."""
 
     dy: Tensor  # (T, H): Σdy
-    dy_x: Tensor  # (T, H, D): Σdy(x−μ)ᵀ, μ rounded as the pass has it
+    dy_x: Tensor  # (T, H, D): Σdy(x−c)ᵀ, with the centres c
 
 
 def slope_gradients(
@@ -138,12 +153,13 @@ def slope_gradients(
     chunking: Chunking,
     affine: algebra.HiddenAffine,
     mean: Tensor,
+    centre: Tensor,
     bn_bias: Tensor,
     mean_r: Tensor,
     out: algebra.OutputGradients,
 ) -> SlopeSums:
     """Write Aᵀdy of every tensor to `grad_tensors`; return the sums of which `centred_slope_sums` are made."""
-    affines = _affines(affine, mean, bn_bias, tensors[0][0].dtype)
+    affines = _affines(affine, mean, centre, bn_bias, tensors[0][0].dtype)
     wide = affines[0].slope.dtype
     variance, gram = out.variance.to(wide), out.gram.to(wide)
     scaled_grams = [c * gram for c in out.prediction.to(wide)]
@@ -174,12 +190,10 @@ def slope_gradients(
 
 
 def centred_slope_sums(
-    sums: SlopeSums, affine: algebra.HiddenAffine, mean: Tensor, dtype: torch.dtype
+    sums: SlopeSums, affine: algebra.HiddenAffine, mean: Tensor, centre: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `algebra.input_gradients` takes, in float64. `dtype`: of the rows that were summed."""
-    # The chunks were centred at the rounded mean.
-    rounding = mean - mean.to(compute_dtype(dtype)).double()
-    dy_x = sums.dy_x - sums.dy.unsqueeze(-1) * rounding.unsqueeze(1)
+    """What `algebra.input_gradients` takes, in float64."""
+    dy_x = sums.dy_x - sums.dy.unsqueeze(-1) * (mean - centre).unsqueeze(1)
     return sums.dy.sum(0), dy_x, torch.einsum("th,thd->td", sums.dy, affine.slope)
 
 
@@ -188,15 +202,15 @@ def subtract_correction(
     grad_tensors: Sequence[Sequence[Tensor]],
     chunking: Chunking,
     mean: Tensor,
+    centre: Tensor,
     constant: Tensor,
     linear: Tensor,
 ) -> None:
     """grad ← grad − constant − linear·(x − μ), in place."""
     wide = compute_dtype(tensors[0][0].dtype)
-    centre = mean.to(wide)
-    constant = constant - torch.einsum("tde,te->td", linear, mean - centre.double())
+    constant = constant - torch.einsum("tde,te->td", linear, mean - centre)
     for t, (chunks, grad_chunks) in enumerate(zip(tensors, grad_tensors, strict=True)):
-        c, m, s = centre[t].unsqueeze(1), linear[t].to(wide), constant[t].to(wide).unsqueeze(1)
+        c, m, s = centre[t].to(wide).unsqueeze(1), linear[t].to(wide), constant[t].to(wide).unsqueeze(1)
 
         def correct(group: Sequence[tuple[Tensor, Tensor]], c: Tensor = c, m: Tensor = m, s: Tensor = s) -> None:
             for chunk, grad_chunk in group:
