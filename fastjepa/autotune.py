@@ -173,19 +173,20 @@ def _reason_of(known: Mapping[str, str]) -> str | None:
 
 def _checked(cache: _Cache, key: str, check: Callable[[], str | None]) -> str | None:
     started = time.monotonic()
-    cache.write(key, {"check": "begun", "reason": ""})
     try:
-        reason = check()
-    except torch.OutOfMemoryError as error:  # perhaps of the moment: the next start checks again
-        cache.write(key, None)
-        return f"there was no memory for the self-check: {_first_line(error)}"
-    except Exception as error:  # whatever a kernel or its compiler raises
-        reason = f"{type(error).__name__}: {_first_line(error)}"
-    except BaseException:  # Ctrl-C is no verdict
+        cache.write(key, {"check": "begun", "reason": ""})
+        try:
+            reason = check()
+        except torch.OutOfMemoryError as error:  # perhaps of the moment: the next start checks again
+            cache.write(key, None)
+            return f"there was no memory for the self-check: {_first_line(error)}"
+        except Exception as error:  # whatever a kernel or its compiler raises
+            reason = f"{type(error).__name__}: {_first_line(error)}"
+        reason = None if reason is None else printable(reason)
+        cache.write(key, {"check": "exact" if reason is None else "inexact", "reason": reason or ""})
+    except BaseException:  # Ctrl-C, also while the file is written, says nothing about the kernels
         cache.write(key, None)
         raise
-    reason = None if reason is None else printable(reason)
-    cache.write(key, {"check": "exact" if reason is None else "inexact", "reason": reason or ""})
     if mode() == "redo":
         _redone.add(key)
     cache.say(f"{'exact' if reason is None else 'not exact: ' + reason} ({time.monotonic() - started:.0f} s)")
@@ -203,12 +204,16 @@ def fastest(
     """The name of the candidate that takes the least time on this GPU; each calls the same work, without waiting.
 
     Timed once for each key, GPU and version. The first candidate is the default: taken on a CPU, while torch traces or
-    captures, with FASTJEPA_SELF_CHECK=0, and where there is no other.
+    captures, with FASTJEPA_SELF_CHECK=0, and where there is no other. On a GPU it then stays the one of this process,
+    so that a graph and plain calls, and a run that is resumed without the variable, compute the same.
     """
     names = list(candidates)
     if _chosen.get(key) in names:
         return _chosen[key]
     if len(names) == 1 or not _can_time(device):
+        return names[0]
+    if mode() == "0" or _captures():
+        _chosen[key] = names[0]
         return names[0]
     _chosen[key] = _decide(lambda: _found_fastest(key, candidates, device, _Cache(cache_dir, say)))
     return _chosen[key]
@@ -228,9 +233,11 @@ def _found_fastest(
 
 
 def _can_time(device: torch.device) -> bool:
-    if device.type != "cuda" or mode() == "0" or torch.compiler.is_compiling():
-        return False
-    return not torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and not torch.compiler.is_compiling()
+
+
+def _captures() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def milliseconds(candidates: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:

@@ -89,6 +89,28 @@ def test_ctrl_c_leaves_no_begun(checker: Checker) -> None:
     assert checker() is None
 
 
+@pytest.mark.parametrize("writing", [1, 2])
+def test_ctrl_c_while_the_file_is_written_leaves_no_begun(
+    writing: int, checker: Checker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Just after "begun" was written, and just before the result is."""
+    write, calls = autotune.write_text_atomic, list[str]()
+
+    def interrupted(path: Path, text: str) -> None:
+        calls.append(text)
+        if len(calls) == writing == 2:
+            raise KeyboardInterrupt
+        write(path, text)
+        if len(calls) == writing:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(autotune, "write_text_atomic", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checker()
+    assert "begun" in calls[0]
+    assert checker() is None
+
+
 def test_a_check_that_killed_its_process_is_found_by_the_next_start(checker: Checker) -> None:
     code = (
         "import os, pathlib; from fastjepa.autotune import self_check\n"
@@ -265,6 +287,23 @@ def test_the_first_candidate_is_the_default(tmp_path: Path) -> None:
     assert fastest("a rollout", dict.fromkeys(("torch", "ours"), never), CPU, cache_dir=tmp_path) == "torch"
     assert autotune.chosen() == {}
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("untimed", ["0", "capturing"])
+def test_what_was_not_timed_stays_the_default(
+    untimed: str, timed: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that began so is resumed so: its numbers must not depend on what is timed later."""
+    timed |= {"torch": 2.0, "ours": 1.0}
+    with monkeypatch.context() as now:
+        if untimed == "0":
+            now.setenv(VARIABLE, "0")
+        else:
+            now.setattr(autotune, "_captures", lambda: True)
+        assert fastest("a rollout", dict.fromkeys(("torch", "ours"), never), CPU, cache_dir=tmp_path) == "torch"
+    assert autotune.chosen() == {"a rollout": "torch"}
+    assert fastest("a rollout", dict.fromkeys(("torch", "ours"), never), CPU, cache_dir=tmp_path) == "torch"
+    assert timed["count"] == 0
 
 
 def test_candidates_take_turns() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from fastjepa import autotune
 from fastjepa.config import Config
 from fastjepa.distributed.ranks import Ranks
 from fastjepa.execution import ExecutionConfig
@@ -17,7 +19,7 @@ from fastjepa.fused import auto
 from fastjepa.fused.auto import Widths, auto_problem, fused_problem, resolve_execution
 from fastjepa.graphs import GraphCaptureError, GraphedRollout, GraphedTrainStep, make_capturable
 from fastjepa.training.command_line import parse_config
-from fastjepa.training.execution import no_graph_reason, read_execution, resumed_execution
+from fastjepa.training.execution import first_decides, no_graph_reason, read_execution, resumed_execution
 from fastjepa.training.trainer import Trainer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -141,8 +143,9 @@ def test_a_wrong_kernel_fails_the_self_check(device: str, monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("small_check")
-def test_a_projector_without_kernels_is_checked_with_eager_losses(device: str) -> None:
-    assert fused_problem(torch.device(device), "fp32", WIDTHS._replace(projector="4-6-6-5")) is None
+@pytest.mark.parametrize("projector", ["4-6-6-5", "4-6"])
+def test_a_projector_without_kernels_is_checked_with_eager_losses(projector: str, device: str) -> None:
+    assert fused_problem(torch.device(device), "fp32", WIDTHS._replace(projector=projector)) is None
 
 
 # ---- saved with a run, and used again ----
@@ -177,6 +180,7 @@ def test_a_checkpoint_of_before_any_record_is_eager() -> None:
         {"execution": {**FUSED.to_json(), "precision": "fp8"}},
         {"resolved": {"precision": "bf16"}},
         {"resolved": [1]},
+        {"config": [1]},
         {"execution": FUSED.to_json(), "autotuned": {"a": 1}},
     ],
 )
@@ -196,6 +200,14 @@ def test_a_resumed_run_goes_on_as_it_began(monkeypatch: pytest.MonkeyPatch) -> N
     assert resumed(FUSED, CUDA, recompute="on").recompute
     assert not resumed(dataclasses.replace(FUSED, recompute=True), CUDA, recompute="off").recompute
     assert not resumed(FUSED, CUDA, cuda_graph="off").cuda_graph
+
+
+def test_every_process_goes_on_with_what_the_first_has_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first reads the checkpoint; another that timed what is settled there would wait for it forever."""
+    monkeypatch.setattr(autotune, "_chosen", {})
+    ranks: Any = SimpleNamespace(from_first=lambda work: (FUSED, "a note", {"a rollout": "ours"}))  # on the second
+    assert first_decides(ranks, lambda: pytest.fail("only the first resolves")) == (FUSED, "a note")
+    assert autotune.chosen() == {"a rollout": "ours"}
 
 
 @pytest.mark.parametrize(

@@ -54,8 +54,8 @@ def test_a_step_never_waits_for_the_device() -> None:
 def test_when_a_graph_is_used() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
 
-    def used(device: torch.device, measured_faster: bool, *choices: Any) -> list[bool]:
-        return [use_cuda_graph(choice, device, measured_faster=measured_faster) for choice in choices]
+    def used(device: torch.device, auto: bool, *choices: Any) -> list[bool]:
+        return [use_cuda_graph(choice, device, auto=auto) for choice in choices]
 
     assert used(cuda, True, "auto", "on", "off") == [True, True, False]
     assert used(cuda, False, "auto", "on", "off") == [False, True, False]

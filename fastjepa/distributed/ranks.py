@@ -27,7 +27,9 @@ T = TypeVar("T")
 
 RENDEZVOUS = timedelta(minutes=10)
 PARTING = timedelta(seconds=30)
-PATIENCE = timedelta(minutes=90)  # while the first of them calibrates, generates or downloads what the others wait for
+PATIENCE = timedelta(
+    minutes=90
+)  # while the first of them checks kernels, generates or downloads what the others wait for
 
 
 class RankError(ValueError):

@@ -177,7 +177,8 @@ def _step(widths: Widths, draw: int, device: torch.device, arithmetic: str, fuse
         gradients = [p.grad.flatten() for _, p in sorted(module.named_parameters()) if p.grad is not None]
         found[GRADIENT + name] = torch.cat(gradients)
         buffers = [b.flatten() for _, b in sorted(module.named_buffers()) if b.is_floating_point()]
-        found[f"buffers of the {name}"] = torch.cat(buffers)
+        if buffers:  # a projector of one layer has none
+            found[f"buffers of the {name}"] = torch.cat(buffers)
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,15 @@ def resumed_execution(
     return dataclasses.replace(began, cuda_graph=graph, recompute=recompute), told
 
 
+def first_decides(ranks: Ranks, work: Callable[[], tuple[ExecutionConfig, str]]) -> tuple[ExecutionConfig, str]:
+    """What `work` gives on the first process, for all, with what autotune has chosen there: none of them times alone
+    what the first has from a checkpoint.
+    """
+    execution, notes, choices = ranks.from_first(lambda: (*work(), autotune.chosen()))
+    autotune.use(choices)
+    return execution, notes
+
+
 def read_execution(state: Mapping[str, Any], path: Path) -> tuple[ExecutionConfig, str]:
     """How the run of a checkpoint computes, and what is to be said of that; `autotune` takes over its choices.
 
@@ -76,7 +85,7 @@ def read_execution(state: Mapping[str, Any], path: Path) -> tuple[ExecutionConfi
         if "execution" in state:
             return ExecutionConfig.from_json(state["execution"]), ""
         return _of_earlier_version(state)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: what it says of how the run computes is damaged: {error}") from error
 
 

@@ -37,7 +37,7 @@ from fastjepa.storage.export import export_pretrained
 from fastjepa.storage.run_folder import CHECKPOINT_NAME, RunFolder
 from fastjepa.training.board import BOARD_NAME, Board, open_board
 from fastjepa.training.evaluation import Evaluation, evaluate
-from fastjepa.training.execution import begun_execution, resumed_execution
+from fastjepa.training.execution import begun_execution, first_decides, resumed_execution
 from fastjepa.training.launches import next_launch, steps_per_launch
 from fastjepa.training.left_out import PICTURES, WEIGHTS, left_out, say_what_is_left_out
 from fastjepa.training.picture_arrays import rollout_arrays
@@ -123,12 +123,13 @@ class Trainer:
         saved = ranks.from_first(lambda: None if config.resume is None else load_checkpoint(path))
         # The first process alone checks and times: all must compute alike.
         autotune.decide_by(None if ranks.alone else ranks.from_first)
-        self.execution, self.execution_notes = ranks.from_first(
+        self.execution, self.execution_notes = first_decides(
+            ranks,
             lambda: (
                 begun_execution(config, self.device, ranks)
                 if saved is None
                 else resumed_execution(saved, config, self.device, path)
-            )
+            ),
         )
         train, validation = ranks.first_of_each_host(lambda: load_run_clips(config))
         self.data_fingerprint = f"{train.fingerprint()} {validation.fingerprint()}"
@@ -221,7 +222,8 @@ class Trainer:
 
     def _describe_in_folder(self) -> None:
         write_text_atomic(self.folder / "config.json", json.dumps(self.config.to_json(), indent=2) + "\n")
-        environment = {**run_environment(self.device), "execution": self.execution.to_json()}
+        decided = {"execution": self.execution.to_json(), "autotuned": autotune.chosen()}
+        environment = {**run_environment(self.device), **decided}
         if not self.ranks.alone:
             environment["processes"] = self.ranks.size
         write_text_atomic(self.folder / "environment.json", json.dumps(environment, indent=2) + "\n")
