@@ -25,9 +25,11 @@ from bench.harness.case import Case, Work
 from bench.harness.variants import COMPILE_MAX, Computation, Tensors, Variant, always, needs_cuda, needs_kernels
 from bench.recipe import GRAPH, Model, Recipe, arithmetic, build_model, make_batch, make_clips, step_work
 from bench.recipe_suite import add_recipe_options, chosen_recipe
+from fastjepa.eb_jepa import OriginalStep
+from fastjepa.fused.losses import swap_losses
 from fastjepa.fused.swap import accelerate
 from fastjepa.graphs import GraphedTrainStep
-from fastjepa.model.projected_losses import ProjectionPath
+from fastjepa.model.losses import ProjectionPath
 from fastjepa.model.step import StepLosses, TrainStep, build_optimizer
 from fastjepa.optional_packages import require_packages
 
@@ -68,12 +70,13 @@ class Step:
                 network.to(memory_format=torch.channels_last)
         if way.fused_blocks:
             accelerate(jepa, backend="fused", recompute="on" if way.recompute else "off", verbose=False)
+        elif way.projection == "fused":
+            swap_losses(jepa, fused=True)
         half = way.precision == "bf16"
-        self.step = TrainStep(
+        self.step = (OriginalStep if way.literal else TrainStep)(
             *model,
             build_optimizer(*model, LEARNING_RATE, fused=device.type == "cuda"),
             steps=recipe.steps,
-            literal=way.literal,
             projection=way.projection,
             autocast_dtype=torch.bfloat16 if half else None,
         )
@@ -132,7 +135,9 @@ def truth(recipe: Recipe, inputs: Tensors) -> Tensors:
     model: Model = build_model(recipe, video.device, torch.float64)
     if not on_cpu:
         keep_inputs_only(model[0])
-    step = TrainStep(*model, steps=recipe.steps, literal=on_cpu, projection="auto" if on_cpu else "closed_form")
+    step = (OriginalStep if on_cpu else TrainStep)(
+        *model, steps=recipe.steps, projection="auto" if on_cpu else "closed_form"
+    )
     return results(step, step(video, inputs["digit_location"]))
 
 

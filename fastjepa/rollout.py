@@ -25,8 +25,7 @@ from fastjepa.environment import device_name
 from fastjepa.evaluate import compute_as_measured, load_run, look_up_rollout
 from fastjepa.graphs import CudaGraphChoice, GraphedRollout, use_cuda_graph
 from fastjepa.model.context import CONTEXT
-from fastjepa.model.jepa import JEPA
-from fastjepa.model.modes import eval_mode
+from fastjepa.model.jepa import JEPA, eval_mode
 from fastjepa.moving_mnist.official import DownloadError
 from fastjepa.refusal import refusals
 from fastjepa.training.command_line import parse_options

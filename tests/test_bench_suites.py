@@ -17,10 +17,10 @@ from bench.harness.variants import channels_last
 from bench.recipe import HIDDEN, OUT, TINY, Recipe, build_model, count, make_batch, step_work
 from compare import assert_close_to_truth
 from fastjepa.config import Config
+from fastjepa.eb_jepa import OriginalStep
 from fastjepa.fused.step_memory import StepSizes, count_step
 from fastjepa.kernels.convolution.recipe import predictor_layers
 from fastjepa.model.networks import ResNet5
-from fastjepa.model.step import TrainStep
 
 CPU = torch.device("cpu")
 
@@ -44,7 +44,7 @@ def test_flops_of_the_encoder_equal_a_hand_count() -> None:
 
 def test_flops_of_the_literal_step_are_what_pytorch_counts() -> None:
     batch = make_batch(TINY, CPU, torch.float32)
-    literal = TrainStep(*build_model(TINY, CPU), steps=TINY.steps, literal=True)
+    literal = OriginalStep(*build_model(TINY, CPU), steps=TINY.steps)
     with FlopCounterMode(display=False) as counter:
         literal(batch["video"], batch["digit_location"])
     assert step_work(TINY).literal_flops == counter.get_total_flops()

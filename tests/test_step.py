@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastjepa.eb_jepa import OriginalStep
 from fastjepa.model.step import TrainStep, build_optimizer
 from tiny import tiny_batch, tiny_model
 
@@ -37,7 +38,8 @@ def make(literal: bool, *, steps: int = 3, momentum: float | None = 0.1, project
             module.momentum = momentum
     # SGD, because Adam makes full-size steps of gradients that are only noise (a bias in front of a BatchNorm).
     parameters = [p for m in (jepa, decoder, head) for p in m.parameters()]
-    return TrainStep(jepa, decoder, head, torch.optim.SGD(parameters, lr=1e-2), steps=steps, literal=literal)
+    kind = OriginalStep if literal else TrainStep
+    return kind(jepa, decoder, head, torch.optim.SGD(parameters, lr=1e-2), steps=steps)
 
 
 @pytest.mark.parametrize("projector", [None, "4-5", "4-7-6-5"], ids=["one hidden", "linear", "two hidden"])

@@ -15,13 +15,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from bench.recipe import COV_COEFF, STD_COEFF, Recipe
 from bench.traffic.counting import Event, TrafficCounter
 from bench.traffic.parts import part_of
+from fastjepa.eb_jepa import OriginalStep
 from fastjepa.fused.folding import folded_batch_norm
 from fastjepa.fused.step_memory import fake_tensors
 from fastjepa.model.context import CONTEXT
 from fastjepa.model.jepa import JEPA, build_jepa
+from fastjepa.model.losses import ProjectionPath
 from fastjepa.model.networks import DetHead, ImageDecoder
 from fastjepa.model.probes import build_probes
-from fastjepa.model.projected_losses import ProjectionPath
 from fastjepa.model.step import TrainStep, build_optimizer
 from fastjepa.moving_mnist import ClipSet
 from fastjepa.training import evaluation as training_evaluation
@@ -86,8 +87,8 @@ def training_step(recipe: Recipe, way: Way) -> list[Event]:
         model = build_model(recipe, way)
         # What the trainer uses on a GPU; the original's own default there is multi-tensor.
         kind: dict[str, Any] = {"foreach": True} if way.literal else {"fused": True}
-        step = TrainStep(
-            *model, build_optimizer(*model, 1e-3, **kind), steps=recipe.steps, literal=way.literal,
+        step = (OriginalStep if way.literal else TrainStep)(
+            *model, build_optimizer(*model, 1e-3, **kind), steps=recipe.steps,
             projection="auto" if way.literal else way.projection, autocast_dtype=torch.bfloat16 if way.bf16 else None,
         )  # fmt: skip
         for module in model:

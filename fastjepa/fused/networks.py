@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastjepa.distributed.batch_norm import current_shares
 from fastjepa.fused.joining import join_used_twice
-from fastjepa.fused.recognition import (
+from fastjepa.fused.match import (
     BLOCKS_OF_ENCODER,
     BLOCKS_OF_UNET,
     CONVS_OF_UNET,
+    Unchanged,
     block_problem,
     encoder_problem,
     is_identity,
@@ -37,9 +37,18 @@ from fastjepa.fused.shared_parameters import ParameterOf, SharedParameters, is_p
 from fastjepa.kernels.batch_norm.fused import batch_norm_act_repeatable
 from fastjepa.kernels.frame_windows.fused import first_windows, last_sequence, next_windows
 from fastjepa.kernels.frame_windows.reference import frame_windows
-from fastjepa.kernels.shares import Shares
-from fastjepa.model.networks import join_context, join_skip, per_frame, pooled, require_frames
-from fastjepa.model.strided_convolution import apply_convolution, apply_convolution_with
+from fastjepa.kernels.shares import Shares, current_shares
+from fastjepa.model.jepa import unroll_step_by_step
+from fastjepa.model.networks import (
+    ResidualBlock, ResNet5, ResUNet, StateOnlyPredictor,
+    apply_convolution,
+    apply_convolution_with,
+    join_context,
+    join_skip,
+    per_frame,
+    pooled,
+    require_frames,
+)
 from fastjepa.profiling import span
 
 # One result, given out once for each of its users: one memory, but each user's gradient goes its own way to the kernel
@@ -103,6 +112,7 @@ class FusedResidualBlock(nn.Module):
                 setattr(self, name, child)
         self.recompute = recompute
         self.training = block.training
+        self._unchanged = Unchanged(self, block)
 
     @classmethod
     def from_eager(cls, block: nn.Module, recompute: bool = True) -> FusedResidualBlock:
@@ -112,6 +122,8 @@ class FusedResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, in, H, W) → (N, out, H/stride, W/stride), channels-last."""
+        if (eager := self._unchanged.eager(ResidualBlock)) is not None:
+            return eager(x)
         with recompute_activations(self.recompute) as memory:
             call = Call(memory, SharedParameters(self, x.device.type).of_call(), current_shares())
             x = x.contiguous(memory_format=torch.channels_last)
@@ -131,6 +143,7 @@ class FusedResidualBlock(nn.Module):
 class FusedNetwork(nn.Module):
     """Frames in, frames out, under an autocast of its own if it was given one."""
 
+    published: type[nn.Module]
     is_fused = True  # for whoever asks what a network is without importing this module, which needs Triton
     conv1: nn.Module
     bn1: nn.BatchNorm2d
@@ -148,6 +161,7 @@ class FusedNetwork(nn.Module):
         self.autocast_dtype = autocast_dtype
         self.recompute = recompute
         self.training = network.training
+        self._unchanged = Unchanged(self, network)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in, T, H, W) or (N, in, H, W) → the same with the output channels, in the dtype of x if the network
@@ -163,9 +177,10 @@ class FusedNetwork(nn.Module):
 
     def run(self, memory: Recomputation, parameters: SharedParameters, x: Tensor) -> Tensor:
         """`forward` as a part of something larger: the maker of x may be in `memory`."""
+        eager = self._unchanged.eager(self.published)
         call = Call(memory, parameters.of_call(), current_shares())
         with self._autocast(x.device.type):
-            out = per_frame(partial(self._frames, call), x)
+            out = eager(x) if eager is not None else per_frame(partial(self._frames, call), x)
             return out if self.autocast_dtype is None else out.to(x.dtype)
 
     def _autocast(self, device_type: str) -> AbstractContextManager[Any]:
@@ -184,6 +199,7 @@ class FusedNetwork(nn.Module):
 class FusedResNet5(FusedNetwork):
     """`ResNet5`, fused."""
 
+    published = ResNet5
     blocks = BLOCKS_OF_ENCODER
     layer1: FusedResidualBlock
     layer2: FusedResidualBlock
@@ -217,6 +233,7 @@ class FusedResNet5(FusedNetwork):
 class FusedResUNet(FusedNetwork):
     """`ResUNet`, fused. Skips are concatenated channels-last, once."""
 
+    published = ResUNet
     blocks = BLOCKS_OF_UNET
     convs = CONVS_OF_UNET
     enc1: FusedResidualBlock
@@ -265,6 +282,7 @@ class FusedStateOnlyPredictor(nn.Module):
         self.context_length: int = source.context_length
         self.is_rnn: bool = getattr(predictor, "is_rnn", False)
         self.training = predictor.training
+        self._unchanged = Unchanged(self, predictor)
 
     @classmethod
     def from_eager(
@@ -276,6 +294,8 @@ class FusedStateOnlyPredictor(nn.Module):
 
     def forward(self, states: Tensor, actions: Tensor | None = None) -> Tensor:
         """States (B, D, T, H, W) → (B, D, T - context_length + 1, H, W); `actions` is not used."""
+        if (eager := self._unchanged.eager(StateOnlyPredictor)) is not None:
+            return eager(states, actions)
         with recompute_activations(self.predictor.recompute) as memory:
             again = partial(_windows_again, memory.remake(states), self.context_length)
             (joined,) = memory.announce((join_context(states, self.context_length),), again)
@@ -292,6 +312,8 @@ class FusedStateOnlyPredictor(nn.Module):
             z again, whose gradient is added to the others where they are gathered, and p¹ … pᴷ, each like z.
         """
         c = self.context_length
+        if self._unchanged.eager(StateOnlyPredictor) is not None:
+            return unroll_step_by_step(self, state, nsteps)
         with recompute_activations(self.predictor.recompute) as memory:
             parameters = self.predictor.shared_parameters(state.device.type)
             windows, state, head = first_windows(state, c)

@@ -20,10 +20,17 @@ from fastjepa.fused.autocast import InBf16
 from fastjepa.fused.decision import Decision
 from fastjepa.fused.folded_networks import FoldedEncoder, FoldedPredictor
 from fastjepa.fused.losses import ClosedFormSquareLoss, ClosedFormVCLoss
-from fastjepa.fused.network_trial import example, network_trial_problem
-from fastjepa.fused.recognition import difference, encoder_problem, predictor_problem, unet_problem
-from fastjepa.model.loss_recognition import predcost_problem, regularizer_problem
-from fastjepa.model.projected_losses import HiddenLayer, hidden_layer
+from fastjepa.fused.match import (
+    difference,
+    encoder_problem,
+    example,
+    network_trial_problem,
+    predcost_problem,
+    predictor_problem,
+    regularizer_problem,
+    unet_problem,
+)
+from fastjepa.model.losses import HiddenLayer, hidden_layer
 
 LossKind = type[ClosedFormVCLoss] | type[ClosedFormSquareLoss]
 

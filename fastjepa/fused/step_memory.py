@@ -23,8 +23,8 @@ from fastjepa.calibration.setting import Setting
 from fastjepa.fused import recompute as recompute_module
 from fastjepa.kernels import checks
 from fastjepa.model.jepa import build_jepa
+from fastjepa.model.losses import ProjectionPath
 from fastjepa.model.probes import build_probes
-from fastjepa.model.projected_losses import ProjectionPath
 from fastjepa.model.step import TrainStep
 
 # Gradients in flight, as multiples of the largest tensor that is kept. At the default recipe in bf16 an H100 showed 4

@@ -49,15 +49,18 @@ def _is_inexact(norm: nn.Module, x: Tensor) -> bool:
         and x.is_contiguous(memory_format=torch.channels_last)
         and not x.is_contiguous()
         and _rows(x) > 1
-        and not _has_hooks(norm)
+        and not has_hooks(norm)
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_function_stack() == 0  # a mode may stand in for F.batch_norm
     )
 
 
-def _has_hooks(norm: nn.Module) -> bool:
-    own = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks)
-    return any(own) or torch_modules._has_any_global_hook()
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of this very module does more, or other things, than its class's `forward`: hooks of its own or of
+    all modules, a `forward` set on the object. Children are not looked at.
+    """
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(own) or "forward" in module.__dict__ or torch_modules._has_any_global_hook()
 
 
 def _rows(x: Tensor) -> int:

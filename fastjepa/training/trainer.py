@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastjepa.config import Config, resolve_device, resolve_precision
+from fastjepa.distributed.group import BatchGroup
 from fastjepa.distributed.launch import device_of
 from fastjepa.distributed.ranks import Ranks
 from fastjepa.environment import run_environment
@@ -158,8 +159,7 @@ class Trainer:
             steps=config.steps,
             projection=choice.losses,
             autocast_dtype=self.autocast_dtype,
-            ranks=ranks,
-            sync_stats=config.sync_stats,
+            group=BatchGroup.of(ranks, sync_stats=config.sync_stats),
         )
         # Position: `epoch` epochs are done, and `batch` batches of the next one.
         self.epoch = self.batch = self.global_step = 0

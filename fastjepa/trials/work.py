@@ -18,9 +18,9 @@ from fastjepa.fused.swap import accelerate
 from fastjepa.graphs import GraphedRollout, GraphedTrainStep
 from fastjepa.measuring.norms import GRADIENT
 from fastjepa.model.jepa import JEPA, build_jepa
+from fastjepa.model.losses import ProjectionPath
 from fastjepa.model.networks import DetHead, ImageDecoder
 from fastjepa.model.probes import build_probes
-from fastjepa.model.projected_losses import ProjectionPath
 from fastjepa.model.step import StepLosses, TrainStep, build_optimizer
 from fastjepa.moving_mnist import ClipSet
 from fastjepa.trials.layers import faster_layers, pairs_of_networks
