@@ -8,11 +8,13 @@ then tried against the published one, in float64, on copies: values, gradients a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
 
 from fastjepa.model.batch_norm import has_hooks
 from fastjepa.model.jepa import JEPA, eval_mode
@@ -372,19 +374,48 @@ class Unchanged:
     same modules of the same classes, with no hooks and no `forward` set on an object. Asking takes microseconds.
 
     Args:
-        swapped: the new module, whose children are shared with, or swapped for, those of `replaced`.
+        swapped: the new module, whose children are shared with those of `replaced`, or swapped for them.
         replaced: the module of the published form that it stands for.
     """
 
     def __init__(self, swapped: nn.Module, replaced: nn.Module) -> None:
-        self.swapped, self.replaced = swapped, replaced
-        self._now, self._before = _modules_in(swapped), _modules_in(replaced)
+        self._swapped, self._replaced = swapped, replaced
+        inside = list(swapped.modules())[1:]  # a hook of the swapped module itself is called around its forward
+        self._shared = _Snapshot(inside, (swapped, *inside))
+        apart = [module for module in replaced.modules() if module not in set(inside)]
+        self._apart = _Snapshot(apart, apart)
 
-    def eager(self, published: type[nn.Module]) -> Callable[..., Any] | None:
-        """None while nothing has changed; otherwise what runs everything that there is now: the replaced module where
-        that has changed apart from what both share, or else the published forward on the children of the new one.
-        Under torch.compile, which compiles what it sees, always None.
+    def eager(self, forward: Callable[..., Any]) -> Callable[..., Any] | None:
+        """None while nothing has changed; otherwise what calls all modules that there are now: `forward`, the published
+        one, on the children of the swapped module, or the replaced module where that has changed apart from these.
+        Always None under torch.compile, which compiles what it sees.
         """
-        if torch.compiler.is_compiling() or (self._now == _modules_in(self.swapped) and not self._is_changed_before()):
+        if torch.compiler.is_compiling():
             return None
-        return partial(published.forward, self.swapped)
+        if self._apart.changed():
+            return self._replaced
+        if self._shared.changed() or torch_modules._has_any_global_hook():
+            return partial(forward, self._swapped)
+        return None
+
+
+class _Snapshot:
+    """Classes and children of modules; hooks are looked for in the dicts that hold them."""
+
+    def __init__(self, modules: Sequence[nn.Module], parents: Sequence[nn.Module]) -> None:
+        self._modules = list(modules)
+        self._types = [type(module) for module in modules]
+        self._hooks = [
+            hooks
+            for m in modules
+            for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+        ]
+        self._children = [(module._modules, tuple(module._modules.values())) for module in parents]
+
+    def changed(self) -> bool:
+        return (
+            any(self._hooks)
+            or any("forward" in module.__dict__ for module in self._modules)
+            or [type(module) for module in self._modules] != self._types
+            or any(tuple(now.values()) != then for now, then in self._children)
+        )

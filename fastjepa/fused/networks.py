@@ -40,7 +40,10 @@ from fastjepa.kernels.frame_windows.reference import frame_windows
 from fastjepa.kernels.shares import Shares, current_shares
 from fastjepa.model.jepa import unroll_step_by_step
 from fastjepa.model.networks import (
-    ResidualBlock, ResNet5, ResUNet, StateOnlyPredictor,
+    ResidualBlock,
+    ResNet5,
+    ResUNet,
+    StateOnlyPredictor,
     apply_convolution,
     apply_convolution_with,
     join_context,
@@ -122,8 +125,9 @@ class FusedResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, in, H, W) → (N, out, H/stride, W/stride), channels-last."""
-        if (eager := self._unchanged.eager(ResidualBlock)) is not None:
-            return eager(x)
+        if (eager := self._unchanged.eager(ResidualBlock.forward)) is not None:
+            out: Tensor = eager(x)
+            return out
         with recompute_activations(self.recompute) as memory:
             call = Call(memory, SharedParameters(self, x.device.type).of_call(), current_shares())
             x = x.contiguous(memory_format=torch.channels_last)
@@ -143,7 +147,7 @@ class FusedResidualBlock(nn.Module):
 class FusedNetwork(nn.Module):
     """Frames in, frames out, under an autocast of its own if it was given one."""
 
-    published: type[nn.Module]
+    published: Any  # the class of the eager network
     is_fused = True  # for whoever asks what a network is without importing this module, which needs Triton
     conv1: nn.Module
     bn1: nn.BatchNorm2d
@@ -167,6 +171,10 @@ class FusedNetwork(nn.Module):
         """x (B, in, T, H, W) or (N, in, H, W) → the same with the output channels, in the dtype of x if the network
         has an autocast of its own.
         """
+        if (eager := self._unchanged.eager(self.published._frames)) is not None:
+            with self._autocast(x.device.type):
+                out = per_frame(eager, x)
+                return out if self.autocast_dtype is None else out.to(x.dtype)
         with recompute_activations(self.recompute) as memory:
             return self.run(memory, self.shared_parameters(x.device.type), x)
 
@@ -177,10 +185,9 @@ class FusedNetwork(nn.Module):
 
     def run(self, memory: Recomputation, parameters: SharedParameters, x: Tensor) -> Tensor:
         """`forward` as a part of something larger: the maker of x may be in `memory`."""
-        eager = self._unchanged.eager(self.published)
         call = Call(memory, parameters.of_call(), current_shares())
         with self._autocast(x.device.type):
-            out = eager(x) if eager is not None else per_frame(partial(self._frames, call), x)
+            out = per_frame(partial(self._frames, call), x)
             return out if self.autocast_dtype is None else out.to(x.dtype)
 
     def _autocast(self, device_type: str) -> AbstractContextManager[Any]:
@@ -294,8 +301,9 @@ class FusedStateOnlyPredictor(nn.Module):
 
     def forward(self, states: Tensor, actions: Tensor | None = None) -> Tensor:
         """States (B, D, T, H, W) → (B, D, T - context_length + 1, H, W); `actions` is not used."""
-        if (eager := self._unchanged.eager(StateOnlyPredictor)) is not None:
-            return eager(states, actions)
+        if (eager := self._unchanged.eager(StateOnlyPredictor.forward)) is not None:
+            out: Tensor = eager(states, actions)
+            return out
         with recompute_activations(self.predictor.recompute) as memory:
             again = partial(_windows_again, memory.remake(states), self.context_length)
             (joined,) = memory.announce((join_context(states, self.context_length),), again)
@@ -312,7 +320,7 @@ class FusedStateOnlyPredictor(nn.Module):
             z again, whose gradient is added to the others where they are gathered, and p¹ … pᴷ, each like z.
         """
         c = self.context_length
-        if self._unchanged.eager(StateOnlyPredictor) is not None:
+        if self._unchanged.eager(StateOnlyPredictor.forward) is not None:
             return unroll_step_by_step(self, state, nsteps)
         with recompute_activations(self.predictor.recompute) as memory:
             parameters = self.predictor.shared_parameters(state.device.type)
