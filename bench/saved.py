@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.step_memory import StepSizes, count_step
-from fastjepa.model.projected_losses import ProjectionPath
+from fastjepa.model.losses import ProjectionPath
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,10 @@ from bench.harness.variants import COMPILE_MAX, Computation, Tensors, Variant, a
 from bench.recipe import GRAPH, Model, Recipe, arithmetic, build_model, make_batch, make_clips, step_work
 from bench.recipe_suite import add_recipe_options, chosen_recipe
 from fastjepa.eb_jepa import OriginalStep
+from fastjepa.fused.losses import swap_losses
 from fastjepa.fused.swap import accelerate
 from fastjepa.graphs import GraphedTrainStep
-from fastjepa.model.projected_losses import ProjectionPath
+from fastjepa.model.losses import ProjectionPath
 from fastjepa.model.step import StepLosses, TrainStep, build_optimizer
 from fastjepa.optional_packages import require_packages
 
@@ -69,6 +70,8 @@ class Step:
                 network.to(memory_format=torch.channels_last)
         if way.fused_blocks:
             accelerate(jepa, backend="fused", recompute="on" if way.recompute else "off", verbose=False)
+        elif way.projection == "fused":
+            swap_losses(jepa, fused=True)
         half = way.precision == "bf16"
         kind = OriginalStep if way.original else partial(TrainStep, projection=way.projection)
         self.step = kind(

@@ -20,8 +20,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from fastjepa.fused import recompute as recompute_module
 from fastjepa.kernels import checks
 from fastjepa.model.jepa import build_jepa
+from fastjepa.model.losses import ProjectionPath
 from fastjepa.model.probes import build_probes
-from fastjepa.model.projected_losses import ProjectionPath
 from fastjepa.model.step import TrainStep
 
 

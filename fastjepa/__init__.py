@@ -28,6 +28,7 @@ __version__ = "0.1.0"  # pyproject.toml reads it here
 
 __all__ = [
     "JEPA",
+    "TrainStep",
     "accelerate",
     "build_jepa",
     "load_eb_jepa_checkpoint",
@@ -40,7 +41,7 @@ __all__ = [
 
 # Type checkers see the imports; a running program looks the same names up when they are first asked for.
 if TYPE_CHECKING:
-    from fastjepa.eb_jepa import load_eb_jepa_checkpoint, load_eb_jepa_run, save_eb_jepa_checkpoint
+    from fastjepa.eb_jepa import TrainStep, load_eb_jepa_checkpoint, load_eb_jepa_run, save_eb_jepa_checkpoint
     from fastjepa.fused.swap import accelerate, restore
     from fastjepa.model.jepa import JEPA, build_jepa
     from fastjepa.storage.export import load_pretrained
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 else:
     _DEFINED_IN = {
         "JEPA": "fastjepa.model.jepa",
+        "TrainStep": "fastjepa.eb_jepa",
         "accelerate": "fastjepa.fused.swap",
         "build_jepa": "fastjepa.model.jepa",
         "load_eb_jepa_checkpoint": "fastjepa.eb_jepa",

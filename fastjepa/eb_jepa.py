@@ -7,9 +7,11 @@ the JEPA, the image decoder and the detection head), `epoch` (the last one finis
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import io
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,10 +25,13 @@ from fastjepa.config import Config, preset_config, resolve_preset
 from fastjepa.files.safe_files import CheckpointError, write_atomic
 from fastjepa.files.state_dicts import check_tensors, plain_state, strip_compile_prefix
 from fastjepa.files.tensor_files import read_tensor_file, shown
+from fastjepa.fused.match import composition_problem, hooks_problem, predcost_problem, regularizer_problem, std_margin
+from fastjepa.model.batch_norm import has_hooks
 from fastjepa.model.jepa import JEPA, build_jepa
 from fastjepa.model.networks import DetHead, ImageDecoder
 from fastjepa.model.probes import build_probes
-from fastjepa.model.step import StepLosses, TrainStep, build_optimizer
+from fastjepa.model.step import COMPOSITION, build_optimizer
+from fastjepa.model.step import TrainStep as PlainTrainStep
 from fastjepa.storage.adam_state import plain_execution, plain_tensor, plan_adam_load
 from fastjepa.storage.checkpoint import load_modules
 from fastjepa.storage.sizes import (
@@ -50,34 +55,74 @@ _HEAD_ENTRIES = {
 }
 
 
-class OriginalStep(TrainStep):
-    """The training step as the original writes it: three encodings, one for the JEPA and one for each probe, and
-    1 + 2·steps projections, through the JEPA's own `unroll` and `encode`. Arguments, losses, gradients and buffers are
-    those of `TrainStep`, which does less work. In bf16 autocast the losses of eb_jepa do as autocast says.
+class TrainStep(PlainTrainStep):
+    """`fastjepa.model.step.TrainStep` that also does each thing once for classes of other code which compute what the
+    published ones do. Each is tried once on a copy; hooks and what is set on the objects are looked at in every call.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, literal=True, **options)
+        self._tried: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str | None]] = weakref.WeakKeyDictionary()
+        super().__init__(*arguments, **options)
 
-    def _compute(self, video: Tensor, digit_location: Tensor) -> StepLosses:
-        with self._autocast(video.device):
-            _, unrolled = self.jepa.unroll(video, None, nsteps=self.steps, unroll_mode="parallel")
-            recon_state = self.jepa.encode(video)
-            det_state = self.jepa.encode(video)
-        assert unrolled is not None
-        jepa, vc, vc_unweighted, parts, pred = unrolled
-        std, cov = part_of_loss(parts, "std_loss", vc), part_of_loss(parts, "cov_loss", vc)
-        recon = self._reconstruct(recon_state, video)
-        det = self._detect(det_state, digit_location)
-        return StepLosses(jepa + recon + det, jepa, vc, vc_unweighted, std, cov, pred, recon, det)
+    def _problem_of(self, jepa: nn.Module) -> str | None:
+        problem = super()._problem_of(jepa)
+        if problem is None or has_hooks(jepa) or any(name in jepa.__dict__ for name in COMPOSITION):
+            return problem
+        return self._once(jepa, type(jepa), composition_problem)
 
-    _literal = _compute
+    def _problem_of_loss(self, name: str, loss: nn.Module) -> str | None:
+        if super()._problem_of_loss(name, loss) is None:
+            return None
+        if (hooks := hooks_problem(loss)) is not None:
+            return hooks
+        trial = regularizer_problem if name == "regularizer" else predcost_problem
+        return self._once(loss, std_margin(loss), trial)
+
+    def _problem_of_probe(self, probe: nn.Module) -> str | None:
+        problem = super()._problem_of_probe(probe)
+        return problem if problem is None or has_hooks(probe) else self._once(probe, None, _probe_problem)
+
+    def _once(self, module: nn.Module, state: Any, trial: Any) -> str | None:
+        if module not in self._tried or self._tried[module][0] != state:
+            self._tried[module] = (state, trial(module))
+        return self._tried[module][1]
 
 
-def part_of_loss(parts: Any, name: str, like: Tensor) -> Tensor:
-    """What a regularizer tells of a part of its loss, as a tensor; the original's tells Python numbers."""
-    value = parts.get(name, float("nan")) if isinstance(parts, dict) else float("nan")
-    return value.to(like) if isinstance(value, Tensor) else torch.full_like(like.detach(), float(value))
+class OriginalStep(PlainTrainStep):
+    """The training step as the original writes it: three encodings and 1 + 2·steps projections, through the JEPA's own
+    `unroll` and `encode`.
+    """
+
+    def _problem_of(self, jepa: nn.Module) -> str | None:
+        return "the original's step is asked for"
+
+
+class _Encoded(nn.Module):
+    """A JEPA that has encoded already."""
+
+    def __init__(self, state: Tensor) -> None:
+        super().__init__()
+        self.state = state
+
+    def encode(self, _: Tensor) -> Tensor:
+        return self.state
+
+
+def _probe_problem(probe: Any) -> str | None:
+    """Why a probe's forward is not hcost(head(state), targets); None if it is."""
+    weight = next(probe.head.parameters(), torch.zeros(1, 1))
+    generator = torch.Generator().manual_seed(0)
+    state = torch.rand(2, weight.shape[1], 3, 8, 8, generator=generator).to(weight)
+    stub, head = copy.copy(probe), copy.deepcopy(probe.head)
+    stub._modules = {**probe._modules, "jepa": _Encoded(state), "head": copy.deepcopy(probe.head)}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            expected = head(state)
+            targets = torch.rand(expected.shape, generator=generator).to(expected)
+            same = torch.equal(stub(state, targets), probe.hcost(expected, targets))
+    except Exception as error:  # whatever code of the user's raises
+        return f"{type(probe).__name__} cannot be called like a probe: {error}"
+    return None if same else f"{type(probe).__name__} computes something else than its head's loss"
 
 
 def load_eb_jepa_checkpoint(path: str | os.PathLike[str], *, std_coeff: float = 10.0, cov_coeff: float = 100.0) -> JEPA:

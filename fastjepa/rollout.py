@@ -22,7 +22,7 @@ from fastjepa.environment import device_name
 from fastjepa.evaluate import load_run_and_execution
 from fastjepa.graphs import CudaGraphChoice, GraphedRollout, use_cuda_graph
 from fastjepa.model.context import CONTEXT
-from fastjepa.model.modes import eval_mode
+from fastjepa.model.jepa import eval_mode
 from fastjepa.moving_mnist.official import DownloadError
 from fastjepa.refusal import refusals
 from fastjepa.training.command_line import parse_options

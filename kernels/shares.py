@@ -9,7 +9,8 @@ of it, whose sum over the ranks is the whole: that sum is the caller's, once for
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -86,6 +87,25 @@ class Shares:
         """
         first = next(rank for rank, count in enumerate(self.counts) if count > 0)
         return tensor if self.rank == first else torch.zeros_like(tensor)
+
+
+_current: Shares | None = None
+
+
+def current_shares() -> Shares | None:
+    """Whose statistics an op called now has to use; None: those of its own batch."""
+    return _current
+
+
+@contextmanager
+def sharing(shares: Shares | None) -> Iterator[None]:
+    """Inside, `current_shares()` is `shares`."""
+    global _current
+    before, _current = _current, shares
+    try:
+        yield
+    finally:
+        _current = before
 
 
 def refuse_compiled(shares: Shares | None, what: str) -> None:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from fastjepa.graphs import make_capturable
-from fastjepa.model.jepa import JEPA
-from fastjepa.model.modes import eval_mode
+from fastjepa.model.jepa import JEPA, eval_mode
 from fastjepa.model.step import TrainStep, build_optimizer
 from fastjepa.moving_mnist import ClipSet
 from tiny import tiny_jepa, tiny_model

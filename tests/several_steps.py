@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastjepa.distributed.group import BatchGroup
 from fastjepa.distributed.launch import read_launch
 from fastjepa.distributed.ranks import Ranks
 from fastjepa.fused.swap import accelerate
@@ -59,7 +60,7 @@ def train(case: str, ranks: Ranks, steps: int | None = None) -> dict[str, Any]:
     optimizer = build_optimizer(jepa, decoder, head, 1e-3)
     step = TrainStep(
         jepa, decoder, head, optimizer, steps=2, projection="closed_form" if path == "graph" else path,  # type: ignore[arg-type]
-        ranks=ranks, sync_stats=statistics == "sync",
+        group=BatchGroup.of(ranks, sync_stats=statistics == "sync"),
     )  # fmt: skip
     data = clips().to(device)
     graphed = GraphedTrainStep(step, data, dtype=dtype) if path == "graph" else None

@@ -20,8 +20,8 @@ from compare import assert_as_exact_as_eager, assert_close_to_truth
 from fastjepa.fused.swap import accelerate
 from fastjepa.kernels.projected_losses import closed_form
 from fastjepa.kernels.projected_losses.chunks import chunking_for
+from fastjepa.model.losses import ProjectionPath, projected_losses
 from fastjepa.model.networks import Projector
-from fastjepa.model.projected_losses import ProjectionPath, projected_losses
 from fastjepa.model.step import TrainStep
 from projector_cases import loss_and_gradients, make_case
 from tiny import tiny_batch, tiny_model

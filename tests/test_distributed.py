@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import several_steps
+from fastjepa.distributed.group import BatchGroup
 from fastjepa.distributed.launch import Launch, device_of, read_launch
 from fastjepa.distributed.meeting import meet
 from fastjepa.distributed.ranks import Ranks
@@ -193,7 +194,7 @@ def test_every_clip_is_trained_on_once(size: int, batch: int) -> None:
 
 def test_a_part_that_is_not_the_processes_own_is_refused() -> None:
     jepa, decoder, head = tiny_model()
-    step = TrainStep(jepa, decoder, head, steps=1, ranks=Ranks(Launch(1, 2)))
+    step = TrainStep(jepa, decoder, head, steps=1, group=BatchGroup(Ranks(Launch(1, 2))))
     with pytest.raises(ValueError, match="video has 2 clips, and of 3 clips on 2 processes 1 are those of process 1"):
         step(*tiny_batch(2), clips=3)
 
@@ -201,8 +202,8 @@ def test_a_part_that_is_not_the_processes_own_is_refused() -> None:
 def test_global_statistics_of_losses_of_another_kind_are_refused() -> None:
     jepa, decoder, head = tiny_model()
     jepa.predcost = torch.nn.MSELoss()  # type: ignore[assignment]
-    step = TrainStep(jepa, decoder, head, steps=1, ranks=Ranks(Launch(1, 2)))
-    with pytest.raises(ValueError, match=r"published losses \(predcost: .*sync_stats=False"):
+    step = TrainStep(jepa, decoder, head, steps=1, group=BatchGroup(Ranks(Launch(1, 2))))
+    with pytest.raises(ValueError, match=r"published model and losses \(predcost: .*sync_stats=False"):
         step(*tiny_batch(2))
 
 

@@ -27,8 +27,7 @@ from fastjepa.graphs import GraphedRollout, GraphedTrainStep
 from fastjepa.graphs.capture import Recording
 from fastjepa.kernels.convolution.recipe import encoder_layers as layers_of_recipe
 from fastjepa.kernels.convolution.recipe import predictor_layers
-from fastjepa.model.jepa import JEPA, parallel_unroll
-from fastjepa.model.modes import eval_mode
+from fastjepa.model.jepa import JEPA, eval_mode, parallel_unroll
 from fastjepa.model.networks import ResNet5, ResUNet, StateOnlyPredictor
 from fastjepa.model.step import TrainStep, build_optimizer
 from fastjepa.policy import judge, relative_errors

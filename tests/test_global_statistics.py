@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compare import assert_as_exact_as_eager, assert_close_to_truth
-from fastjepa.distributed.batch_norm import current_shares, global_batch_norm, global_statistics
+from fastjepa.distributed.batch_norm import global_batch_norm, global_statistics
+from fastjepa.distributed.group import BatchGroup
 from fastjepa.distributed.losses import global_std_and_cov_loss
+from fastjepa.distributed.ranks import Ranks as ProcessRanks
 from fastjepa.kernels.projected_losses import closed_form, reference
-from fastjepa.kernels.shares import Shares
+from fastjepa.kernels.shares import Shares, current_shares
 from fastjepa.model.jepa import parallel_unroll
-from fastjepa.model.projected_losses import projected_losses
+from fastjepa.model.losses import projected_losses
 from fastjepa.model.running_stats import repeated_updates
 from projector_cases import EPS, PARAMETERS, Case, loss_and_gradients, make_case
 from ranks import Ranks, assert_same_bits, joined, split, total
@@ -451,6 +453,14 @@ def test_losses_need_two_rows_of_all_ranks() -> None:
         _losses_of_ranks(closed_form.projected_losses, case, (0, 1))
 
 
+def _group(shares: Shares | None) -> BatchGroup | None:
+    if shares is None:
+        return None
+    group = BatchGroup(ProcessRanks())
+    group._shares = shares
+    return group
+
+
 @pytest.mark.parametrize(
     ("path", "counts", "shared"),
     [
@@ -471,7 +481,7 @@ def test_losses_of_the_model(path: Any, counts: tuple[int, ...], shared: bool) -
     def run(state: Tensor, predictions: Sequence[Tensor], shares: Shares | None) -> dict[str, Tensor]:
         projectors = nn.ModuleList(copy.deepcopy([projector, other]))
         z, *ps = (x.detach().clone().requires_grad_() for x in (state, *predictions))
-        losses = projected_losses(projectors[0], projectors[1], z, ps, path=path, shares=shares)
+        losses = projected_losses(projectors[0], projectors[1], z, ps, path=path, group=_group(shares))
         (
             losses.std_loss
             + 30 * losses.cov_loss
@@ -486,8 +496,7 @@ def test_losses_of_the_model(path: Any, counts: tuple[int, ...], shared: bool) -
 
     def of_rank(shares: Shares) -> dict[str, Tensor]:
         rank = shares.rank
-        # As a training step does, or not at all: the projections enter it themselves, and twice is as once.
-        with global_statistics(shares if 0 in counts else None):
+        with global_statistics(shares):
             return run(split(state, counts, rank), [split(p, counts, rank) for p in predictions], shares)
 
     expected = run(state, predictions, None)
@@ -510,7 +519,7 @@ def _run_jepa(jepa: nn.Module, video: Tensor, path: Any, shares: Shares | None) 
     video = video.detach().clone().requires_grad_()
     with global_statistics(shares):
         state, predictions = parallel_unroll(jepa.predictor, jepa.encoder(video), None, STEPS)
-        losses = projected_losses(projector, projector, state, predictions, path=path, shares=shares)
+        losses = projected_losses(projector, projector, state, predictions, path=path, group=_group(shares))
     # The losses' gradients of a state are small beside what this adds, which is a sum over the rows.
     outs = torch.cat([state, *predictions], 1)
     (losses.std_loss + 30 * losses.cov_loss + losses.prediction_losses.sum() + 1e-3 * (outs**2).sum()).backward()

@@ -10,7 +10,7 @@ from torch import nn
 from fastjepa.fused.swap import accelerate
 from fastjepa.graphs import GraphedRollout
 from fastjepa.graphs.rollout import _is_channels_last
-from fastjepa.model.modes import eval_mode
+from fastjepa.model.jepa import eval_mode
 from fastjepa.model.networks import ResUNet, StateOnlyPredictor
 from fastjepa.storage.export import PretrainedJEPA
 from fastjepa.training.evaluation import rollout_tails

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastjepa.graphs import GraphedTrainStep, make_capturable, train_step
 from fastjepa.graphs.capture import Recording
-from fastjepa.model.modes import eval_mode
+from fastjepa.model.jepa import eval_mode
 from fastjepa.model.step import TrainStep, build_optimizer
 from graph_cases import EVERY_DEVICE, batches, everything, same, some_clips, some_step
 from tiny import tiny_model

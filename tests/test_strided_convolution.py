@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from fastjepa.environment import ROOT
-from fastjepa.model.networks import ResidualBlock
-from fastjepa.model.strided_convolution import Shortcut, apply_convolution
+from fastjepa.model.networks import ResidualBlock, Shortcut, apply_convolution
 
 
 @pytest.mark.parametrize(("channels", "stride"), [(3, 2), (15, (1, 2)), (16, 2), (3, 1)])
@@ -78,7 +77,7 @@ if {fused}:
     from fastjepa.fused.shared_parameters import own
     convolve = Call(Recomputation(False), own).convolve
 else:
-    from fastjepa.model.strided_convolution import apply_convolution as convolve
+    from fastjepa.model.networks import apply_convolution as convolve
 torch.set_num_threads(3)
 generator = torch.Generator().manual_seed(0)
 layouts = (torch.contiguous_format, torch.channels_last)

@@ -69,7 +69,7 @@ except RuntimeError as error:
     print(error)
 try:
     TrainStep(jepa, *build_probes(dobs=1, dstc=4), steps=1, projection="fused")(video, digit_location)
-except RuntimeError as error:
+except ValueError as error:
     print(error)
 fastjepa.accelerate(jepa)
 print(*jepa.acceleration.swapped)

@@ -21,9 +21,9 @@ from fastjepa.eb_jepa import OriginalStep
 from fastjepa.fused.folding import folded_batch_norm
 from fastjepa.model.context import CONTEXT
 from fastjepa.model.jepa import JEPA, build_jepa
+from fastjepa.model.losses import ProjectionPath
 from fastjepa.model.networks import DetHead, ImageDecoder
 from fastjepa.model.probes import build_probes
-from fastjepa.model.projected_losses import ProjectionPath
 from fastjepa.model.step import TrainStep, build_optimizer
 from fastjepa.moving_mnist import ClipSet
 from fastjepa.training import evaluation as training_evaluation

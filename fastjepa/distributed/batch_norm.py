@@ -2,7 +2,7 @@
 
 PyTorch's own SyncBatchNorm takes CUDA tensors only, and is another module in each one's place. Here the modules stay
 what they are: inside `global_statistics`, every call of `F.batch_norm` that would use its batch's statistics uses those
-of all ranks. A fused network asks for `current_shares` and does the same in its kernels.
+of all ranks. A fused network asks for `kernels.shares.current_shares` and does the same in its kernels.
 
 Everything is computed on x − pivot, a value of each rank's own for each channel: exact for values near each other, so
 that a mean far from zero costs no precision.
@@ -25,14 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from fastjepa.kernels.shares import Shares, refuse_compiled
-
-_current: Shares | None = None
-
-
-def current_shares() -> Shares | None:
-    """Whose statistics a BatchNorm called now has to use; None: those of its own batch."""
-    return _current
+from fastjepa.kernels.shares import Shares, refuse_compiled, sharing
 
 
 @contextmanager
@@ -41,16 +34,11 @@ def global_statistics(shares: Shares | None) -> Iterator[None]:
 
     It is for the forward pass; the backward pass knows. None changes nothing; once more the same changes nothing.
     """
-    global _current
     if shares is None:
         yield
         return
-    before, _current = _current, shares
-    try:
-        with _GlobalBatchNorm(shares):
-            yield
-    finally:
-        _current = before
+    with sharing(shares), _GlobalBatchNorm(shares):
+        yield
 
 
 class _GlobalBatchNorm(TorchFunctionMode):

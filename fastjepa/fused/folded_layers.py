@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from fastjepa.fused.recognition import BLOCKS_OF_ENCODER, is_identity
+from fastjepa.fused.match import BLOCKS_OF_ENCODER, is_identity
 from fastjepa.fused.shared_parameters import is_plain_convolution
 
 INPUT = "input"

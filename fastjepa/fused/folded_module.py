@@ -15,7 +15,7 @@ from fastjepa.fused.folded_layers import FoldedLayer, kernels_problem, norms_of
 from fastjepa.fused.folded_maps import MapsCache
 from fastjepa.fused.folded_run import FoldedRun
 from fastjepa.fused.folded_weights import FoldedWeights
-from fastjepa.fused.recognition import require
+from fastjepa.fused.match import require
 from fastjepa.kernels.checks import require_available
 
 Layers = Literal["all"] | Collection[str]

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from fastjepa.fused.folded_layers import MOST_OF_IMAGE, encoder_layers, sizes_of, unet_layers
 from fastjepa.fused.folded_module import FoldedModule, Folding, Layers
 from fastjepa.fused.folded_run import FoldedRun, Sources
-from fastjepa.fused.recognition import encoder_problem, predictor_problem, require
-from fastjepa.model.autoregressive import parallel_tails, roll_out_plainly
+from fastjepa.fused.match import encoder_problem, predictor_problem, require
+from fastjepa.model.jepa import parallel_tails, roll_out_plainly
 from fastjepa.model.networks import per_frame, pooled, require_frames
 from fastjepa.profiling import span
 

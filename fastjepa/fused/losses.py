@@ -6,18 +6,28 @@ They share the projector with the module they replace, and serve any loop that c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from fastjepa.distributed.batch_norm import current_shares
-from fastjepa.model.projected_losses import HiddenLayer, Losses, ProjectionPath, hidden_layer, losses_from_moments
-from fastjepa.model.running_stats import BatchStatistics, advance_buffers
+from fastjepa.kernels.checks import require_available
+from fastjepa.kernels.projected_losses import closed_form
+from fastjepa.model.losses import (
+    HiddenLayer,
+    Losses,
+    ProjectionPath,
+    closed_form_losses,
+    hidden_layer,
+    losses_from_moments,
+)
+from fastjepa.model.running_stats import advance_buffers
 
 
 class _ClosedFormLoss(nn.Module):
-    """A loss of projected states. In eval mode the projector uses running statistics, which have no closed form: the
-    replaced module is called then.
+    """A loss of projected states. In eval mode, with hooks, or with a projector that the closed form does not cover,
+    the replaced module is called.
     """
 
     def __init__(self, eager: nn.Module, *, fused: bool) -> None:
@@ -30,20 +40,37 @@ class _ClosedFormLoss(nn.Module):
 
     @property
     def projection_path(self) -> ProjectionPath:
-        """How the losses are computed; a `TrainStep` whose `projection` is "auto" follows it."""
+        """How the losses are computed."""
         return "fused" if self.fused else "closed_form"
 
     def extra_repr(self) -> str:
         """Which of the two implementations."""
         return self.projection_path
 
-    def _compute(self, state: Tensor, predictions: list[Tensor]) -> tuple[Losses, list[BatchStatistics]] | None:
+    def step_losses(self, predcost: nn.Module, state: Tensor, predictions: list[Tensor]) -> Losses | None:
+        """All losses of a step in one call, where this and `predcost` are swapped-in losses of one projector that the
+        closed form covers as it is now; otherwise None. Moves the projector's buffers as the original's calls do.
+        """
+        layers = hidden_layer(self.proj)
+        if not isinstance(predcost, _ClosedFormLoss) or predcost.proj is not self.proj or isinstance(layers, str):
+            return None
+        return closed_form_losses(layers, state, predictions, self._op(state.device))
+
+    def _compute(self, state: Tensor, predictions: list[Tensor]) -> Losses | None:
         layers = hidden_layer(self.proj)
         if not isinstance(layers, HiddenLayer):
             return None
-        losses, calls = losses_from_moments(layers, state, predictions, fused=self.fused, shares=current_shares())
+        losses, calls = losses_from_moments(layers, state, predictions, self._op(state.device))
         advance_buffers(layers.batch_norm, calls)
-        return losses, calls
+        return losses
+
+    def _op(self, device: torch.device) -> Callable[..., Any]:
+        if not self.fused:
+            return closed_form.projected_losses
+        require_available("projected_losses", device)
+        from fastjepa.kernels.projected_losses.fused import projected_losses  # needs Triton
+
+        return projected_losses
 
 
 class ClosedFormVCLoss(_ClosedFormLoss):
@@ -64,7 +91,7 @@ class ClosedFormVCLoss(_ClosedFormLoss):
         computed = self._compute(state, [])
         if computed is None:
             return self._eager[0](state, actions)
-        std_loss, cov_loss, _ = computed[0]
+        std_loss, cov_loss, _ = computed
         weighted = self.std_coeff * std_loss + self.cov_coeff * cov_loss
         return weighted, std_loss + cov_loss, {"std_loss": std_loss, "cov_loss": cov_loss}
 
@@ -77,4 +104,10 @@ class ClosedFormSquareLoss(_ClosedFormLoss):
         computed = self._compute(state, [prediction])
         if computed is None:
             return self._eager[0](state, prediction)
-        return computed[0].prediction_losses[0]
+        return computed.prediction_losses[0]
+
+
+def swap_losses(jepa: Any, *, fused: bool) -> None:
+    """Put closed-form losses in the places of a JEPA's published ones, which the caller has made sure of."""
+    jepa.regularizer = ClosedFormVCLoss(jepa.regularizer, fused=fused)
+    jepa.predcost = ClosedFormSquareLoss(jepa.predcost, fused=fused)

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastjepa.distributed.batch_norm import current_shares
 from fastjepa.fused.joining import join_forked
-from fastjepa.fused.recognition import (
+from fastjepa.fused.match import (
     BLOCKS_OF_ENCODER,
     BLOCKS_OF_UNET,
     CONVS_OF_UNET,
+    Unchanged,
     block_problem,
     encoder_problem,
     is_identity,
@@ -35,9 +35,21 @@ from fastjepa.fused.shared_parameters import ParameterOf, is_plain_convolution, 
 from fastjepa.kernels.batch_norm.fused import batch_norm_act_repeatable
 from fastjepa.kernels.frame_windows.fused import first_windows, last_sequence, next_windows
 from fastjepa.kernels.frame_windows.reference import frame_windows
-from fastjepa.kernels.shares import Shares
-from fastjepa.model.networks import join_context, join_skip, per_frame, pooled, require_frames
-from fastjepa.model.strided_convolution import apply_convolution, apply_convolution_with
+from fastjepa.kernels.shares import Shares, current_shares
+from fastjepa.model.jepa import unroll_step_by_step
+from fastjepa.model.networks import (
+    ResidualBlock,
+    ResNet5,
+    ResUNet,
+    StateOnlyPredictor,
+    apply_convolution,
+    apply_convolution_with,
+    join_context,
+    join_skip,
+    per_frame,
+    pooled,
+    require_frames,
+)
 from fastjepa.profiling import span
 
 if TYPE_CHECKING:
@@ -93,6 +105,7 @@ class FusedNetwork(nn.Module):
         recompute: keep only raw outputs of convolutions for the backward pass.
     """
 
+    published: ClassVar[staticmethod[..., Tensor]]  # the eager module's work, on a fused one's children too
     is_fused = True  # for whoever asks what a network is without importing this module, which needs Triton
     problem_of: ClassVar[staticmethod[[nn.Module], str | None]]
     shared: ClassVar[tuple[str, ...]] = ()  # children that are the eager module's own
@@ -117,7 +130,7 @@ class FusedNetwork(nn.Module):
         self.autocast_dtype = autocast_dtype
         self.recompute = recompute
         self.training = network.training
-        self._eager = (network,)  # in a tuple, so that it is not a submodule, whose parameters would count twice
+        self._unchanged = Unchanged(self, network)
 
     @classmethod
     def from_eager(cls, network: nn.Module, autocast_dtype: torch.dtype | None = None, recompute: bool = False) -> Self:
@@ -129,6 +142,10 @@ class FusedNetwork(nn.Module):
         """x (B, in, T, H, W) or (N, in, H, W) → the same with the output channels, in the dtype of x if the network
         has an autocast of its own.
         """
+        if (eager := self._unchanged.eager(self.published)) is not None:
+            with self._autocast(x.device.type):
+                out = per_frame(eager, x)
+                return out if self.autocast_dtype is None else out.to(x.dtype)
         memory = Recomputation(self.recompute)
         with memory.hooks():
             return self.run(memory, self.shared_parameters(x.device.type), x)
@@ -161,6 +178,7 @@ class FusedNetwork(nn.Module):
 class FusedResidualBlock(FusedNetwork):
     """`ResidualBlock` with BatchNorm, the addition and ReLU in one pass: x (N, in, H, W) → (N, out, H/s, W/s)."""
 
+    published = staticmethod(ResidualBlock.forward)
     problem_of = staticmethod(block_problem)
     shared = ("conv1", "bn1", "conv2", "bn2", "shortcut")
     conv2: nn.Module
@@ -185,6 +203,7 @@ class FusedResidualBlock(FusedNetwork):
 class FusedResNet5(FusedNetwork):
     """`ResNet5`, fused."""
 
+    published = staticmethod(ResNet5._frames)
     problem_of = staticmethod(encoder_problem)
     shared = ("conv1", "bn1")
     fused = dict.fromkeys(BLOCKS_OF_ENCODER, FusedResidualBlock)
@@ -208,6 +227,7 @@ class FusedResNet5(FusedNetwork):
 class FusedResUNet(FusedNetwork):
     """`ResUNet`, fused. Skips are concatenated channels-last, once."""
 
+    published = staticmethod(ResUNet._frames)
     problem_of = staticmethod(unet_problem)
     shared = ("conv1", "bn1", *CONVS_OF_UNET)
     fused = dict.fromkeys(BLOCKS_OF_UNET, FusedResidualBlock)
@@ -238,12 +258,16 @@ class FusedResUNet(FusedNetwork):
 class FusedStateOnlyPredictor(FusedNetwork):
     """`StateOnlyPredictor` over a fused network, with an unroll of its own."""
 
+    published = staticmethod(StateOnlyPredictor.forward)
     problem_of = staticmethod(predictor_problem)
     fused: ClassVar[Mapping[str, type[FusedNetwork]]] = {"predictor": FusedResUNet}
     predictor: FusedResUNet
 
     def forward(self, states: Tensor, actions: Tensor | None = None) -> Tensor:
         """States (B, D, T, H, W) → (B, D, T - context_length + 1, H, W); `actions` is not used."""
+        if (eager := self._unchanged.eager(self.published)) is not None:
+            out: Tensor = eager(states, actions)
+            return out
         memory = Recomputation(self.recompute)
         with memory.hooks():
             again = self._windows_again(memory, states)
@@ -260,6 +284,8 @@ class FusedStateOnlyPredictor(FusedNetwork):
         Returns:
             z again, whose gradient is added to the others where they are gathered, and p¹ … pᴷ, each like z.
         """
+        if self._unchanged.eager(self.published) is not None:
+            return unroll_step_by_step(self, state, nsteps)
         memory = Recomputation(self.recompute)
         with memory.hooks():
             parameters = self.predictor.shared_parameters(state.device.type)

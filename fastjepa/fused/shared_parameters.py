@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastjepa.model.loss_recognition import hooks_problem
+from fastjepa.fused.match import hooks_problem
 
 ParameterOf = Callable[[Tensor | None], Tensor | None]
 

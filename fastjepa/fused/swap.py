@@ -19,11 +19,18 @@ from fastjepa.fused.auto import Backend, auto_problem, widths_of
 from fastjepa.fused.autocast import InBf16
 from fastjepa.fused.folded_networks import FoldedEncoder, FoldedPredictor
 from fastjepa.fused.losses import ClosedFormSquareLoss, ClosedFormVCLoss
-from fastjepa.fused.network_trial import example, network_trial_problem
-from fastjepa.fused.recognition import difference, encoder_problem, predictor_problem, unet_problem
+from fastjepa.fused.match import (
+    difference,
+    encoder_problem,
+    example,
+    network_trial_problem,
+    predcost_problem,
+    predictor_problem,
+    regularizer_problem,
+    unet_problem,
+)
 from fastjepa.kernels.checks import unavailable_reason
-from fastjepa.model.loss_recognition import predcost_problem, regularizer_problem
-from fastjepa.model.projected_losses import HiddenLayer, hidden_layer
+from fastjepa.model.losses import HiddenLayer, hidden_layer
 
 Jepa = TypeVar("Jepa", bound=nn.Module)
 Purpose = Literal["train", "inference"]

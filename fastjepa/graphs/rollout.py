@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from fastjepa.fused.folded_networks import FoldedPredictor
 from fastjepa.fused.folding import folded_batch_norm
-from fastjepa.fused.network_trial import network_trial_problem
-from fastjepa.fused.recognition import predictor_problem
+from fastjepa.fused.match import network_trial_problem, predictor_problem
 from fastjepa.graphs.cache import MAX_RECORDINGS, RecordingCache, Watch
 from fastjepa.graphs.capture import Recording
 from fastjepa.graphs.folded_rollout import RecordedFolded, RecordedFoldedRollout, RecordedFoldedTails
 from fastjepa.kernels.checks import FLOAT_DTYPES, check_tensor
-from fastjepa.model.modes import eval_mode
+from fastjepa.model.jepa import eval_mode
 from fastjepa.model.networks import ResUNet, StateOnlyPredictor
 from fastjepa.profiling import span
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastjepa.fused.match import std_margin
 from fastjepa.graphs.cache import MAX_RECORDINGS, RecordingCache, Watch
 from fastjepa.graphs.capture import Recording
 from fastjepa.kernels.checks import check_tensor
-from fastjepa.model.loss_recognition import std_margin
 from fastjepa.model.step import StepLosses, TrainStep
 from fastjepa.moving_mnist import Clips, ClipSet
 from fastjepa.profiling import span
@@ -72,8 +72,9 @@ class GraphedTrainStep:
         device = next(step.jepa.parameters()).device
         if clips.device != device:
             raise ValueError(f"clips are on {clips.device}, the parameters on {device}; move them with clips.to(...)")
-        if device.type == "cuda" and not step.ranks.can_be_recorded:
-            raise ValueError(f"what goes over {step.ranks.backend} cannot be in a CUDA graph; NCCL's collectives can")
+        group: Any = step.group
+        if device.type == "cuda" and group is not None and not group.ranks.can_be_recorded:
+            raise ValueError(f"what goes over {group.ranks.backend} cannot be in a CUDA graph; NCCL's collectives can")
         for i, accumulator in enumerate(accumulators):
             check_tensor(
                 "GraphedTrainStep", f"accumulators[{i}]", accumulator, shape=(len(StepLosses._fields),),
@@ -117,9 +118,9 @@ class GraphedTrainStep:
             raise ValueError(f"indices has shape {tuple(indices.shape)}: there is no clip in it")
         step, regularizer = self.step, self.step.jepa.regularizer
         signature = (
-            tuple(indices.shape), step.steps, step.literal, step.autocast_dtype, step.projection,
+            tuple(indices.shape), step.steps, type(step), step.autocast_dtype, step.projection,
             getattr(regularizer, "std_coeff", None), getattr(regularizer, "cov_coeff", None), std_margin(regularizer),
-            step.sync_stats,
+            getattr(step.group, "sync_stats", None), step.jepa_problem, step.loss_problem,
         )  # fmt: skip
         losses = self._cache.get(signature, indices.device, lambda: _RecordedStep(self, indices)).run(indices)
         values = losses.clone() if copy else losses
@@ -200,7 +201,8 @@ class _RecordedStep:
         batches = self.indices.unbind() if several else [self.indices]
         for batch, out in zip(batches, self.losses.unbind() if several else [self.losses], strict=True):
             with span("data"):
-                own = self._owner.step.ranks.part(batch)
+                group: Any = self._owner.step.group
+                own = batch if group is None else group.ranks.part(batch)
                 video, digit_location = self._owner.clips.batch(own, self._owner.dtype)
             losses = torch.stack(self._owner.step(video, digit_location, clips=len(batch)))
             out.copy_(losses)

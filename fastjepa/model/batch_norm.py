@@ -51,7 +51,7 @@ def _is_inexact(norm: nn.Module, x: Tensor) -> bool:
         and not x.is_contiguous()
         and _rows(x) > 1
         and x.shape[1] == norm.num_features
-        and not _has_hooks(norm)
+        and not has_hooks(norm)
     )
 
 
@@ -66,12 +66,13 @@ def _is_intercepted() -> bool:
     )
 
 
-def _has_hooks(norm: nn.Module) -> bool:
-    """Hooks, or a call of this module's own in place of its class's."""
-    if "forward" in norm.__dict__ or norm._compiled_call_impl is not None:
-        return True
-    own = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks)
-    return any(own) or torch_modules._has_any_global_hook()
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of this very module does more, or other things, than its class's `forward`: hooks of its own or of
+    all modules, a `forward` set on the object or compiled. Children are not looked at.
+    """
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    of_object = "forward" in module.__dict__ or module._compiled_call_impl is not None
+    return any(own) or of_object or torch_modules._has_any_global_hook()
 
 
 def _rows(x: Tensor) -> int:

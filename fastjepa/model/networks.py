@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from fastjepa.kernels.frame_windows.reference import frame_windows
 from fastjepa.model.batch_norm import normalize
 from fastjepa.model.context import CONTEXT
-from fastjepa.model.strided_convolution import Shortcut
 from fastjepa.optional_packages import needed_for
+
+# Input channels in one block of oneDNN's 1×1 convolutions: 16 with AVX-512, 8 with AVX2.
+_BLOCK = 16
 
 
 def per_frame(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -41,6 +44,57 @@ def per_frame(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
     """A 3×3 convolution with padding 1 and no bias: a BatchNorm follows it everywhere."""
     return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+
+
+class Shortcut(nn.Sequential):
+    """1×1 convolution, with a stride or not, → BatchNorm: a Sequential that calls the convolution right on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, in, H, W) → (N, out, ceil(H/stride), ceil(W/stride))."""
+        conv, norm = self
+        out: Tensor = normalize(norm, apply_convolution(conv, x))
+        return out
+
+
+def apply_convolution(conv: nn.Module, x: Tensor) -> Tensor:
+    """conv(x); on a CPU, where oneDNN is at fault, by taking the pixels that a stride visits and striding no more.
+
+    oneDNN's weight gradient of a strided 1×1 convolution writes past its workspace where input or weight is
+    channels-last and the input has fewer channels than one block (uxlfoundation/oneDNN#6035, seen with torch 2.13): the
+    heap is corrupted, or the gradient is wrong without a word. With stride 1 there is no such workspace. The products
+    and their sums are the same either way.
+    """
+    if isinstance(conv, nn.Conv2d) and _is_at_fault(conv, x):
+        return _of_visited_pixels(conv, x, conv.weight, conv.bias)
+    out: Tensor = conv(x)
+    return out
+
+
+def apply_convolution_with(
+    conv: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """`apply_convolution` with other tensors in the places of its parameters; padding is with zeros."""
+    if isinstance(conv, nn.ConvTranspose2d):
+        options: Any = (conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation)
+        out: Tensor = F.conv_transpose2d(x, weight, bias, *options)
+        return out
+    if _is_at_fault(conv, x):
+        return _of_visited_pixels(conv, x, weight, bias)
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _is_at_fault(conv: nn.Conv2d, x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and conv.kernel_size == (1, 1)
+        and conv.stride != (1, 1)
+        and (conv.padding, conv.groups) == ((0, 0), 1)
+        and conv.in_channels < _BLOCK
+    )
+
+
+def _of_visited_pixels(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.conv2d(x[:, :, :: conv.stride[0], :: conv.stride[1]], weight, bias)
 
 
 class ResidualBlock(nn.Module):

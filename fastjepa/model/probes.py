@@ -35,6 +35,18 @@ class JEPAProbe(nn.Module):
         return self.head(states)
 
 
+def is_probe(module: nn.Module) -> bool:
+    """Whether a module is a probe, a head around a JEPA, and not a head itself."""
+    return all(isinstance(getattr(module, part, None), nn.Module) for part in ("jepa", "head"))
+
+
+def probe_parameters(probe: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a head, or those of a probe that are not its JEPA's."""
+    source: Any = probe
+    of_jepa = set(source.jepa.parameters()) if is_probe(probe) else set()
+    return [parameter for parameter in probe.parameters() if parameter not in of_jepa]
+
+
 def probe_head(name: str, probe: nn.Module, jepa: nn.Module, loss: type[nn.Module]) -> nn.Module:
     """The head of a probe (`jepa`, `head`, `hcost`), whose loss must be `loss()`; a head itself is returned as it is.
 
@@ -42,7 +54,7 @@ def probe_head(name: str, probe: nn.Module, jepa: nn.Module, loss: type[nn.Modul
         ValueError: it is a probe of another JEPA, or has another loss.
     """
     source: Any = probe
-    if not all(isinstance(getattr(probe, part, None), nn.Module) for part in ("jepa", "head")):
+    if not is_probe(probe):
         return probe
     if source.jepa is not jepa:
         raise ValueError(f"{name} is a probe of another JEPA than the one given; give it one around that, or its head")

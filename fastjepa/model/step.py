@@ -1,4 +1,4 @@
-"""One training step of Video JEPA with its probes: each thing done once, or literally as the original repeats it.
+"""One training step of Video JEPA with its probes, each thing done once.
 
 Shapes: video (B, C, T, H, W) in [0, 1]; digit_location (B, T, 8, 8) of 0 and 1; a state (B, D, T, H, W).
 """
@@ -6,25 +6,22 @@ Shapes: video (B, C, T, H, W) in [0, 1]; digit_location (B, T, 8, 8) of 0 and 1;
 from __future__ import annotations
 
 import contextlib
+import inspect
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastjepa.distributed.batch_norm import global_statistics
-from fastjepa.distributed.losses import global_mean
-from fastjepa.distributed.ranks import Ranks
-from fastjepa.kernels.shares import Shares
-from fastjepa.model.jepa import JEPA, parallel_unroll
-from fastjepa.model.loss_recognition import predcost_problem, regularizer_problem, std_margin
+from fastjepa.model.batch_norm import has_hooks
+from fastjepa.model.jepa import JEPA, check_channels, parallel_unroll
+from fastjepa.model.losses import Group, Losses, ProjectionPath, SquareLossSeq, VCLoss, projected_losses
 from fastjepa.model.networks import DetHead, ResNet5
-from fastjepa.model.probes import detection_loss, probe_head
-from fastjepa.model.projected_losses import ProjectionPath, projected_losses, shared_layers
+from fastjepa.model.probes import JEPAProbe, detection_loss, is_probe, probe_head, probe_parameters
 from fastjepa.model.running_stats import batch_norm_calls, repeated_updates
 from fastjepa.profiling import span
 
-ENCODER_CALLS = 3  # the original's: one for the JEPA, one for each probe
+COMPOSITION = ("unroll", "_unroll_parallel", "_unroll_autoregressive", "encode")  # methods that a step stands in for
 
 
 class StepLosses(NamedTuple):
@@ -51,39 +48,34 @@ class StepLosses(NamedTuple):
 class TrainStep:
     """One optimisation step; usable without the trainer: `losses = step(video, digit_location)`.
 
-    The default does each thing once: one encoding serves the JEPA and both probes, the state is projected once, and
-    BatchNorm's running buffers are advanced to where the original's repeated calls leave them. `literal=True`
-    repeats everything as the original does. Both compute the same losses, gradients and buffers. Nothing here waits
-    for the device: the losses come back as tensors. An encoder that calls a BatchNorm more than once, frame by frame
-    say, is called as often as the original calls it, for its buffers.
+    Each thing is done once: one encoding serves the JEPA and both probes, the state is projected once, and BatchNorm's
+    running buffers are advanced to where the original's repeated calls leave them. Losses, gradients and buffers are
+    those of the original's step. The losses come back as tensors: nothing waits for the device.
 
-    The JEPA, heads and probes may be those of `eb_jepa`. Losses of the JEPA are recognised by what they compute
-    (`fastjepa.model.loss_recognition`); other ones are called as they are, as often as the original calls them, and
-    `loss_problem` says why. Then only the encoding is done once, and what such a loss does (`.item()`, say) may wait.
+    That is for what is known to be the published model. `jepa_problem` says why a JEPA is not (it has an `unroll` of
+    its own, say): then `jepa.unroll(video, None, nsteps=steps)` and, for each probe, `jepa.encode(video)` are called.
+    `loss_problem` says why its losses are not: then they are called as often as the original calls them. A probe with a
+    `forward` of its own is called as it is. All of this is looked at in each call, because it may change between two.
+    Under torch.compile, it is what the last look outside found.
 
     Args:
-        jepa: a JEPA of fastjepa or eb_jepa whose predictor reads states only, in train mode.
+        jepa: a JEPA whose predictor reads states only, in train mode.
         image_decoder: the reconstruction probe: its head, which sees the state detached, or a `JEPAProbe` around the
             head whose `hcost` is `nn.MSELoss()`.
         detection_head: the detection probe, likewise; as a `JEPAProbe`, its `hcost` is `nn.BCELoss()`. It gives
             probabilities (B, T, 8, 8). One that is not fastjepa's runs outside autocast, in its parameters' precision.
         optimizer: steps after each backward; None leaves the gradients in place (zeroed before each step).
         steps: prediction steps of the unroll, ≥ 1.
-        literal: repeat the work as the original does, through the JEPA's own `unroll`.
-        autocast_dtype: torch.bfloat16 runs the networks in bf16 autocast; losses are computed in fp32 or better, but
-            for those of eb_jepa in a literal step, which do as autocast says.
-        projection: how the projected losses are computed; see `fastjepa.model.projected_losses.projected_losses`.
-        ranks: the processes over which each batch is split, each with a step of the same JEPA; default: this one alone.
+        autocast_dtype: torch.bfloat16 runs the networks in bf16 autocast; losses are computed in fp32 or better.
+        projection: how the losses are computed: see `fastjepa.model.losses.projected_losses`; "fused" by the losses
+            that `fastjepa.accelerate` swapped in. "auto" does what those were made for, if there are such.
+        group: the processes over which each batch is split, each with a step of the same JEPA; None: this one alone.
             Every one has the losses of the whole batch, and, after a call, its gradients.
-        sync_stats: BatchNorm and the losses take the statistics of the whole batch, so that N processes compute what
-            one would; False: each process those of its own part, as plain data parallel training does, with gradients
-            and losses averaged by how many clips each has.
 
     Raises:
         ValueError: `steps` < 1; a part of the JEPA is missing, or its predictor is recurrent; a probe of another JEPA,
-            or with another loss; `literal` with a projection other than "auto" and "eager"; a closed form or kernels
-            asked for where a loss is not the published one; statistics of several processes for such losses, or for a
-            literal step.
+            or with another loss; an explicit projection where a loss is not the published one; an optimizer whose step
+            needs a closure.
     """
 
     def __init__(
@@ -94,16 +86,12 @@ class TrainStep:
         optimizer: torch.optim.Optimizer | None = None,
         *,
         steps: int,
-        literal: bool = False,
         autocast_dtype: torch.dtype | None = None,
         projection: ProjectionPath = "auto",
-        ranks: Ranks | None = None,
-        sync_stats: bool = True,
+        group: Group | None = None,
     ) -> None:
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
-        if literal and projection not in ("auto", "eager"):
-            raise ValueError(f"the literal step projects eagerly; projection={projection!r} cannot be served")
         for name in ("encoder", "predictor", "regularizer", "predcost"):
             if not isinstance(getattr(jepa, name, None), nn.Module):
                 raise ValueError(f"jepa has no module {name!r}; a step takes a JEPA of fastjepa or eb_jepa")
@@ -112,35 +100,39 @@ class TrainStep:
                 f"jepa.predictor is recurrent ({type(jepa.predictor).__name__}), and a step unrolls in parallel; train "
                 "such a model with a loop of your own around jepa.unroll"
             )
+        _check_optimizer(optimizer)
         self.jepa = cast(JEPA, jepa)  # or one that has its interface
+        self.probes = {"image_decoder": image_decoder, "detection_head": detection_head}
         self.image_decoder = probe_head("image_decoder", image_decoder, jepa, nn.MSELoss)
         self.detection_head = probe_head("detection_head", detection_head, jepa, nn.BCELoss)
         self.optimizer = optimizer
         self.steps = steps
-        self.literal = literal
         self.autocast_dtype = autocast_dtype
         self.projection = projection
-        self.ranks = ranks or Ranks()
-        self.sync_stats = sync_stats
-        if literal and sync_stats and not self.ranks.alone:
-            raise ValueError("the literal step takes the statistics of each process alone; give sync_stats=False")
+        self.group = group
         self._encoder_seen: nn.Module | None = None  # the last one that was looked at
         self._encoder_repeats = False  # whether a call of it calls a BatchNorm more than once
-        self._look_at_losses()
+        self._look()
+
+    @property
+    def jepa_problem(self) -> str | None:
+        """Why the JEPA's own `unroll` and `encode` are called; None where it is the published composition."""
+        self._look()
+        return self._jepa_problem
 
     @property
     def loss_problem(self) -> str | None:
         """Why the losses of the JEPA are called as they are; None where they are the published ones."""
-        if self._losses_seen_changed():
-            self._look_at_losses()
+        self._look()
         return self._loss_problem
 
     def __call__(self, video: Tensor, digit_location: Tensor, clips: int | None = None) -> StepLosses:
         """Zero the gradients, compute losses and gradients, step the optimizer; returns the losses, detached.
 
         Args:
-            video, digit_location: the batch, or this process's part of it (`Ranks.part`).
-            clips: how many the whole batch has, where several processes train; default: as many on each as here.
+            video: (B, C, T, H, W), T ≥ 3; of several processes, this one's part of the batch.
+            digit_location: (B, T, 8, 8).
+            clips: of several processes, how many clips the whole batch has; default: each has as many as here.
 
         Raises:
             ValueError, TypeError: as `losses`; a part that is not this process's.
@@ -150,10 +142,10 @@ class TrainStep:
         losses = self.losses(video, digit_location, clips)
         with span("backward"):
             losses.total.backward()
-        if (shares := self._shares(video, clips)) is not None:
+        if self.group is not None:
             with span("sum of gradients"):
                 modules = (self.jepa, self.image_decoder, self.detection_head)
-                self.ranks.sum_gradients((p for module in modules for p in module.parameters()), drop_own=shares.empty)
+                self.group.sum_gradients(p for module in modules for p in module.parameters())
         if self.optimizer is not None:
             with span("optimizer"):
                 self.optimizer.step()
@@ -161,7 +153,7 @@ class TrainStep:
 
     def zero_grad(self) -> None:
         """Drop all gradients of the JEPA and the probes."""
-        for module in (self.jepa, self.image_decoder, self.detection_head):
+        for module in (self.jepa, *self.probes.values()):
             module.zero_grad(set_to_none=True)
 
     def losses(self, video: Tensor, digit_location: Tensor, clips: int | None = None) -> StepLosses:
@@ -173,137 +165,180 @@ class TrainStep:
         Raises:
             ValueError: shapes that do not fit, fewer than 3 frames; a loss was replaced by one that `projection` does
                 not serve, or that is not for statistics of several processes.
-            TypeError: a video that is not floating point.
+            TypeError: a video that is not floating point; an `unroll` of the JEPA's own that returns something else.
         """
         check_batch(video, digit_location)
-        shares = self._shares(video, clips)
-        if shares is not None and not self.sync_stats:
-            of_own_clips = self._literal if self.literal else self._step_losses
-            # What is told is the mean over all clips; what it is differentiated by is this process's part of that.
-            return StepLosses(*global_mean(torch.stack(of_own_clips(video, digit_location)), shares).unbind())
-        if self.literal:
-            return self._literal(video, digit_location)
-        if shares is not None and self.loss_problem is not None:
+        check_channels(self.jepa.encoder, video)
+        self._look()
+        group = self.group
+        if group is None:  # and nothing of several processes: torch.compile takes this as one graph
+            return self._compute(video, digit_location)
+        problem = self._jepa_problem or self._loss_problem
+        if group.sync_stats and problem is not None:
             raise ValueError(
-                f"statistics of several processes are for the published losses ({self.loss_problem}); give "
+                f"statistics of several processes are for the published model and losses ({problem}); give "
                 "sync_stats=False"
             )
-        return self._step_losses(video, digit_location, shares)
+        with group.batch(len(video), clips):
+            losses = self._compute(video, digit_location)
+            if group.sync_stats:
+                return losses
+            # What is told is the mean over all clips; what it is differentiated by is this process's part of that.
+            return StepLosses(*group.mean(torch.stack(losses)).unbind())
 
-    def _shares(self, video: Tensor, clips: int | None) -> Shares | None:
-        ranks, own = self.ranks, len(video)
-        shares = ranks.shares(own * ranks.size if clips is None else clips)
-        if shares is not None and own != max(1, shares.counts[ranks.rank]):
-            raise ValueError(
-                f"video has {own} clips, and of {clips} clips on {ranks.size} processes {shares.counts[ranks.rank]} "
-                f"are those of process {ranks.rank} (where it has none, it takes one that is not its own)"
-            )
-        return shares
+    # ---- what is computed: a subclass may override these ----
 
-    def _step_losses(self, video: Tensor, digit_location: Tensor, shares: Shares | None = None) -> StepLosses:
-        # Nothing of several processes where there is one: torch.compile takes this as one graph.
-        of_all = contextlib.nullcontext() if shares is None else global_statistics(shares)
-        with of_all:
-            with self._autocast(video.device):
-                with span("encode"):
-                    state = self._encode(video)
-                state, predictions = parallel_unroll(self.jepa.predictor, state, None, self.steps)
-            with span("losses"):
-                if self.loss_problem is None:
-                    vc, vc_unweighted, std, cov, pred = self._projected(state, predictions, shares)
-                else:
-                    vc, vc_unweighted, std, cov, pred = self._as_they_are(state, predictions)
-                jepa = vc + pred
-                recon = self._reconstruct(state.detach(), video)
-                det = self._detect(state.detach(), digit_location)
-                if shares is not None:
-                    recon, det = global_mean(torch.stack((recon, det)), shares).unbind()
+    def _problem_of(self, jepa: nn.Module) -> str | None:
+        """Why the deduplicated step does not compute what this JEPA does; None if it does. Asked in every call."""
+        jepa = getattr(jepa, "_orig_mod", jepa)  # of torch.compile, around a JEPA whose methods are as they were
+        if not isinstance(jepa, JEPA):
+            return f"{type(jepa).__name__} is not fastjepa's JEPA"
+        own = [m for m in COMPOSITION if getattr(type(jepa), m) is not getattr(JEPA, m) or m in jepa.__dict__]
+        if own:
+            return f"{type(jepa).__name__} has its own {', '.join(own)}"
+        return f"{type(jepa).__name__} has hooks" if has_hooks(jepa) else None
+
+    def _problem_of_loss(self, name: str, loss: nn.Module) -> str | None:
+        """Why the `regularizer` or `predcost` is not the published loss; None if it is. Asked in every call."""
+        published = VCLoss if name == "regularizer" else SquareLossSeq
+        if type(loss) is not published and not hasattr(type(loss), "projection_path"):
+            return f"{type(loss).__name__} is not {published.__name__}"
+        hooked = next((module for module in loss.modules() if has_hooks(module)), None)
+        return None if hooked is None else f"{type(hooked).__name__} has hooks"
+
+    def _problem_of_probe(self, probe: nn.Module) -> str | None:
+        """Why a probe's loss is not that of its head on the state; None if it is, or it is a head itself."""
+        if not is_probe(probe):
+            return None
+        if type(probe).forward is not JEPAProbe.forward:
+            return f"{type(probe).__name__} has its own forward"
+        return f"{type(probe).__name__} has hooks" if has_hooks(probe) else None
+
+    def _compute(self, video: Tensor, digit_location: Tensor) -> StepLosses:
+        """The losses of this process's clips, or, in a group with `sync_stats`, of the whole batch."""
+        return (
+            self._deduplicated(video, digit_location)
+            if self._jepa_problem is None
+            else self._as_written(video, digit_location)
+        )
+
+    # ---- the deduplicated step ----
+
+    def _look(self) -> None:
+        """See what may have changed since the last call."""
+        if torch.compiler.is_compiling():
+            return
+        jepa = self.jepa
+        self._jepa_problem = self._problem_of(jepa)
+        self._loss_problem: str | None = None
+        for name in ("regularizer", "predcost"):
+            if (problem := self._problem_of_loss(name, getattr(jepa, name))) is not None:
+                self._loss_problem = f"{name}: {problem}"
+                break
+        self._own_probes = {n: probe for n, probe in self.probes.items() if self._problem_of_probe(probe) is not None}
+        problem = self._loss_problem or self._jepa_problem
+        if problem is not None and self.projection in ("closed_form", "fused"):
+            raise ValueError(f"projection={self.projection!r} cannot be served: {problem}; use 'auto'")
+
+    def _deduplicated(self, video: Tensor, digit_location: Tensor) -> StepLosses:
+        with self._autocast(video.device):
+            with span("encode"):
+                state = self._encode(video)
+            state, predictions = parallel_unroll(self.jepa.predictor, state, None, self.steps)
+        with span("losses"):
+            if self._loss_problem is None:
+                vc, vc_unweighted, std, cov, pred = self._published_losses(state, predictions)
+            else:
+                vc, vc_unweighted, std, cov, pred = self._losses_as_they_are(state, predictions)
+            recon = self._probe_loss("image_decoder", video, video, state)
+            det = self._probe_loss("detection_head", video, digit_location, state)
+            if self.group is not None and self.group.sync_stats:
+                recon, det = self.group.mean(torch.stack((recon, det))).unbind()
+        jepa = vc + pred
         return StepLosses(jepa + recon + det, jepa, vc, vc_unweighted, std, cov, pred, recon, det)
 
     def _encode(self, video: Tensor) -> Tensor:
-        """The states; the encoder's buffers move as by the original's calls."""
-        encoder = self.jepa.encoder
+        """The states; the encoder's buffers move as by the calls for the JEPA and for each head."""
+        encoder, calls = self.jepa.encoder, 1 + len(self.probes) - len(self._own_probes)
         # The published network is known to call each BatchNorm once; another one is looked at, at its first step.
         known = type(encoder) is ResNet5 or getattr(encoder, "is_fused", False)
         if not known and encoder is not self._encoder_seen:
             self._encoder_repeats = batch_norm_calls(encoder, video) > 1
             self._encoder_seen = encoder
         if known or not self._encoder_repeats:
-            with repeated_updates(encoder, ENCODER_CALLS):
+            with repeated_updates(encoder, calls):
                 return encoder(video)
         state: Tensor = encoder(video)
         with torch.no_grad():
-            for _ in range(ENCODER_CALLS - 1):
+            for _ in range(calls - 1):
                 encoder(video)
         return state
 
-    def _projected(
-        self, state: Tensor, predictions: list[Tensor], shares: Shares | None
+    def _published_losses(
+        self, state: Tensor, predictions: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """vc, unweighted, std, cov and pred of the published losses, each state projected once."""
         regularizer: Any = self.jepa.regularizer
         predcost: Any = self.jepa.predcost
-        std, cov, preds = projected_losses(
-            regularizer.proj, predcost.proj, state, predictions, path=self._projection_path(), shares=shares
-        )
+        path = getattr(regularizer, "projection_path", None)
+        found: Losses | None = None
+        if path is not None and self.projection in ("auto", path):
+            found = regularizer.step_losses(predcost, state, predictions)
+        if found is None:
+            group = self.group if self.group is not None and self.group.sync_stats else None
+            found = projected_losses(
+                regularizer.proj, predcost.proj, state, predictions, path=self.projection, group=group
+            )
+        std, cov, preds = found
         vc = regularizer.std_coeff * std + regularizer.cov_coeff * cov
         return vc, std + cov, std, cov, preds.sum() / self.steps
 
-    def _as_they_are(self, state: Tensor, predictions: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The same of any losses, called as the original calls them, but in fp32 or better."""
-        dtype = torch.promote_types(state.dtype, torch.float32)
+    def _losses_as_they_are(
+        self, state: Tensor, predictions: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The same of any losses, called as the original calls them, but in fp32 or better where autocast is on."""
+        dtype = state.dtype if self.autocast_dtype is None else torch.promote_types(state.dtype, torch.float32)
         with torch.autocast(state.device.type, enabled=False):
             state = state.to(dtype)
             vc, vc_unweighted, parts = self.jepa.regularizer(state, None)
-            pred = torch.zeros((), dtype=dtype, device=state.device)
+            pred = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=state.device)
             for prediction in predictions:
                 pred = pred + self.jepa.predcost(state, prediction.to(dtype)) / self.steps
         return vc, vc_unweighted, _part(parts, "std_loss", vc), _part(parts, "cov_loss", vc), pred
 
-    def _losses_seen_changed(self) -> bool:
-        regularizer, predcost, margin = self._losses_seen
-        jepa = self.jepa
-        return jepa.regularizer is not regularizer or jepa.predcost is not predcost or std_margin(regularizer) != margin
+    # ---- a step as its JEPA's author wrote it ----
 
-    def _look_at_losses(self) -> None:
-        """Try what the JEPA's losses compute; once for each, because it takes milliseconds."""
-        jepa = self.jepa
-        self._losses_seen = (jepa.regularizer, jepa.predcost, std_margin(jepa.regularizer))
-        self._loss_problem: str | None = None
-        for name, problem_of in (("regularizer", regularizer_problem), ("predcost", predcost_problem)):
-            if (problem := problem_of(getattr(jepa, name))) is not None:
-                self._loss_problem = f"{name}: {problem}"
-                break
-        if self._loss_problem is not None and self.projection in ("closed_form", "fused"):
-            raise ValueError(f"projection={self.projection!r} cannot be served: {self._loss_problem}; use 'auto'")
-
-    def _projection_path(self) -> ProjectionPath:
-        """What was asked for; "auto" is what the regularizer says, if it was swapped in and says something, and if that
-        covers the projectors: two different ones, or one in eval mode, are called as they are.
-        """
-        regularizer: Any = self.jepa.regularizer
-        predcost: Any = self.jepa.predcost
-        if self.projection != "auto" or isinstance(shared_layers(regularizer.proj, predcost.proj), str):
-            return self.projection
-        return getattr(regularizer, "projection_path", "auto")
-
-    def _literal(self, video: Tensor, digit_location: Tensor) -> StepLosses:
+    def _as_written(self, video: Tensor, digit_location: Tensor) -> StepLosses:
         with self._autocast(video.device):
-            _, unrolled = self.jepa.unroll(video, None, nsteps=self.steps, unroll_mode="parallel")
-            recon_state = self.jepa.encode(video)
-            det_state = self.jepa.encode(video)
-        assert unrolled is not None
+            _, unrolled = self.jepa.unroll(video, None, nsteps=self.steps)
+        if not isinstance(unrolled, tuple) or len(unrolled) != 5:
+            raise TypeError(
+                f"{type(self.jepa).__name__}.unroll must return (states, losses) with losses = (total, vc, "
+                f"vc_unweighted, parts, prediction); losses are a {type(unrolled).__name__}"
+            )
         jepa, vc, vc_unweighted, parts, pred = unrolled
+        recon = self._probe_loss("image_decoder", video, video, None)
+        det = self._probe_loss("detection_head", video, digit_location, None)
         std, cov = _part(parts, "std_loss", vc), _part(parts, "cov_loss", vc)
-        recon = self._reconstruct(recon_state, video)
-        det = self._detect(det_state, digit_location)
-        total = jepa + recon + det
-        return StepLosses(total, jepa, vc, vc_unweighted, std, cov, pred, recon, det)
+        return StepLosses(jepa + recon + det, jepa, vc, vc_unweighted, std, cov, pred, recon, det)
+
+    def _probe_loss(self, name: str, video: Tensor, targets: Tensor, state: Tensor | None) -> Tensor:
+        """A probe's loss: its own, or its head's on the state, which the JEPA encodes where there is none yet."""
+        if name in self._own_probes:
+            with self._autocast(video.device):
+                loss: Tensor = self._own_probes[name](video, targets)
+            return loss
+        if state is None:
+            with self._autocast(video.device):
+                state = self.jepa.encode(video)
+        state = state.detach()
+        return self._reconstruct(state, targets) if name == "image_decoder" else self._detect(state, targets)
 
     def _reconstruct(self, state: Tensor, video: Tensor) -> Tensor:
         with self._autocast(video.device):
             image = self.image_decoder(state)
-        return F.mse_loss(image.to(video.dtype), video)
+        dtype = torch.promote_types(video.dtype, torch.float32)
+        return F.mse_loss(image.to(dtype), video.to(dtype))
 
     def _detect(self, state: Tensor, digit_location: Tensor) -> Tensor:
         head = self.detection_head
@@ -337,13 +372,13 @@ def build_optimizer(
 
     Probes may stand for their heads. `options` go to `torch.optim.Adam` (`capturable`, `fused`).
     """
-    image_decoder = probe_head("image_decoder", image_decoder, jepa, nn.MSELoss)
-    detection_head = probe_head("detection_head", detection_head, jepa, nn.BCELoss)
+    probe_head("image_decoder", image_decoder, jepa, nn.MSELoss)
+    probe_head("detection_head", detection_head, jepa, nn.BCELoss)
     return torch.optim.Adam(
         [
             {"params": list(jepa.parameters()), "lr": lr},
-            {"params": list(image_decoder.parameters()), "lr": lr / 10},
-            {"params": list(detection_head.parameters()), "lr": lr},
+            {"params": probe_parameters(image_decoder), "lr": lr / 10},
+            {"params": probe_parameters(detection_head), "lr": lr},
         ],
         lr=lr,
         **options,
@@ -361,3 +396,12 @@ def check_batch(video: Tensor, digit_location: Tensor) -> None:
     wanted = (video.shape[0], video.shape[2], DetHead.CELLS, DetHead.CELLS)
     if tuple(digit_location.shape) != wanted:
         raise ValueError(f"digit_location must be (B, T, 8, 8) = {wanted}, got shape {tuple(digit_location.shape)}")
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer | None) -> None:
+    closure = None if optimizer is None else inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__}.step needs a closure, which computes the losses several times; a training "
+            "step computes them once: take an optimizer like torch.optim.Adam"
+        )

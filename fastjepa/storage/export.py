@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from fastjepa.files.safe_files import CheckpointError, write_atomic, write_text_atomic
 from fastjepa.files.state_dicts import plain_state
-from fastjepa.model.autoregressive import autoregressive_rollout
-from fastjepa.model.jepa import JEPA
+from fastjepa.model.jepa import JEPA, autoregressive_rollout
 from fastjepa.model.networks import DetHead, ImageDecoder, ResNet5, ResUNet, StateOnlyPredictor
 from fastjepa.optional_packages import needed_for
 from fastjepa.storage.sizes import (

@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from fastjepa.distributed.ranks import Ranks
 from fastjepa.fused.folding import folded_batch_norm
 from fastjepa.graphs import GraphedRollout
-from fastjepa.model.autoregressive import own_method, parallel_tails
-from fastjepa.model.jepa import JEPA
-from fastjepa.model.modes import eval_mode
+from fastjepa.model.jepa import JEPA, eval_mode, own_method, parallel_tails
 from fastjepa.model.networks import DetHead, ImageDecoder
 from fastjepa.model.probes import detection_loss
 from fastjepa.moving_mnist import Clips, sequential_batches

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from fastjepa.figures.data import RolloutArrays
-from fastjepa.model.jepa import JEPA
-from fastjepa.model.modes import eval_mode
+from fastjepa.model.jepa import JEPA, eval_mode
 from fastjepa.model.networks import DetHead, ImageDecoder
 from fastjepa.moving_mnist import Clips
 from fastjepa.training.evaluation import rollout_tails

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastjepa import autotune
 from fastjepa.config import Config, resolve_device, resolve_precision
+from fastjepa.distributed.group import BatchGroup
 from fastjepa.distributed.launch import device_of
 from fastjepa.distributed.ranks import Ranks
 from fastjepa.eb_jepa import EbJepaRun, begin_with, run_to_begin_with
@@ -157,8 +158,7 @@ class Trainer:
             self.optimizer,
             steps=config.steps,
             autocast_dtype=self.autocast_dtype,
-            ranks=ranks,
-            sync_stats=config.sync_stats,
+            group=BatchGroup.of(ranks, sync_stats=config.sync_stats),
         )
         # Position: `epoch` epochs are done, and `batch` batches of the next one.
         self.epoch = self.batch = self.global_step = 0
