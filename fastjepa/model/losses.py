@@ -127,7 +127,7 @@ def hidden_layer(projector: nn.Module, *, any_mode: bool = False) -> HiddenLayer
         return f"{type(projector).__name__} is not a Sequential `net`"
     if any(has_hooks(module) for module in projector.modules()):
         return "the projector has hooks"
-    layers = list(net)
+    layers: list[Any] = list(net)
     # Exact types: a subclass, which a reparametrisation makes, may compute something else.
     if [type(layer) for layer in layers] != [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]:
         names = " → ".join(type(layer).__name__ for layer in layers)
