@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from fastjepa.distributed import batch_norm
+from fastjepa.kernels import shares as batch_shares
 from fastjepa.kernels.shares import Shares
 
 Result = TypeVar("Result")
@@ -40,7 +40,7 @@ class Ranks(Generic[Result]):
         def run(rank: int) -> None:
             try:
                 self._wait(rank)
-                batch_norm._current = None  # a process has one, and each rank its own
+                batch_shares._current = None  # a process has one, and each rank its own
                 # Backward runs in this thread, also on a GPU, whose thread all ranks would share.
                 with torch.autograd.set_multithreading_enabled(False):
                     shares = Shares(self._counts, rank, lambda tensor: self._collect(rank, tensor))
@@ -74,12 +74,12 @@ class Ranks(Generic[Result]):
 
     def _collect(self, rank: int, tensor: Tensor) -> Tensor:
         assert not tensor.requires_grad
-        current = batch_norm._current
+        current = batch_shares._current
         self._given[rank].append(tensor.clone())
         i = len(self._given[rank]) - 1
         self._pass_on(rank)
         self._wait(rank)
-        batch_norm._current = current
+        batch_shares._current = current
         assert all(len(given) > i for given in self._given), f"rank {rank} gathered something that others did not"
         return torch.stack([given[i] for given in self._given])
 

@@ -133,10 +133,10 @@ def hidden_layer(projector: nn.Module, *, any_mode: bool = False) -> HiddenLayer
         names = " → ".join(type(layer).__name__ for layer in layers)
         return f"the projector is {names}, not Linear → BatchNorm1d → ReLU → Linear"
     found = HiddenLayer(layers[0], layers[1], layers[3])
+    if found.linear2.out_features < 2:
+        return "the projector has a single feature, which has no covariances"
     if found.linear2.bias is not None:
         return "the projector's last Linear has a bias"
-    if found.linear2.out_features < 2:
-        return "the projector has one output, which has no covariance"
     if not (any_mode or found.batch_norm.training) and found.batch_norm.track_running_stats:
         return "the projector is in eval mode, where it uses running statistics and not the batch's"
     return found
