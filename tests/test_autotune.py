@@ -15,6 +15,7 @@ import torch
 from fastjepa import autotune
 from fastjepa.autotune import FILE_NAME, VARIABLE, fastest, self_check
 from fastjepa.environment import ROOT, machine_key, sources_hash
+from fastjepa.files.safe_files import write_text_atomic
 
 CPU = torch.device("cpu")
 
@@ -94,7 +95,7 @@ def test_ctrl_c_while_the_file_is_written_leaves_no_begun(
     writing: int, checker: Checker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Just after "begun" was written, and just before the result is."""
-    write, calls = autotune.write_text_atomic, list[str]()
+    write, calls = write_text_atomic, list[str]()
 
     def interrupted(path: Path, text: str) -> None:
         calls.append(text)
@@ -308,7 +309,7 @@ def test_what_was_not_timed_stays_the_default(
 
 def test_candidates_take_turns() -> None:
     calls: list[str] = []
-    candidates = {name: lambda name=name: calls.append(name) for name in "ab"}  # type: ignore[misc]
+    candidates = {name: lambda name=name: calls.append(name) for name in "ab"}
     found = autotune.milliseconds(candidates, CPU)
     assert found.keys() == {"a", "b"}
     assert len(calls) == 2 * (1 + autotune.ROUNDS)

@@ -27,9 +27,7 @@ T = TypeVar("T")
 
 RENDEZVOUS = timedelta(minutes=10)
 PARTING = timedelta(seconds=30)
-PATIENCE = timedelta(
-    minutes=90
-)  # while the first of them checks kernels, generates or downloads what the others wait for
+PATIENCE = timedelta(minutes=90)  # while the first one checks kernels, generates or downloads for the others
 
 
 class RankError(ValueError):
