@@ -228,7 +228,7 @@ def test_a_rollout_computes_in_the_way_that_was_measured(run: Path, monkeypatch:
     chosen, jepa = looked_up(run, monkeypatch, trial(OWN, 2.0), trial(Choice(cuda_graph=True), 4.0))
     assert chosen == OWN
     kinds = [type(network).__name__ for network in (jepa.encoder, jepa.predictor)]
-    assert kinds == ["FoldedEncoder", "FoldedPredictor"]
+    assert kinds == ["InferenceEncoder", "InferencePredictor"]
     assert jepa.encoder.kernel_layers == ("conv1",)
     chosen, jepa = looked_up(run, monkeypatch, trial(OWN, 20.0), trial(Choice(cuda_graph=True), 4.0))
     assert chosen == Choice(cuda_graph=True)
@@ -258,7 +258,7 @@ def test_what_was_measured_takes_the_place_of_what_the_run_resolved(monkeypatch:
     assert evaluate.compute_as_measured(jepa, nothing_exact, device) is None
     assert type(jepa.encoder).__name__ == "FusedResNet5"
     assert evaluate.compute_as_measured(jepa, verdict, device) == OWN
-    assert type(jepa.encoder).__name__ == "FoldedEncoder"
+    assert type(jepa.encoder).__name__ == "InferenceEncoder"
     # Where kernels cannot run, the best of what needs none.
     monkeypatch.setattr("fastjepa.evaluate.unavailable_reason", lambda _: "no kernels here")
     assert evaluate.compute_as_measured(jepa, verdict, device) == Choice(cuda_graph=True)

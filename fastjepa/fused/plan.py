@@ -18,7 +18,7 @@ from fastjepa.calibration.choice import Choice
 from fastjepa.calibration.layers import LAYERS_OF
 from fastjepa.fused.autocast import InBf16
 from fastjepa.fused.decision import Decision
-from fastjepa.fused.folded_networks import FoldedEncoder, FoldedPredictor
+from fastjepa.fused.inference import InferenceEncoder, InferencePredictor
 from fastjepa.fused.losses import ClosedFormSquareLoss, ClosedFormVCLoss
 from fastjepa.fused.network_trial import example, network_trial_problem
 from fastjepa.fused.recognition import difference, encoder_problem, predictor_problem, unet_problem
@@ -105,11 +105,11 @@ def _fused(module: nn.Module, name: str, choice: Choice) -> Form:
 
 def _folded(module: nn.Module, name: str, choice: Choice) -> Form:
     """With BatchNorm folded into convolutions, of which our kernels run those that the choice names."""
-    kind: Any = {"encoder": FoldedEncoder, "predictor": FoldedPredictor}[name]
+    kind: Any = {"encoder": InferenceEncoder, "predictor": InferencePredictor}[name]
     ours = [layer for layer in LAYERS_OF[name] if f"{name}.{layer}" in choice.own_layers]
     left = [layer for layer in LAYERS_OF[name] if layer not in ours]
-    told = f"torch's convolutions run {', '.join(left) if ours else 'all its layers'}" if left else ""
-    return "folded", lambda dtype: kind.from_eager(module, dtype, ours if left else "all"), told
+    convolutions = "auto" if ours and left else "fused" if ours else "eager"
+    return "inference", lambda dtype: kind.from_eager(module, dtype, convolutions), f"convolutions={convolutions}"
 
 
 def in_bf16(part: Part) -> Part:
