@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.evaluation import settle
+from bench.folding import folded_batch_norm
 from bench.harness import suite
 from bench.harness.case import Case, Work
 from bench.harness.variants import Computation, Tensors, Variant, always, needs_cuda, needs_kernels
@@ -28,7 +29,6 @@ from bench.recipe import TINY, Recipe, arithmetic, build_model, count
 from bench.traffic import totals
 from bench.traffic import work as work_of_traffic
 from fastjepa.fused.inference import InferencePredictor
-from bench.folding import folded_batch_norm
 from fastjepa.graphs import GraphedRollout
 from fastjepa.model.context import CONTEXT
 from fastjepa.model.networks import StateOnlyPredictor

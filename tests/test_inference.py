@@ -1,4 +1,4 @@
-"""Folded networks against float64: whole, by torch's convolutions, and mixed; that weights are never stale; rollouts.
+"""Inference networks against float64, by kernels and by torch's convolutions; that weights are never stale; rollouts.
 
 In the interpreter a program costs milliseconds for each tap, so kernels run at few pixels, frames and steps there.
 """
@@ -13,17 +13,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from absence import python, without
+from bench.folding import folded_batch_norm
 from fastjepa import autotune
 from fastjepa.fused.autocast import InBf16
 from fastjepa.fused.inference import (
     InferenceEncoder,
     InferencePredictor,
     for_evaluation,
-    layers as inference_layers,
     run,
+)
+from fastjepa.fused.inference import (
+    layers as inference_layers,
 )
 from fastjepa.fused.inference.layers import unet_layers
 from fastjepa.fused.inference.networks import InferenceNetwork
@@ -43,7 +47,6 @@ from original import action_unet_jepa, original_jepa
 from tiny import tiny_batch, tiny_model
 
 D = 4
-SOME = ("conv1", "enc2.conv2", "up2", "dec1.conv2")  # with sources, strides and shortcuts of every kind, and the head
 PRECISIONS = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 
 
@@ -124,20 +127,18 @@ def test_an_encoder_by_torch(options: dict[str, Any], size: tuple[int, int], pre
 
 
 @pytest.mark.parametrize(
-    ("options", "size", "precision", "layers"),
+    ("options", "size", "precision"),
     [
-        ({}, (3, 5), "fp32", "all"),
-        ({}, (4, 8), "bf16", "all"),
-        ({"channels": 3, "s1": 2, "avg_pool": True}, (9, 7), "fp32", ("conv1", "layer1.conv1", "layer1.conv2")),
+        ({}, (3, 5), "fp32"),
+        ({}, (4, 8), "bf16"),
+        ({"channels": 3, "s1": 2, "avg_pool": True}, (5, 7), "fp32"),
     ],
 )
-def test_an_encoder_by_kernels(
-    options: dict[str, Any], size: tuple[int, int], precision: str, layers: Layers, device: str
-) -> None:
+def test_an_encoder_by_kernels(options: dict[str, Any], size: tuple[int, int], precision: str, device: str) -> None:
     network = an_encoder(**options).to(device)
     channels = options.get("channels", 1)
     x = torch.rand(1, channels, *size) if options.get("avg_pool") else torch.rand(1, channels, 1, *size)
-    folded = InferenceEncoder.from_eager(network, layers=layers)
+    folded = InferenceEncoder.from_eager(network, convolutions="fused")
     assert_as_exact_as_eager(folded, network, x.to(device), precision)
 
 
@@ -150,21 +151,18 @@ def test_a_predictor_by_torch(context: int, size: tuple[int, int], precision: st
     assert_as_exact_as_eager(folded, network, states_of(2, 5, size), precision)
 
 
-@pytest.mark.parametrize(
-    ("layers", "size", "precision"),
-    [("all", (5, 6), "fp32"), ("all", (4, 8), "bf16"), (SOME, (9, 10), "fp32"), (SOME, (8, 8), "bf16")],
-)
-def test_a_predictor_by_kernels(layers: Layers, size: tuple[int, int], precision: str, device: str) -> None:
+@pytest.mark.parametrize(("size", "precision"), [((5, 6), "fp32"), ((4, 8), "bf16")])
+def test_a_predictor_by_kernels(size: tuple[int, int], precision: str, device: str) -> None:
     network = a_predictor(8).to(device)
-    folded = InferencePredictor.from_eager(network, layers=layers)
+    folded = InferencePredictor.from_eager(network, convolutions="fused")
     assert_as_exact_as_eager(folded, network, states_of(1, 2, size).to(device), precision)
 
 
 @pytest.mark.parametrize("context", [1, 3])
 def test_other_contexts_by_kernels(context: int, device: str) -> None:
-    network = a_predictor(8, context).to(device)
-    folded = InferencePredictor.from_eager(network, layers=("conv1",))
-    assert_as_exact_as_eager(folded, network, states_of(1, context + 1).to(device), "fp32")
+    network = a_predictor(4, context).to(device)
+    folded = InferencePredictor.from_eager(network, convolutions="fused")
+    assert_as_exact_as_eager(folded, network, states_of(1, context, (4, 4)).to(device), "fp32")
 
 
 def test_biases_of_convolutions_and_norms_without_affine_are_folded() -> None:
@@ -194,10 +192,10 @@ def test_a_head_that_no_launch_can_hold_is_one_of_its_own(monkeypatch: pytest.Mo
 
 
 def test_the_head_of_its_own_by_kernels(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    network = a_predictor().to(device)
-    monkeypatch.setattr(inference_layers, "MOST_BEFORE_HEAD", 15)
-    folded = InferencePredictor.from_eager(network, layers=("head",))
-    assert_as_exact_as_eager(folded, network, states_of().to(device), "fp32")
+    network = a_predictor(4).to(device)
+    monkeypatch.setattr(inference_layers, "MOST_BEFORE_HEAD", 3)
+    folded = InferencePredictor.from_eager(network, convolutions="fused")
+    assert_as_exact_as_eager(folded, network, states_of(size=(4, 4)).to(device), "fp32")
 
 
 def test_the_networks_of_the_original() -> None:
@@ -291,14 +289,16 @@ def test_a_rollout_of_fifty_steps(
     predictor, states = predictor.to(device), states.to(device)
     with autocast(precision, device):
         eager = literal(predictor if precision == "fp32" else folded_batch_norm(predictor), states, 50)
-        actual = InferencePredictor.from_eager(predictor, layers="all" if by_kernels else ()).roll_out(states, 50)
+        actual = InferencePredictor.from_eager(predictor, convolutions="fused" if by_kernels else "eager").roll_out(
+            states, 50
+        )
     assert actual.dtype == states.dtype
     assert torch.equal(actual[:, :, :2], states)
     assert_exact(actual, eager, truth.to(device), precision)
 
 
 def test_a_rollout_by_kernels_is_the_steps_one_after_another_and_has_the_same_bits_twice(device: str) -> None:
-    folded = InferencePredictor.from_eager(a_predictor(4).to(device), torch.bfloat16)
+    folded = InferencePredictor.from_eager(a_predictor(4).to(device), torch.bfloat16, convolutions="fused")
     states = states_of(frames=3, size=(4, 4)).to(device)
     found = folded.roll_out(states, 1)
     assert torch.equal(found, literal(folded, states, 1))
@@ -326,7 +326,7 @@ def test_a_step_is_eighteen_launches_and_nothing_else(
 
     monkeypatch.setattr(op, "launch", lambda *_: None)  # what they compute is seen elsewhere
     predictor = a_predictor(4).to(device)
-    folded = InferencePredictor.from_eager(predictor)
+    folded = InferencePredictor.from_eager(predictor, convolutions="fused")
     states = states_of(1, 3, size).to(device)
     with torch.no_grad(), Operators() as once:
         folded.roll_out(states, 1)  # weights are folded, memory is made
@@ -353,7 +353,7 @@ def test_in_inference_mode_and_outside_the_memory_is_the_same(device: str, monke
 
     written: list[set[int]] = []
     monkeypatch.setattr(op, "launch", lambda operands, _: written[-1].add(operands.out.data_ptr()))
-    folded = InferencePredictor.from_eager(a_predictor(4).to(device))
+    folded = InferencePredictor.from_eager(a_predictor(4).to(device), convolutions="fused")
     states, out = states_of().to(device), states_of(frames=4).to(device)
     for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
         written.append(set())
@@ -368,7 +368,7 @@ def test_an_image_of_one_channel_is_read_where_it_lies(device: str, monkeypatch:
 
     read = []
     monkeypatch.setattr(op, "launch", lambda operands, _: read.append(operands.x))
-    folded = InferenceEncoder.from_eager(an_encoder(8).to(device), torch.bfloat16)
+    folded = InferenceEncoder.from_eager(an_encoder(8).to(device), torch.bfloat16, convolutions="fused")
     video = torch.rand(2, 1, 3, 8, 8).to(device)
     with torch.no_grad():
         folded(video)
@@ -457,9 +457,9 @@ def test_everything_is_shared_with_the_module_that_was_replaced() -> None:
             assert mine is theirs
         assert dict(folded.named_buffers()).keys() == dict(network.named_buffers()).keys()
         assert len(list(folded.parameters())) == len(list(network.parameters()))
-        assert folded.is_folded
+        assert folded.is_inference
         assert not hasattr(folded, "is_fused")
-        assert folded_batch_norm(folded) is folded
+        assert for_evaluation(folded, "encoder") is folded
         for training in (False, True):
             assert folded.train(training).source is network  # type: ignore[comparison-overlap]
             assert network.training is training
@@ -565,6 +565,93 @@ def test_results_are_memory_of_their_own_and_sizes_take_turns() -> None:
     with torch.no_grad():
         assert torch.equal(fresh(inputs[1]), inside)  # memory that was made there is no trap
         fresh.refresh()
+
+
+# ---- what is registered later ----
+
+
+def _hook(network: nn.Module) -> Callable[[], None]:
+    conv = next(m for m in network.modules() if isinstance(m, nn.Conv2d))
+    return conv.register_forward_hook(lambda module, inputs, out: 2 * out).remove
+
+
+def _pre_hook_of_the_network(network: nn.Module) -> Callable[[], None]:
+    return network.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0], *inputs[1:])).remove
+
+
+def _hook_of_all(network: nn.Module) -> Callable[[], None]:
+    double = lambda module, inputs, out: 2 * out if isinstance(module, nn.ConvTranspose2d | nn.BatchNorm2d) else None  # noqa: E731
+    return nn.modules.module.register_module_forward_hook(double).remove
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def _parametrization(network: nn.Module) -> Callable[[], None]:
+    conv = next(m for m in network.modules() if isinstance(m, nn.Conv2d))
+    parametrize.register_parametrization(conv, "weight", Doubled())
+    return lambda: parametrize.remove_parametrizations(conv, "weight", leave_parametrized=False)  # type: ignore[return-value]
+
+
+def _forward_of_its_own(network: nn.Module) -> Callable[[], None]:
+    conv: Any = next(m for m in network.modules() if isinstance(m, nn.Conv2d))
+    conv.forward = lambda x: 2 * type(conv).forward(conv, x)
+    return lambda: delattr(conv, "forward")
+
+
+@pytest.mark.parametrize(
+    "register", [_hook, _pre_hook_of_the_network, _hook_of_all, _parametrization, _forward_of_its_own]
+)
+def test_what_is_registered_on_a_module_later_runs(register: Callable[[nn.Module], Callable[[], None]]) -> None:
+    """The network that was given runs then, and the launches again once that is gone."""
+    for folded, network, x in folded_pair():
+        rollout = GraphedRollout(folded, 2) if isinstance(folded, InferencePredictor) else None
+        with torch.no_grad():
+            before, plain = folded(x), network(x)
+            rolled_out = rollout(x) if rollout else None
+            remove = register(network)
+            expected = network(x)
+            assert not torch.allclose(expected, plain)
+            assert torch.equal(folded(x), expected)
+            if isinstance(folded, InferencePredictor) and rollout:
+                assert torch.equal(folded.roll_out(x, 2), literal(network, x, 2))
+                if register is not _pre_hook_of_the_network:  # a rollout calls its network
+                    wanted = literal(network, x[:, :, -2:], 2)
+                    torch.testing.assert_close(rollout(x), wanted, rtol=1e-5, atol=1e-6)
+            remove()
+            assert torch.equal(folded(x), before)
+            assert rollout is None or torch.equal(rollout(x), rolled_out)  # type: ignore[arg-type]
+
+
+def test_auto_takes_what_is_fastest(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastjepa.kernels.convolution.op as op
+
+    launched: list[Any] = []
+    monkeypatch.setattr(op, "launch", lambda operands, _: launched.append(operands.layer))
+    asked: list[tuple[str, list[str]]] = []
+
+    def last(key: str, candidates: Any, device: torch.device) -> str:
+        for candidate in candidates.values():
+            candidate()
+        asked.append((key, list(candidates)))
+        return list(candidates)[-1]
+
+    network, states = a_predictor(4).to(device), states_of(size=(4, 4)).to(device)
+    folded = InferencePredictor.from_eager(network)
+    with torch.no_grad():
+        expected = InferencePredictor.from_eager(network, convolutions="eager")(states)
+        monkeypatch.setattr(autotune, "fastest", lambda key, candidates, device: next(iter(candidates)))
+        assert torch.equal(folded(states), expected)
+        assert launched == []
+        monkeypatch.setattr(autotune, "fastest", last)
+        folded(states)
+        assert len(launched) == 2 * 18  # a candidate, and the call
+        assert asked == [("InferencePredictor 4 1x4x4 torch.float32", ["eager", "fused"])]
+        wide = InferencePredictor.from_eager(StateOnlyPredictor(ResUNet(2 * D, 80, D)).to(device).eval())
+        wide(states)
+        assert len(asked) == 1  # there is no choice
 
 
 # ---- weights are never stale ----
@@ -692,12 +779,12 @@ def test_weights_are_folded_where_they_were() -> None:
     folded, network, x = folded_pair()[1]
     with torch.no_grad():
         folded(x)
-        weights = folded._folding()._weights[torch.float32].of
-        addresses = [w.weight.data_ptr() for w in weights.values()]
+        weights = folded._folded().weights[torch.float32, False].of
+        addresses = [w["weight"].data_ptr() for w in weights.values()]  # type: ignore[union-attr]
         network.predictor.conv1.weight.mul_(2)  # type: ignore[union-attr, operator]
         folded(x)
-    assert folded._folding()._weights[torch.float32].of is weights
-    assert [w.weight.data_ptr() for w in weights.values()] == addresses
+    assert folded._folded().weights[torch.float32, False].of is weights
+    assert [w["weight"].data_ptr() for w in weights.values()] == addresses  # type: ignore[union-attr]
 
 
 def test_the_statistics_of_fused_networks_are_seen(device: str) -> None:
@@ -759,7 +846,9 @@ def test_a_recorded_rollout_of_a_folded_predictor(device: str) -> None:
     """By torch on a CPU, by kernels on a GPU."""
     jepa = trained_jepa(device)
     plain: Any = jepa.predictor.eval()
-    jepa.predictor = folded = InferencePredictor.from_eager(plain, layers="all" if device == "cuda" else ())
+    jepa.predictor = folded = InferencePredictor.from_eager(
+        plain, convolutions="fused" if device == "cuda" else "eager"
+    )
     states = states_of(2, 4, (9, 7)).to(device)
     rollout = GraphedRollout(jepa, 3)
     with torch.no_grad():
@@ -806,17 +895,18 @@ def test_a_recorded_rollout_keeps_the_dtype_of_the_states() -> None:
             assert torch.equal(tail, wanted.float())
 
 
-def test_convolutions_of_kernels_are_served(device: str) -> None:
+def test_a_recorded_rollout_by_kernels(device: str) -> None:
     predictor = a_predictor(4).to(device)
     states = states_of(size=(4, 4)).to(device)
     rollout = GraphedRollout(predictor, 1, fold_batch_norm=True, convolutions="fused")
     assert rollout.predictor is predictor
-    assert torch.equal(rollout(states), InferencePredictor.from_eager(predictor).roll_out(states, 1))
-    without_kernels, with_some = (InferencePredictor.from_eager(predictor, layers=names) for names in ((), SOME))
-    for given, launches in ((without_kernels, 18), (with_some, len(SOME))):
-        served = GraphedRollout(given, 1, fold_batch_norm=True, convolutions="fused")._ours
-        assert served is not None
-        assert len(served.kernel_layers) == launches
+    assert torch.equal(
+        rollout(states), InferencePredictor.from_eager(predictor, convolutions="fused").roll_out(states, 1)
+    )
+    given = InferencePredictor.from_eager(predictor, convolutions="eager")
+    made = GraphedRollout(given, 1, fold_batch_norm=True, convolutions="fused")._inference
+    assert made is not None
+    assert made.convolutions == "fused"
 
 
 def test_convolutions_of_kernels_see_what_changes(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -837,21 +927,18 @@ def test_convolutions_of_kernels_see_what_changes(device: str, monkeypatch: pyte
             predictor.predictor = a_predictor(4, seed=5).to(device).predictor
 
 
-def test_convolutions_of_torch_are_those_of_the_folded_copy() -> None:
+def test_a_recorded_rollout_by_torch() -> None:
     predictor = a_predictor(8)
     states = states_of(2, 3)
     expected = GraphedRollout(predictor, 2, fold_batch_norm=True)(states)
-    folded = InferencePredictor.from_eager(predictor, convolutions="eager")
-    rollout = GraphedRollout(folded, 2, fold_batch_norm=True, convolutions="eager")
-    assert torch.equal(rollout(states), expected)
+    assert torch.equal(expected, InferencePredictor.from_eager(predictor).roll_out(states[:, :, -2:], 2))
+    for asked in ("auto", "eager"):
+        given = InferencePredictor.from_eager(predictor, convolutions=asked)  # type: ignore[arg-type]
+        rollout = GraphedRollout(given, 2, fold_batch_norm=True, convolutions="eager")
+        assert torch.equal(rollout(states), expected)
     with torch.no_grad():
         predictor.predictor.head.weight.mul_(2)
-    assert torch.equal(rollout(states), expected)  # as ever: the copy follows on refresh()
-    rollout.refresh()
     assert not torch.equal(rollout(states), expected)
-    own = InferencePredictor.from_eager(predictor, torch.bfloat16, convolutions="eager")
-    wanted = GraphedRollout(predictor, 2, autocast_dtype=torch.bfloat16)(states)
-    assert torch.equal(GraphedRollout(own, 2, convolutions="eager")(states), wanted)
 
 
 def test_a_rollout_that_cannot_have_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -860,7 +947,7 @@ def test_a_rollout_that_cannot_have_kernels_is_refused(monkeypatch: pytest.Monke
         GraphedRollout(predictor, convolutions="cudnn")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="give fold_batch_norm=True"):
         GraphedRollout(predictor, convolutions="fused")
-    with pytest.raises(ValueError, match="cannot be served: it has the published names but"):
+    with pytest.raises(ValueError, match="is not supported here: it has the published names but"):
         GraphedRollout(action_unet_jepa().predictor, fold_batch_norm=True, convolutions="fused")
     monkeypatch.setattr("fastjepa.kernels.checks.unavailable_reason", lambda _: "there are none today")
     with pytest.raises(RuntimeError, match="convolution: there are none today"):
@@ -884,7 +971,6 @@ def test_launches_have_the_names_of_the_recipe() -> None:
     predictor = InferencePredictor.from_eager(StateOnlyPredictor(ResUNet(32, 32, 16)).eval(), convolutions="eager")
     assert list(encoder.layer_names) == list(layers_of_recipe(1))
     assert list(predictor.layer_names) == list(predictor_layers(1))
-    assert encoder.kernel_layers == predictor.kernel_layers == ()
 
 
 def test_launches_are_those_of_the_recipe(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -893,8 +979,10 @@ def test_launches_are_those_of_the_recipe(device: str, monkeypatch: pytest.Monke
 
     launched: list[Any] = []
     monkeypatch.setattr(op, "launch", lambda operands, _: launched.append(operands.layer))
-    encoder = InferenceEncoder.from_eager(ResNet5(1, 32, 16).eval().to(device), torch.bfloat16)
-    predictor = InferencePredictor.from_eager(StateOnlyPredictor(ResUNet(32, 32, 16)).eval().to(device), torch.bfloat16)
+    encoder = InferenceEncoder.from_eager(ResNet5(1, 32, 16).eval().to(device), torch.bfloat16, "fused")
+    predictor = InferencePredictor.from_eager(
+        StateOnlyPredictor(ResUNet(32, 32, 16)).eval().to(device), torch.bfloat16, "fused"
+    )
     with torch.no_grad():
         encoder(torch.rand(3, 1, 64, 64).to(device))
         predictor(torch.rand(2, 16, 2, 64, 64).to(device))
@@ -908,7 +996,7 @@ def test_fp32_is_multiplied_in_tf32_where_torch_would(allowed: bool, monkeypatch
 
     launched: list[str] = []
     monkeypatch.setattr(op, "launch", lambda operands, _: launched.append(operands.layer.precision))
-    folded = InferencePredictor.from_eager(a_predictor(4).cuda())
+    folded = InferencePredictor.from_eager(a_predictor(4).cuda(), convolutions="fused")
     torch.backends.cudnn.allow_tf32 = allowed  # put back by the fixture `exact_arithmetic`
     folded.roll_out(states_of().cuda(), 1)
     assert launched == ["tf32" if allowed else "fp32"] * 18
@@ -958,7 +1046,7 @@ plain = jepa.encoder, jepa.predictor
 jepa.encoder = InferenceEncoder.from_eager(jepa.encoder, convolutions="eager")
 jepa.predictor = InferencePredictor.from_eager(jepa.predictor, convolutions="eager")
 torch.testing.assert_close(jepa.rollout(video, 2), expected, rtol=1e-4, atol=1e-5)
-for make in (lambda: InferenceEncoder.from_eager(plain[0]),
+for make in (lambda: InferenceEncoder.from_eager(plain[0], convolutions="fused"),
              lambda: fastjepa.graphs.GraphedRollout(plain[1], fold_batch_norm=True, convolutions="fused")):
     try:
         make()
@@ -1007,13 +1095,12 @@ def _with_another(**options: Any) -> nn.Module:
             "autocast_dtype is torch.float64",
         ),
         (
-            lambda: InferenceEncoder.from_eager(an_encoder(8), layers=("conv1", "up9", "bott")),
+            lambda: InferenceEncoder.from_eager(an_encoder(8), convolutions="cudnn"),  # type: ignore[arg-type]
             ValueError,
-            "layers names no launch: up9, bott; there are conv1, layer1.conv1",
+            "convolutions must be one of auto, fused, eager; got 'cudnn'",
         ),
-        (lambda: InferenceEncoder.from_eager(an_encoder(8), layers="most"), ValueError, "names no launch: most"),
         (
-            lambda: InferencePredictor.from_eager(StateOnlyPredictor(ResUNet(2 * D, 80, D))),
+            lambda: InferencePredictor.from_eager(StateOnlyPredictor(ResUNet(2 * D, 80, D)), convolutions="fused"),
             ValueError,
             "bott.conv1 has maps of 640 channels; kernels take up to 512",
         ),
@@ -1031,9 +1118,9 @@ def test_what_cannot_be_folded_is_refused(make: Any, error: type[Exception], mes
 
 def test_kernels_that_cannot_run_are_refused_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastjepa.kernels.checks.unavailable_reason", lambda _: "there are none today")
-    for layers in ("all", ("conv1",)):
-        with pytest.raises(RuntimeError, match="convolution: there are none today"):
-            InferenceEncoder.from_eager(an_encoder(8), layers=layers)
+    with pytest.raises(RuntimeError, match="convolution: there are none today"):
+        InferenceEncoder.from_eager(an_encoder(8), convolutions="fused")
+    InferenceEncoder.from_eager(an_encoder(8))
     InferenceEncoder.from_eager(an_encoder(8), convolutions="eager")
 
 

@@ -36,7 +36,7 @@ ROOMS: dict[str, set[str]] = {
     "entry": {"optional_packages", "refusal"},
     "moving_mnist": {"files", "optional_packages"},
     "calibration": {"files", "measuring", "config", "environment", "storage"},
-    "fused": {"kernels", "profiling", "distributed", "model", "calibration"},
+    "fused": {"autotune", "kernels", "profiling", "distributed", "model", "calibration"},
     "graphs": {"kernels", "profiling", "model", "moving_mnist", "fused"},
     "verification_result": {"measuring"},
     "verification": {"verification_result", "measuring", "calibration", "fused"},

@@ -23,7 +23,7 @@ from fastjepa.fused.inference.run import Run
 from fastjepa.fused.inference.weights import Weights
 from fastjepa.fused.network_trial import network_trial_problem
 from fastjepa.fused.recognition import encoder_problem, predictor_problem, require
-from fastjepa.kernels.checks import unavailable_reason
+from fastjepa.kernels import checks
 from fastjepa.model.autoregressive import parallel_tails, roll_out_plainly
 from fastjepa.model.networks import ResNet5, ResUNet, StateOnlyPredictor, per_frame, pooled, require_frames
 from fastjepa.profiling import span
@@ -121,7 +121,7 @@ class InferenceNetwork(nn.Module):
     def kernels_problem(self) -> str | None:
         """Why kernels cannot run its convolutions on the device of its weights; None if they can."""
         first, folded = self._first.conv, self._folded()
-        if (problem := unavailable_reason(first.weight.device)) is not None:
+        if (problem := checks.unavailable_reason(first.weight.device)) is not None:
             return problem
         from fastjepa.kernels.convolution.op import architecture  # only here: it needs Triton
 
