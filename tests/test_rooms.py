@@ -36,6 +36,7 @@ ROOMS: dict[str, set[str]] = {
     "entry": {"optional_packages", "refusal"},
     "moving_mnist": {"files", "optional_packages"},
     "calibration": {"files", "measuring", "config", "environment", "storage"},
+    "autotune": set(),
     "fused": {"autotune", "kernels", "profiling", "distributed", "model", "calibration"},
     "graphs": {"kernels", "profiling", "model", "moving_mnist", "fused"},
     "verification_result": {"measuring"},

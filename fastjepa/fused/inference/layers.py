@@ -140,7 +140,7 @@ def _layer(name: str, conv: Any, norm: Any, sources: tuple[str, ...], strides: t
 def _check_convolution(name: str, conv: Any, kind: type[nn.Module], kernel_size: int, strides: tuple[int, ...]) -> None:
     if type(conv) is not kind or conv.padding_mode != "zeros":
         raise ValueError(f"{name} is not a plain {kind.__name__}, but {conv}")
-    padding, stride = int(kernel_size == 3), conv.stride[0]
+    padding, stride = int(kernel_size == 3), conv.stride[0]  # type: ignore[index]
     found = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.output_padding)
     if stride not in strides or found != ((kernel_size,) * 2, (stride,) * 2, (padding,) * 2, (1, 1), 1, (0, 0)):
         raise ValueError(

@@ -480,7 +480,7 @@ def for_evaluation(module: nn.Module, name: Literal["encoder", "predictor"]) -> 
         return module
     kind: Any = InferenceEncoder if name == "encoder" else InferencePredictor
     try:
-        return module if inference_problem(module, name) else kind.from_eager(module, convolutions="eager")  # type: ignore[no-any-return]
+        return module if inference_problem(module, name) else kind.from_eager(module, convolutions="eager")
     except ValueError:  # it cannot be folded
         return module
 

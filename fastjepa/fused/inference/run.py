@@ -137,7 +137,7 @@ def _by_kernel(layer: Layer, weights: LayerWeights, maps: dict[str, Sources], ou
     sources, weight, bias = _of(layer.sources, maps), weights["weight"], weights["bias"]
     assert weight is not None
     if layer.is_transposed:
-        fused.transposed_convolution(*sources, weight, bias, tf32=tf32, out=out)
+        fused.transposed_convolution(sources[0], weight, bias, tf32=tf32, out=out)
         return
     head: Any = None if weights["head"] is None else (weights["head"], weights["head_bias"])
     fused.convolution(
