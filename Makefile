@@ -41,7 +41,7 @@ audit: setup
 COMPAT ?= 2.11-3.6 2.15-3.9
 # The kernels' ops, torch.compile and torch.export, CUDA graphs, and what is told of the versions.
 COMPAT_TESTS := $(wildcard $(patsubst %,tests/test_%*.py, \
-	audit batch_norm compile convolution export folded_networks frame_windows fused_networks graph joining launch moments projected_losses \
+	audit batch_norm compile convolution export frame_windows fused_networks graph inference joining launch moments projected_losses \
 	recompute shared_parameters step_memory symbolic_sizes tf32 traffic))
 
 # Those tests and the audit with each pair, in environments of some gigabytes each under .compat/.

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from bench.evaluation import settle
+from bench.folding import folded_batch_norm
 from bench.harness import suite
 from bench.harness.case import Case, Work
 from bench.harness.variants import Computation, Tensors, Variant, always, needs_cuda, needs_kernels
 from bench.recipe import TINY, Recipe, arithmetic, build_model, count
 from bench.traffic import totals
 from bench.traffic import work as work_of_traffic
-from fastjepa.fused.folded_networks import FoldedPredictor
-from fastjepa.fused.folding import folded_batch_norm
+from fastjepa.fused.inference import InferencePredictor
 from fastjepa.graphs import GraphedRollout
 from fastjepa.model.context import CONTEXT
 from fastjepa.model.networks import StateOnlyPredictor
@@ -91,14 +91,14 @@ class Rollout:
         self.predictor = make_predictor(recipe, way, device, dtype)
         self.predict = self._compiled() if way.compile else self._predict
         self.graphed: GraphedRollout | None = None
-        self.folded: FoldedPredictor | None = None
+        self.folded: InferencePredictor | None = None
         half = torch.bfloat16 if way.bf16 else None
         if way.own_convolutions and way.graph:
             self.graphed = GraphedRollout(
                 self.predictor, steps, autocast_dtype=half, fold_batch_norm=True, convolutions="fused"
             )
         elif way.own_convolutions:
-            self.folded = FoldedPredictor.from_eager(self.predictor, half)
+            self.folded = InferencePredictor.from_eager(self.predictor, half, "fused")
         elif way.graph:
             self.graphed = GraphedRollout(self.predictor, steps)
 

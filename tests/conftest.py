@@ -124,7 +124,7 @@ def pytest_runtest_call() -> Generator[None, object, object]:
 _KERNELS = ("batch_norm", "convolution", "moments", "projected_losses", "launch")
 _GRAPHS = ("graphs", "graphed_rollout", "graphed_train_step", "graphed_training")
 _MODELS = (
-    "fused_networks", "folded_networks", "accelerate", "golden", "recompute", "memory", "step_memory", "convergence",
+    "fused_networks", "inference", "accelerate", "golden", "recompute", "memory", "step_memory", "convergence",
     "evaluation",
 )  # fmt: skip
 

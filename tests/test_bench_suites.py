@@ -386,7 +386,7 @@ def test_convolution_refuses_no_clips(capsys: pytest.CaptureFixture[str]) -> Non
     [
         ("each thing once", ("ResNet5", "StateOnlyPredictor")),
         ("fused bf16", ("FusedResNet5", "FusedStateOnlyPredictor")),
-        ("folded convolutions bf16", ("FoldedEncoder", "FoldedPredictor")),
+        ("folded convolutions bf16", ("InferenceEncoder", "InferencePredictor")),
     ],
 )
 def test_an_evaluation_has_the_networks_of_its_name(variant: str, networks: tuple[str, str], device: str) -> None:

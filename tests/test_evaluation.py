@@ -4,9 +4,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
-from fastjepa.fused.folded_module import Layers
-from fastjepa.fused.folded_networks import FoldedEncoder, FoldedPredictor
-from fastjepa.fused.folding import folded_batch_norm
+from fastjepa.fused.inference import Convolutions, InferenceEncoder, InferencePredictor, for_evaluation
 from fastjepa.fused.swap import accelerate
 from fastjepa.graphs import GraphedRollout
 from fastjepa.model.jepa import JEPA
@@ -80,11 +78,12 @@ def test_folding_keeps_the_numbers() -> None:
     jepa, _, _ = trained()
     video = tiny_batch()[0].double()
     with eval_mode(jepa):
-        for network, x in ((jepa.encoder, video), (jepa.predictor, jepa.encode(video))):
-            folded = folded_batch_norm(network)
-            assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
+        inputs = {"encoder": video, "predictor": jepa.encode(video)}
+        for name, x in inputs.items():
+            network = jepa.get_submodule(name)
+            folded = for_evaluation(network, name)  # type: ignore[arg-type]
+            assert folded.folds_now()  # type: ignore[operator]
             torch.testing.assert_close(folded(x), network(x), rtol=1e-12, atol=1e-12)
-            assert any(isinstance(m, torch.nn.BatchNorm2d) for m in network.modules())
 
 
 def test_deduplicated_evaluation_equals_original() -> None:
@@ -127,7 +126,7 @@ def test_a_rollout_in_one_launch_gives_the_same_numbers(
     jepa, decoder, head = (module.to(device) for module in trained(torch.float32))
     data = clips(5).to(device)
     if not fold:
-        monkeypatch.setattr(evaluation, "folded_batch_norm", lambda network: network)
+        monkeypatch.setattr(evaluation, "for_evaluation", lambda network, _: network)
     rollout = GraphedRollout(jepa, fold_batch_norm=fold)
     before = None
     for _ in range(2):
@@ -200,13 +199,13 @@ def test_a_fused_model_evaluates_the_same(device: str) -> None:
     assert found.det_loss == pytest.approx(expected.det_loss, rel=1e-5)
 
 
-# ---- folded networks ----
+# ---- inference networks ----
 
 
-def fold(jepa: JEPA, autocast_dtype: torch.dtype | None, layers: Layers = ()) -> JEPA:
+def fold(jepa: JEPA, autocast_dtype: torch.dtype | None, convolutions: Convolutions = "eager") -> JEPA:
     """With folded networks in the places of the plain ones."""
-    of_encoder = FoldedEncoder.from_eager(jepa.encoder, autocast_dtype, layers)
-    of_predictor = FoldedPredictor.from_eager(jepa.predictor, autocast_dtype, layers)
+    of_encoder = InferenceEncoder.from_eager(jepa.encoder, autocast_dtype, convolutions)
+    of_predictor = InferencePredictor.from_eager(jepa.predictor, autocast_dtype, convolutions)
     return JEPA(of_encoder, of_encoder, of_predictor, jepa.regularizer, jepa.predcost)
 
 
@@ -238,7 +237,7 @@ def test_a_model_folded_into_kernels_evaluates_the_same(device: str) -> None:
     jepa, decoder, head = (module.to(device) for module in trained(torch.float32))
     data = clips(2, frames=4, size=8).to(device)
     expected = evaluate(jepa, decoder, head, data, 2)
-    found = evaluate(fold(jepa, None, "all"), decoder, head, data, 2)  # type: ignore[arg-type]
+    found = evaluate(fold(jepa, None, "fused"), decoder, head, data, 2)
     assert found.ap == pytest.approx(expected.ap, rel=1e-3)
     assert found.det_loss == pytest.approx(expected.det_loss, rel=1e-5)
 
@@ -247,7 +246,7 @@ def test_a_folded_model_is_not_folded_again(monkeypatch: pytest.MonkeyPatch) -> 
     jepa, decoder, head = trained(torch.float32)
     folded = fold(jepa, None)
     calls = []
-    for kind, name in ((FoldedEncoder, "forward"), (FoldedPredictor, "tails")):
+    for kind, name in ((InferenceEncoder, "forward"), (InferencePredictor, "tails")):
         method = getattr(kind, name)
         monkeypatch.setattr(kind, name, lambda *args, m=method, n=name: calls.append(n) or m(*args))
     evaluate(folded, decoder, head, clips(2), 2)

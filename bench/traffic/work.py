@@ -18,7 +18,7 @@ from bench.step_memory import fake_tensors
 from bench.traffic.counting import Event, TrafficCounter
 from bench.traffic.parts import part_of
 from fastjepa.eb_jepa import OriginalStep
-from fastjepa.fused.folding import folded_batch_norm
+from fastjepa.fused.inference import Convolutions, InferenceEncoder, InferencePredictor
 from fastjepa.model.context import CONTEXT
 from fastjepa.model.jepa import JEPA, build_jepa
 from fastjepa.model.losses import ProjectionPath
@@ -71,14 +71,11 @@ def build_model(recipe: Recipe, way: Way) -> Model:
 
         jepa.encoder = FusedResNet5.from_eager(jepa.encoder, recompute=way.recompute)
         jepa.predictor = FusedStateOnlyPredictor.from_eager(jepa.predictor, recompute=way.recompute)
-    if way.own_convolutions:
-        from fastjepa.fused.folded_networks import FoldedEncoder, FoldedPredictor
-
+    if way.own_convolutions or way.folded:
         with fake_tensors(beside_real_ones=True):  # in which kernels are let through
-            jepa.encoder = FoldedEncoder.from_eager(jepa.encoder)
-            jepa.predictor = FoldedPredictor.from_eager(jepa.predictor)
-    if way.folded:
-        jepa.encoder, jepa.predictor = (folded_batch_norm(network.eval()) for network in (jepa.encoder, jepa.predictor))
+            convolutions: Convolutions = "fused" if way.own_convolutions else "eager"
+            jepa.encoder = InferenceEncoder.from_eager(jepa.encoder, convolutions=convolutions)
+            jepa.predictor = InferencePredictor.from_eager(jepa.predictor, convolutions=convolutions)
     return jepa, *build_probes(dobs=1, dstc=recipe.dstc)
 
 
@@ -137,10 +134,10 @@ def evaluation(recipe: Recipe, way: Way) -> list[Event]:
     with fake_tensors(beside_real_ones=True):
         video = torch.empty(recipe.batch, recipe.frames, recipe.pixels, recipe.pixels, dtype=torch.uint8)
         maps = torch.empty(recipe.batch, recipe.frames, DetHead.CELLS, DetHead.CELLS, dtype=torch.uint8)
-        is_folded = patch.object(training_evaluation, "folded_batch_norm", lambda network: network)
+        is_folded = patch.object(training_evaluation, "for_evaluation", lambda network, _: network)
         no_ranking = patch.object(training_evaluation, "average_precision", lambda p, _: p.new_empty(()))
         with is_folded, no_ranking:
-            if way.own_convolutions:  # the first one folds
+            if way.own_convolutions or folds:  # the first one folds
                 _evaluate(model, ClipSet(video, maps), recipe, way)
             with TrafficCounter(part_of) as counter:
                 _evaluate(model, ClipSet(video, maps), recipe, way)

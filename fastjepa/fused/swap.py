@@ -17,7 +17,7 @@ from torch import nn
 from fastjepa.execution import ExecutionConfig, ambient_precision
 from fastjepa.fused.auto import Backend, auto_problem, widths_of
 from fastjepa.fused.autocast import InBf16
-from fastjepa.fused.folded_networks import FoldedEncoder, FoldedPredictor
+from fastjepa.fused.inference import InferenceEncoder, InferencePredictor
 from fastjepa.fused.losses import ClosedFormSquareLoss, ClosedFormVCLoss
 from fastjepa.fused.match import (
     difference,
@@ -257,8 +257,8 @@ def _inference_form(
     exact_kernels: bool, module: nn.Module, name: str
 ) -> tuple[str, Callable[[torch.dtype | None], nn.Module]]:
     """BatchNorm folded into convolutions: our kernels, or, unless they were asked for, whichever are faster."""
-    kind: Any = {"encoder": FoldedEncoder, "predictor": FoldedPredictor}[name]
-    return "inference", lambda dtype: kind.from_eager(module, dtype, "all" if exact_kernels else ())
+    kind: Any = {"encoder": InferenceEncoder, "predictor": InferencePredictor}[name]
+    return "inference", lambda dtype: kind.from_eager(module, dtype, "fused" if exact_kernels else "auto")
 
 
 def _network(module: nn.Module, name: str, problem_of: Callable[[nn.Module], str | None], form: Form) -> Part:

@@ -1,28 +1,27 @@
-"""Rollouts in one launch: every step writes its prediction into the inputs of the steps that read it.
+"""Rollouts in one launch: every step writes its prediction where the next step reads it.
 
-Shapes: states (B, D, T, H, W); context c, the number of states that predict the next one (2 as published). A *window*
-is c consecutive states side by side in the channels, (B, c·D, H, W): what the predictor's network reads.
+Shapes: states (B, D, T, H, W); context c, the number of states that predict the next one (2 as published). *Frames* are
+states one after another, (T, B, D, H, W), each in the layout that the network computes in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fastjepa.fused.folded_networks import FoldedPredictor
-from fastjepa.fused.folding import folded_batch_norm
-from fastjepa.fused.match import network_trial_problem, predictor_problem
+from fastjepa.fused.inference import Convolutions, InferencePredictor, for_evaluation
+from fastjepa.fused.inference.networks import as_states, inference_problem, new_frames
 from fastjepa.graphs.cache import MAX_RECORDINGS, RecordingCache, Watch
 from fastjepa.graphs.capture import Recording
-from fastjepa.graphs.folded_rollout import RecordedFolded, RecordedFoldedRollout, RecordedFoldedTails
 from fastjepa.kernels.checks import FLOAT_DTYPES, check_tensor
 from fastjepa.model.jepa import eval_mode
-from fastjepa.model.networks import ResUNet, StateOnlyPredictor
 from fastjepa.profiling import span
 
-Convolutions = Literal["auto", "fused", "eager"]
+_NewFrames = Callable[[int], Tensor]
 
 
 class GraphedRollout:
@@ -36,18 +35,17 @@ class GraphedRollout:
         predictor_or_jepa: a `StateOnlyPredictor`, or anything with one as `predictor`.
         steps: how many frames `__call__` predicts unless told otherwise.
         autocast_dtype: torch.bfloat16 runs the network in bf16 autocast; states keep their dtype.
-        fold_batch_norm: run a copy of the network with BatchNorm folded into the convolutions. Faster; but the copy
-            sees weights changed in place only after `refresh()`.
-        convolutions: what a folded network convolves with. "fused": kernels that do everything around a convolution in
-            its launch, for a predictor of the published structure; weights changed in place count from the next call
-            on, without `refresh()`. "eager": torch's own. "auto": kernels where the predictor is a `FoldedPredictor`,
-            as `accelerate` makes one where it is faster; no kernels otherwise.
+        fold_batch_norm: run a predictor of the published structure as an `InferencePredictor`, with BatchNorm folded
+            into the convolutions: faster. One that is of another structure, or fused, or has hooks runs as it is. A
+            predictor that is an `InferencePredictor` already runs as one either way.
+        convolutions: "fused" (Triton kernels) or "eager" (torch's); "auto": as an `InferencePredictor` that is given
+            says, as `accelerate` makes one, and torch's in one that is made here.
         warmup_runs, pool: see `fastjepa.graphs.capture.Recording`.
         max_recordings: how many signatures are kept; the least recently used goes first.
 
     Raises:
-        ValueError: no predictor, or `steps` < 1; another `convolutions`; "fused" without `fold_batch_norm`, or for a
-            predictor that is not of the published structure, or computes something else.
+        ValueError: no predictor, or `steps` < 1; another `convolutions`; "fused" or "eager" without `fold_batch_norm`;
+            "fused" for a predictor that is not of the published structure, or computes something else.
         RuntimeError: "fused" where kernels cannot run.
     """
 
@@ -75,17 +73,15 @@ class GraphedRollout:
         _check_steps(steps)
         if convolutions not in get_args(Convolutions):
             raise ValueError(f"convolutions must be one of {', '.join(get_args(Convolutions))}; got {convolutions!r}")
-        if convolutions == "fused" and not fold_batch_norm:
-            raise ValueError("convolutions='fused' have BatchNorm folded into them; give fold_batch_norm=True")
+        if convolutions != "auto" and not fold_batch_norm:
+            raise ValueError(f"convolutions={convolutions!r} have BatchNorm folded in; give fold_batch_norm=True")
         self.steps = steps
         self.autocast_dtype = autocast_dtype
         self._fold_batch_norm = fold_batch_norm
         self._convolutions = convolutions
-        self._ours: FoldedPredictor | None = None
-        self._folded: nn.Module | None = None
         self._take(predictor)
         self._recording_options = {"warmup_runs": warmup_runs, "pool": pool}
-        self._cache: RecordingCache[_Recorded | RecordedFolded] = RecordingCache(max_recordings)
+        self._cache: RecordingCache[_Recorded] = RecordingCache(max_recordings)
 
     @property
     def recordings_made(self) -> int:
@@ -147,30 +143,17 @@ class GraphedRollout:
         return [tail.clone(memory_format=torch.contiguous_format) for tail in results] if copy else list(results)
 
     def refresh(self) -> None:
-        """With `fold_batch_norm`: fold the weights of now, into the memory that the recordings read."""
+        """Fold the weights of now. Needed only after changes that torch does not see, as of `InferencePredictor`."""
         self._follow_jepa()
-        if self._ours is not None:
-            self._ours.refresh()
-            return
-        plain = self._plain()
-        if self._folded is None or self._folded is plain:
-            return
-        fresh = folded_batch_norm(plain)
-        pairs = list(zip(self._folded.state_dict().values(), fresh.state_dict().values(), strict=True))
-        if any((old.device, old.dtype) != (new.device, new.dtype) for old, new in pairs):
-            self._folded = fresh  # the predictor has moved
-            self._cache.clear()
-            return
-        with torch.no_grad():
-            for old, new in pairs:
-                old.copy_(new)
+        if self._inference is not None:
+            self._inference.refresh()
 
     def _follow_jepa(self) -> None:
         """Take over the JEPA's predictor if it was swapped, as `accelerate` and `restore` do, or its network was."""
         predictor = self._predictor if self._jepa is None else self._jepa.predictor
         replaced = predictor is not self._predictor
-        if self._ours is not None and self._ours is not predictor:  # made here, from the network of then
-            replaced |= self._ours.predictor is not predictor.predictor
+        if self._inference is not None and self._inference is not predictor:  # made here, from the network of then
+            replaced |= self._inference.predictor is not self._plain().predictor
         if replaced:
             self._take(predictor)
             self._cache.clear()
@@ -178,22 +161,27 @@ class GraphedRollout:
     def _take(self, predictor: Any) -> None:
         """Prepare what runs in the place of this predictor."""
         self._predictor = predictor
-        self._ours = self._folded = None
-        asked = self._convolutions
-        is_folded = isinstance(predictor, FoldedPredictor)
-        if is_folded and (asked == "auto" or (asked == "fused" and predictor.kernel_layers)):
-            self._ours = predictor
+        self._inference: InferencePredictor | None = None
+        asked, is_inference = self._convolutions, isinstance(predictor, InferencePredictor)
+        if is_inference and asked in ("auto", predictor.convolutions):
+            self._inference = predictor
         elif asked == "fused":
             plain = self._plain()
-            if (problem := _trial_problem(plain)) is not None:
-                raise ValueError(f"convolutions='fused' cannot be served: {problem}")
-            self._ours = FoldedPredictor.from_eager(plain, predictor.autocast_dtype if is_folded else None)
+            if (problem := inference_problem(plain, "predictor")) is not None:
+                raise ValueError(f"convolutions='fused' is not supported here: {problem}")
+            self._inference = InferencePredictor.from_eager(
+                plain, predictor.autocast_dtype if is_inference else None, asked
+            )
         elif self._fold_batch_norm:
-            self._folded = folded_batch_norm(self._plain())
+            folded = for_evaluation(self._plain(), "predictor")
+            if isinstance(folded, InferencePredictor):
+                self._inference = folded
+                if is_inference:
+                    folded.autocast_dtype = predictor.autocast_dtype
 
     def _plain(self) -> Any:
         """The predictor, or the one that it stands for."""
-        return self._predictor.source if isinstance(self._predictor, FoldedPredictor) else self._predictor
+        return self._predictor.source if isinstance(self._predictor, InferencePredictor) else self._predictor
 
     def _check_states(self, states: Tensor, least: int) -> int:
         weight = next(self._predictor.parameters())
@@ -208,148 +196,199 @@ class GraphedRollout:
             raise ValueError(f"states is empty: {tuple(states.shape)}")
         return int(context)
 
-    def _recorded(self, kind: Literal["rollout", "tails"], states: Tensor, steps: int) -> _Recorded | RecordedFolded:
-        def make() -> _Recorded | RecordedFolded:
-            options = self._recording_options
-            if self._ours is not None:
-                of_ours = RecordedFoldedRollout if kind == "rollout" else RecordedFoldedTails
-                return of_ours(self._ours, states, steps, self.autocast_dtype, options)
-            predictor = self._plain() if self._folded is None else self._folded
-            own = self._predictor.autocast_dtype if isinstance(self._predictor, FoldedPredictor) else None
-            of_others = _RecordedRollout if kind == "rollout" else _RecordedTails
-            return of_others(predictor, states, steps, own or self.autocast_dtype, options)
+    def _recorded(self, kind: Literal["rollout", "tails"], states: Tensor, steps: int) -> _Recorded:
+        inference = self._inference if self._inference is not None and self._inference.problem() is None else None
 
-        return self._cache.get((kind, tuple(states.shape), states.dtype, steps), states.device, make)
+        def make() -> _Recorded:
+            own = self._predictor.autocast_dtype if isinstance(self._predictor, InferencePredictor) else None
+            work: _Work = _Plain(self._plain()) if inference is None else _Inference(inference)
+            recorded = _RecordedRollout if kind == "rollout" else _RecordedTails
+            return recorded(work, states, steps, own or self.autocast_dtype, self._recording_options)
+
+        signature = (kind, tuple(states.shape), states.dtype, steps, inference is None)
+        return self._cache.get(signature, states.device, make)
+
+
+class _Plain:
+    """What predicts: a network that runs as it is."""
+
+    def __init__(self, predictor: Any) -> None:
+        self.module, self.network = predictor, predictor.predictor
+        self.context: int = predictor.context_length
+        self._channels_last = _is_channels_last(self.network)
+
+    def prepare(self, states: Tensor, count: int) -> torch.dtype:
+        """Get ready to predict up to `count` frames of these states at once. Returns the dtype of frames."""
+        return states.dtype
+
+    def update(self) -> None:
+        """Before a replay."""
+
+    def new_frames(self, count: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Memory for frames, laid out as the network computes."""
+        return new_frames(count, like, dtype) if self._channels_last else like.new_empty(count, *like.shape[1:])
+
+    def new_results(self, count: int, like: Tensor) -> Tensor:
+        """Memory in which frames of one clip lie together: who reads them frame by frame copies nothing."""
+        B, *shape = like.shape[1:]
+        return self.new_frames(B, like.new_empty(0, count, *shape), like.dtype).transpose(0, 1)
+
+    def step(self, frames: Tensor, out: Tensor) -> None:
+        """Frames (c + n - 1, B, D, H, W) → the n that follow each c of them, into `out` (n, B, D, H, W)."""
+        windows = torch.cat([frames[first : first + len(out)] for first in range(self.context)], 2).flatten(0, 1)
+        # As a video of one frame: the form that the original's networks accept too.
+        out.copy_(self.network(windows.unsqueeze(2)).squeeze(2).unflatten(0, out.shape[:2]))
+
+
+class _Inference:
+    """What predicts: an inference network, whose frames are read and written where they lie."""
+
+    def __init__(self, predictor: InferencePredictor) -> None:
+        self.module, self.network = predictor, predictor.predictor
+        self.context = predictor.context_length
+
+    def prepare(self, states: Tensor, count: int) -> torch.dtype:
+        self.module.check_states(states)
+        self._run = self.module.ready_for(states, count)
+        return self.module.compute_dtype()
+
+    def update(self) -> None:
+        self.module.update()
+
+    def new_frames(self, count: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+        return new_frames(count, like, dtype)
+
+    def new_results(self, count: int, like: Tensor) -> Tensor:
+        return new_frames(count, like)
+
+    def step(self, frames: Tensor, out: Tensor) -> None:
+        self.module.step(self._run, frames, out)
+
+
+_Work = _Plain | _Inference
 
 
 class _Recorded:
-    """One recording: its windows, its results, and how they are filled."""
+    """One recording: its frames, its results, and how they are filled.
 
-    results: list[Tensor]
+    Args:
+        work: what predicts.
+        states: (B, D, T, H, W) of the first call.
+        steps: of the rollout.
+        autocast_dtype: around it.
+        options: of `Recording`.
+    """
+
+    results: list[Tensor]  # views of static memory
 
     def __init__(
-        self,
-        predictor: Any,
-        states: Tensor,
-        steps: int,
-        autocast_dtype: torch.dtype | None,
-        options: dict[str, Any],
+        self, work: _Work, states: Tensor, steps: int, autocast_dtype: torch.dtype | None, options: dict[str, Any]
     ) -> None:
-        self.network: nn.Module = predictor.predictor
-        self.context: int = predictor.context_length
-        self.steps = steps
-        self.autocast_dtype = autocast_dtype
-        self.allocate(states)
+        self.work, self.context, self.steps = work, work.context, steps
+        self._autocast_dtype = autocast_dtype
+        given = states.permute(2, 0, 1, 3, 4)
+        # Static memory is written in whatever mode the calls are.
+        with torch.inference_mode(False), torch.no_grad(), self._autocast(states.device.type):
+            dtype = work.prepare(states, self.most(len(given)))
+            self.same_dtype = dtype == states.dtype
+            self.allocate(
+                len(given),
+                lambda count: work.new_frames(count, given, dtype),
+                lambda count: work.new_results(count, given),
+            )
         # Recorded on real states: on garbage, a warm-up could take other paths through library code, or trap on NaN.
         self.fill(states)
         self.recording = Recording(self._body, states.device, name="the rollout", **options)
-        self.watch = Watch([predictor], modes=False)  # the recording is in eval mode whatever the predictor is in
+        self.watch = Watch([work.module], modes=False)  # the recording is in eval mode whatever the predictor is in
 
     def outdated(self) -> bool:
         return self.watch.changed()
 
     @torch.no_grad()
     def run(self, states: Tensor) -> list[Tensor]:
+        self.work.update()
         self.fill(states)
         self.recording.replay()
         return self.results
 
     @torch.no_grad()
     def _body(self) -> None:
-        device = self.results[0].device.type
-        with eval_mode(self.network):
-            if self.autocast_dtype is None:
-                self.predict()
-            else:
-                with torch.autocast(device, dtype=self.autocast_dtype):
-                    self.predict()
+        with eval_mode(self.work.network), self._autocast(self.results[0].device.type):
+            self.predict()
 
-    def frames(self, windows: Tensor) -> Tensor:
-        """Windows (N, c·D, H, W) → the predicted states (N, D, H, W)."""
-        # As a video of one frame: the form that the original's networks accept too.
-        return self.network(windows.unsqueeze(2)).squeeze(2)
+    def _autocast(self, device_type: str) -> AbstractContextManager[Any]:
+        own = self._autocast_dtype
+        return nullcontext() if own is None else torch.autocast(device_type, dtype=own)
 
-    def allocate_windows(self, count: int, states: Tensor) -> Tensor:
-        """(count, B, c·D, H, W), laid out as the network reads them, so that each is read where it lies."""
-        B, D, _, H, W = states.shape
-        return self.allocate_maps(count, B, self.context * D, H, W, like=states)
+    def most(self, given: int) -> int:
+        """Frames that are predicted at once, at most."""
+        raise NotImplementedError
 
-    def allocate_maps(self, *shape: int, like: Tensor) -> Tensor:
-        """Feature maps (…, C, H, W), laid out as the network's are."""
-        if _is_channels_last(self.network):
-            *batch, C, H, W = shape
-            return like.new_empty(*batch, H, W, C).movedim(-1, -3)
-        return like.new_empty(shape)
-
-    def allocate(self, states: Tensor) -> None:
+    def allocate(self, given: int, new_frames: _NewFrames, new_results: _NewFrames) -> None:
+        """Make frames, and results in the dtype of the states: the same where that is the frames'."""
         raise NotImplementedError
 
     def fill(self, states: Tensor) -> None:
+        """Write given states to where they are read."""
         raise NotImplementedError
 
     def predict(self) -> None:
+        """The work that is recorded."""
         raise NotImplementedError
 
 
 class _RecordedRollout(_Recorded):
-    """Autoregressive: window k holds frames k … k + c - 1 and predicts frame k + c. The last c windows are only partly
-    used, so that every frame f also stands first in window f, and the result is a view of the windows.
-    """
+    """Autoregressive: frame k + c is predicted from the frames k … k + c - 1 before it."""
 
-    def allocate(self, states: Tensor) -> None:
-        self.D = states.shape[1]
-        self.windows = self.allocate_windows(self.context + self.steps, states)
-        self.results = [self.windows[:, :, : self.D].permute(1, 2, 0, 3, 4)]
+    def most(self, given: int) -> int:
+        return 1
+
+    def allocate(self, given: int, new_frames: _NewFrames, new_results: _NewFrames) -> None:
+        count = self.context + self.steps
+        self.sequence = new_frames(count)
+        self.result = self.sequence if self.same_dtype else new_results(count)
+        self.results = [as_states(self.result)]
 
     def fill(self, states: Tensor) -> None:
-        for frame in range(self.context):
-            self._put(frame, states[:, :, frame])
-
-    def _put(self, frame: int, state: Tensor) -> None:
-        """Write one frame into every window that holds it."""
-        for place in range(min(self.context, frame + 1)):
-            self.windows[frame - place][:, place * self.D : (place + 1) * self.D].copy_(state)
+        as_states(self.sequence[: self.context]).copy_(states)
+        if not self.same_dtype:
+            as_states(self.result[: self.context]).copy_(states)
 
     def predict(self) -> None:
+        c = self.context
         for step in range(self.steps):
             with span(f"rollout step {step + 1}"):
-                self._put(step + self.context, self.frames(self.windows[step]))
+                self.work.step(self.sequence[step : step + c], self.sequence[step + c : step + c + 1])
+        if not self.same_dtype:
+            self.result[c:] = self.sequence[c:]
 
 
 class _RecordedTails(_Recorded):
-    """Parallel: window w holds frames w … w + c - 1 of the clip and predicts frame w + c. Step s runs the windows from
-    s on, all at once; what they predict replaces the frames that the next step reads.
+    """Incremental: step s reads frames s … T - 2, of which the last ones were predicted by the step before, and
+    predicts frames s + c … T - 1, all at once.
     """
 
-    def allocate(self, states: Tensor) -> None:
-        B, D, T, H, W = states.shape
-        self.D, self.T = D, T
-        self.windows = self.allocate_windows(T - self.context, states)
-        # Frames of one clip lie together, as in the plain rollout: who reads them frame by frame copies nothing.
-        self.tails = [
-            self.allocate_maps(B, T - self.context - s, D, H, W, like=states).transpose(0, 1) for s in range(self.steps)
-        ]
-        self.results = [tail.permute(1, 2, 0, 3, 4) for tail in self.tails]
+    def most(self, given: int) -> int:
+        return given - self.context
+
+    def allocate(self, given: int, new_frames: _NewFrames, new_results: _NewFrames) -> None:
+        self.current = [new_frames(given - s) for s in range(self.steps + 1)]  # frames s … T - 1
+        self.made = [current[self.context - 1 :] for current in self.current[1:]]
+        self.apart = not self.same_dtype or isinstance(self.work, _Plain)
+        self.tails = [new_results(len(made)) for made in self.made] if self.apart else self.made
+        self.results = [as_states(tail) for tail in self.tails]
 
     def fill(self, states: Tensor) -> None:
-        frames = states.permute(2, 0, 1, 3, 4)  # (T, B, D, H, W)
-        for place in range(self.context):
-            self._places(0, place).copy_(frames[place : place + len(self.windows)])
-
-    def _places(self, first: int, place: int) -> Tensor:
-        """The states that stand at one place of the windows from `first` on: (windows, B, D, H, W)."""
-        return self.windows[first:, :, place * self.D : (place + 1) * self.D]
+        as_states(self.current[0]).copy_(states)
 
     def predict(self) -> None:
-        for s, tail in enumerate(self.tails):
+        final = self.context - 1  # frames that a step does not predict anew
+        for s, (current, made) in enumerate(zip(self.current, self.made, strict=False)):
             with span(f"rollout step {s + 1}"):
-                # Frame by frame in one batch; n frames s + c … T - 1.
-                predicted = self.frames(self.windows[s:].flatten(0, 1)).unflatten(0, (len(self.windows) - s, -1))
-                tail.copy_(predicted)
-                for place in range(self.context):
-                    # Frame s + c + j stands at `place` of window s + c + j - place.
-                    target = self._places(s + self.context - place, place)
-                    target.copy_(predicted[: len(target)])
+                self.current[s + 1][:final] = current[1 : 1 + final]
+                self.work.step(current[:-1], made)
+            if self.apart:
+                self.tails[s].copy_(made)
 
 
 def _is_channels_last(network: nn.Module) -> bool:
@@ -360,14 +399,6 @@ def _is_channels_last(network: nn.Module) -> bool:
     return any(
         weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous() for weight in weights
     )
-
-
-def _trial_problem(predictor: Any) -> str | None:
-    """Why a predictor that is not known computes something else than the published one, for all its structure."""
-    network = getattr(predictor, "predictor", None)
-    if (type(predictor), type(network)) == (StateOnlyPredictor, ResUNet) or getattr(network, "is_fused", False):
-        return None
-    return predictor_problem(predictor) or network_trial_problem(predictor, "predictor")
 
 
 def _check_steps(steps: int) -> None:

@@ -72,9 +72,8 @@ class GraphedTrainStep:
         device = next(step.jepa.parameters()).device
         if clips.device != device:
             raise ValueError(f"clips are on {clips.device}, the parameters on {device}; move them with clips.to(...)")
-        group: Any = step.group
-        if device.type == "cuda" and group is not None and not group.ranks.can_be_recorded:
-            raise ValueError(f"what goes over {group.ranks.backend} cannot be in a CUDA graph; NCCL's collectives can")
+        if device.type == "cuda":
+            _check_collectives(step)
         for i, accumulator in enumerate(accumulators):
             check_tensor(
                 "GraphedTrainStep", f"accumulators[{i}]", accumulator, shape=(len(StepLosses._fields),),
@@ -159,6 +158,19 @@ def make_capturable(optimizer: torch.optim.Optimizer) -> torch.optim.Adam:
     return optimizer
 
 
+def _check_collectives(step: TrainStep) -> None:
+    """Raise ValueError if a graph cannot hold what its processes exchange."""
+    group: Any = step.group
+    if group is not None and not group.ranks.can_be_recorded:
+        raise ValueError(f"what goes over {group.ranks.backend} cannot be in a CUDA graph; NCCL's collectives can")
+
+
+def _own_part(step: TrainStep, batch: Tensor) -> Tensor:
+    """The clips of a batch that this process trains on."""
+    group: Any = step.group
+    return batch if group is None else group.ranks.part(batch)
+
+
 class _RecordedStep:
     """One recording, with the indices that it reads and the losses that it leaves."""
 
@@ -201,8 +213,7 @@ class _RecordedStep:
         batches = self.indices.unbind() if several else [self.indices]
         for batch, out in zip(batches, self.losses.unbind() if several else [self.losses], strict=True):
             with span("data"):
-                group: Any = self._owner.step.group
-                own = batch if group is None else group.ranks.part(batch)
+                own = _own_part(self._owner.step, batch)
                 video, digit_location = self._owner.clips.batch(own, self._owner.dtype)
             losses = torch.stack(self._owner.step(video, digit_location, clips=len(batch)))
             out.copy_(losses)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastjepa.distributed.ranks import Ranks
-from fastjepa.fused.folding import folded_batch_norm
+from fastjepa.fused.inference import for_evaluation
 from fastjepa.graphs import GraphedRollout
 from fastjepa.model.jepa import JEPA, eval_mode, own_method, parallel_tails
 from fastjepa.model.networks import DetHead, ImageDecoder
@@ -155,12 +155,8 @@ def evaluate(
     with span("evaluation"), eval_mode(jepa, image_decoder, detection_head):
         encoder, predictor = jepa.encoder, jepa.predictor
         if not original:
-            encoder = folded_batch_norm(encoder)
-            predictor = folded_batch_norm(predictor) if rollout is None else predictor  # or that of the rollout
-            if clips.device.type == "cpu":  # the layout in which a CPU convolves fastest; a fused network has it
-                for folded, source in ((encoder, jepa.encoder), (predictor, jepa.predictor)):
-                    if folded is not source:  # which keeps its layout
-                        folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            encoder = for_evaluation(encoder, "encoder")
+            predictor = for_evaluation(predictor, "predictor") if rollout is None else predictor  # or the rollout's
         batches = sequential_batches(len(clips), batch_size, clips.device)
         for indices in batches[ranks.rank :: ranks.size]:
             with span("data"):

@@ -1,4 +1,4 @@
-"""BatchNorm folded into convolutions, for inference."""
+"""BatchNorm folded into convolutions, as peers of the inference networks get it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,7 @@ def folded_batch_norm(network: nn.Module) -> nn.Module:
 
     Knows the pairs `conv1`/`bn1`, `conv2`/`bn2` and (convolution, BatchNorm) in a Sequential. Exact up to the rounding
     of the scaled weights. The copy shares nothing with `network`: make it again when the weights have changed.
-
-    A fused network is returned as it is: it applies BatchNorm in the pass that adds and rectifies anyway; and a folded
-    one (`folded_networks`), which does this itself.
     """
-    if any(getattr(child, "is_fused", False) or getattr(child, "is_folded", False) for child in network.modules()):
-        return network
     folded = copy.deepcopy(network).eval()
     for module in folded.modules():
         if isinstance(module, nn.Sequential):

@@ -1,4 +1,4 @@
-"""Folded networks against float64: whole, by torch's convolutions, and mixed; that weights are never stale; rollouts.
+"""Inference networks against float64, by kernels and by torch's convolutions; that weights are never stale; rollouts.
 
 In the interpreter a program costs milliseconds for each tap, so kernels run at few pixels, frames and steps there.
 """
@@ -13,15 +13,24 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from absence import python, without
-from fastjepa.fused import folded_layers, folded_maps
+from bench.folding import folded_batch_norm
+from fastjepa import autotune
 from fastjepa.fused.autocast import InBf16
-from fastjepa.fused.folded_layers import unet_layers
-from fastjepa.fused.folded_module import FoldedModule, Layers
-from fastjepa.fused.folded_networks import FoldedEncoder, FoldedPredictor
-from fastjepa.fused.folding import folded_batch_norm
+from fastjepa.fused.inference import (
+    InferenceEncoder,
+    InferencePredictor,
+    for_evaluation,
+    run,
+)
+from fastjepa.fused.inference import (
+    layers as inference_layers,
+)
+from fastjepa.fused.inference.layers import unet_layers
+from fastjepa.fused.inference.networks import InferenceNetwork
 from fastjepa.fused.swap import _copy_modes
 from fastjepa.graphs import GraphedRollout, GraphedTrainStep
 from fastjepa.graphs.capture import Recording
@@ -37,7 +46,6 @@ from original import action_unet_jepa, original_jepa
 from tiny import tiny_batch, tiny_model
 
 D = 4
-SOME = ("conv1", "enc2.conv2", "up2", "dec1.conv2")  # with sources, strides and shortcuts of every kind, and the head
 PRECISIONS = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 
 
@@ -114,24 +122,22 @@ def test_an_encoder_by_torch(options: dict[str, Any], size: tuple[int, int], pre
     network = an_encoder(**options)
     channels = options.get("channels", 1)
     x = torch.rand(3, channels, *size) if options.get("avg_pool") else torch.rand(2, channels, 3, *size)
-    assert_as_exact_as_eager(FoldedEncoder.from_eager(network, layers=()), network, x, precision)
+    assert_as_exact_as_eager(InferenceEncoder.from_eager(network, convolutions="eager"), network, x, precision)
 
 
 @pytest.mark.parametrize(
-    ("options", "size", "precision", "layers"),
+    ("options", "size", "precision"),
     [
-        ({}, (3, 5), "fp32", "all"),
-        ({}, (4, 8), "bf16", "all"),
-        ({"channels": 3, "s1": 2, "avg_pool": True}, (9, 7), "fp32", ("conv1", "layer1.conv1", "layer1.conv2")),
+        ({}, (3, 5), "fp32"),
+        ({}, (4, 8), "bf16"),
+        ({"channels": 3, "s1": 2, "avg_pool": True}, (5, 7), "fp32"),
     ],
 )
-def test_an_encoder_by_kernels(
-    options: dict[str, Any], size: tuple[int, int], precision: str, layers: Layers, device: str
-) -> None:
+def test_an_encoder_by_kernels(options: dict[str, Any], size: tuple[int, int], precision: str, device: str) -> None:
     network = an_encoder(**options).to(device)
     channels = options.get("channels", 1)
     x = torch.rand(1, channels, *size) if options.get("avg_pool") else torch.rand(1, channels, 1, *size)
-    folded = FoldedEncoder.from_eager(network, layers=layers)
+    folded = InferenceEncoder.from_eager(network, convolutions="fused")
     assert_as_exact_as_eager(folded, network, x.to(device), precision)
 
 
@@ -140,25 +146,22 @@ def test_an_encoder_by_kernels(
 @pytest.mark.parametrize("context", [1, 2, 3])
 def test_a_predictor_by_torch(context: int, size: tuple[int, int], precision: str) -> None:
     network = a_predictor(context=context)
-    folded = FoldedPredictor.from_eager(network, layers=())
+    folded = InferencePredictor.from_eager(network, convolutions="eager")
     assert_as_exact_as_eager(folded, network, states_of(2, 5, size), precision)
 
 
-@pytest.mark.parametrize(
-    ("layers", "size", "precision"),
-    [("all", (5, 6), "fp32"), ("all", (4, 8), "bf16"), (SOME, (9, 10), "fp32"), (SOME, (8, 8), "bf16")],
-)
-def test_a_predictor_by_kernels(layers: Layers, size: tuple[int, int], precision: str, device: str) -> None:
+@pytest.mark.parametrize(("size", "precision"), [((5, 6), "fp32"), ((4, 8), "bf16")])
+def test_a_predictor_by_kernels(size: tuple[int, int], precision: str, device: str) -> None:
     network = a_predictor(8).to(device)
-    folded = FoldedPredictor.from_eager(network, layers=layers)
+    folded = InferencePredictor.from_eager(network, convolutions="fused")
     assert_as_exact_as_eager(folded, network, states_of(1, 2, size).to(device), precision)
 
 
 @pytest.mark.parametrize("context", [1, 3])
 def test_other_contexts_by_kernels(context: int, device: str) -> None:
-    network = a_predictor(8, context).to(device)
-    folded = FoldedPredictor.from_eager(network, layers=("conv1",))
-    assert_as_exact_as_eager(folded, network, states_of(1, context + 1).to(device), "fp32")
+    network = a_predictor(4, context).to(device)
+    folded = InferencePredictor.from_eager(network, convolutions="fused")
+    assert_as_exact_as_eager(folded, network, states_of(1, context, (4, 4)).to(device), "fp32")
 
 
 def test_biases_of_convolutions_and_norms_without_affine_are_folded() -> None:
@@ -168,12 +171,12 @@ def test_biases_of_convolutions_and_norms_without_affine_are_folded() -> None:
     network.layer1.bn1 = nn.BatchNorm2d(16, affine=False, eps=1e-2)
     network.eval()
     x = torch.rand(1, 1, 2, 8, 8)
-    assert_as_exact_as_eager(FoldedEncoder.from_eager(network, layers=()), network, x, "fp32")
+    assert_as_exact_as_eager(InferenceEncoder.from_eager(network, convolutions="eager"), network, x, "fp32")
 
 
 def test_in_float64_everything_is_torchs() -> None:
     network = a_predictor().double()
-    folded = FoldedPredictor.from_eager(network, torch.bfloat16, layers=())
+    folded = InferencePredictor.from_eager(network, torch.bfloat16, convolutions="eager")
     states = states_of(2, 4).double()
     with torch.no_grad():
         torch.testing.assert_close(folded(states), network(states), rtol=1e-12, atol=1e-12)
@@ -181,17 +184,17 @@ def test_in_float64_everything_is_torchs() -> None:
 
 def test_a_head_that_no_launch_can_hold_is_one_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     network = a_predictor()
-    monkeypatch.setattr(folded_layers, "MOST_BEFORE_HEAD", 15)
-    folded = FoldedPredictor.from_eager(network, layers=())
+    monkeypatch.setattr(inference_layers, "MOST_BEFORE_HEAD", 15)
+    folded = InferencePredictor.from_eager(network, convolutions="eager")
     assert folded.layer_names[-2:] == ("dec1.conv2", "head")
     assert_as_exact_as_eager(folded, network, states_of(), "fp32")
 
 
 def test_the_head_of_its_own_by_kernels(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    network = a_predictor().to(device)
-    monkeypatch.setattr(folded_layers, "MOST_BEFORE_HEAD", 15)
-    folded = FoldedPredictor.from_eager(network, layers=("head",))
-    assert_as_exact_as_eager(folded, network, states_of().to(device), "fp32")
+    network = a_predictor(4).to(device)
+    monkeypatch.setattr(inference_layers, "MOST_BEFORE_HEAD", 3)
+    folded = InferencePredictor.from_eager(network, convolutions="fused")
+    assert_as_exact_as_eager(folded, network, states_of(size=(4, 4)).to(device), "fp32")
 
 
 def test_the_networks_of_the_original() -> None:
@@ -199,8 +202,8 @@ def test_the_networks_of_the_original() -> None:
     video = torch.rand(2, 1, 4, 9, 10)
     states = settled(theirs.encoder, video)(video).detach()
     settled(theirs.predictor, states, None)
-    encoder = FoldedEncoder.from_eager(theirs.encoder, layers=())
-    predictor = FoldedPredictor.from_eager(theirs.predictor, layers=())
+    encoder = InferenceEncoder.from_eager(theirs.encoder, convolutions="eager")
+    predictor = InferencePredictor.from_eager(theirs.predictor, convolutions="eager")
     assert_as_exact_as_eager(encoder, theirs.encoder, video, "fp32")
     with torch.no_grad():
         torch.testing.assert_close(predictor(states), theirs.predictor(states, None), rtol=1e-4, atol=1e-5)
@@ -212,12 +215,14 @@ def test_fused_networks_are_folded_too(device: str) -> None:
 
     encoder, predictor = an_encoder(8).to(device), a_predictor(4).to(device)
     video, states = torch.rand(1, 1, 1, 8, 8).to(device), states_of().to(device)
-    of_encoder = FoldedEncoder.from_eager(FusedResNet5.from_eager(encoder), layers=())
-    of_predictor = FoldedPredictor.from_eager(FusedStateOnlyPredictor.from_eager(predictor, torch.bfloat16), layers=())
+    of_encoder = InferenceEncoder.from_eager(FusedResNet5.from_eager(encoder), convolutions="eager")
+    of_predictor = InferencePredictor.from_eager(
+        FusedStateOnlyPredictor.from_eager(predictor, torch.bfloat16), convolutions="eager"
+    )
     assert_as_exact_as_eager(of_encoder, encoder, video, "fp32")
     assert of_predictor.autocast_dtype == torch.bfloat16  # that of the network
     with torch.no_grad():
-        expected = FoldedPredictor.from_eager(predictor, torch.bfloat16, layers=())(states)
+        expected = InferencePredictor.from_eager(predictor, torch.bfloat16, convolutions="eager")(states)
         assert torch.equal(of_predictor(states), expected)
 
 
@@ -225,8 +230,11 @@ def test_results_have_the_dtype_of_the_input_or_of_the_autocast_around() -> None
     encoder, predictor = an_encoder(), a_predictor()
     video, states = torch.rand(1, 1, 2, 8, 8), states_of()
     with torch.no_grad():
-        for network, kind, x in ((encoder, FoldedEncoder, video), (predictor, FoldedPredictor, states)):
-            plain, own = kind.from_eager(network, layers=()), kind.from_eager(network, torch.bfloat16, layers=())
+        for network, kind, x in ((encoder, InferenceEncoder, video), (predictor, InferencePredictor, states)):
+            plain, own = (
+                kind.from_eager(network, convolutions="eager"),
+                kind.from_eager(network, torch.bfloat16, convolutions="eager"),
+            )
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 expected = plain(x)
             assert (expected.dtype, plain(x).dtype, own(x).dtype) == (torch.bfloat16, torch.float32, torch.float32)
@@ -235,9 +243,9 @@ def test_results_have_the_dtype_of_the_input_or_of_the_autocast_around() -> None
                 assert plain(x).dtype == torch.float16
                 assert torch.equal(own(x), expected.float())
             assert torch.equal(plain.to(torch.bfloat16)(x.to(torch.bfloat16)), kind.from_eager(
-                copy.deepcopy(network).to(torch.bfloat16), layers=())(x.to(torch.bfloat16)))  # fmt: skip
+                copy.deepcopy(network).to(torch.bfloat16), convolutions="eager")(x.to(torch.bfloat16)))  # fmt: skip
             network.float()
-    assert FoldedPredictor.from_eager(_in_bf16(predictor), layers=()).autocast_dtype == torch.bfloat16
+    assert InferencePredictor.from_eager(_in_bf16(predictor), convolutions="eager").autocast_dtype == torch.bfloat16
 
 
 def _in_bf16(predictor: Any) -> Any:
@@ -280,14 +288,16 @@ def test_a_rollout_of_fifty_steps(
     predictor, states = predictor.to(device), states.to(device)
     with autocast(precision, device):
         eager = literal(predictor if precision == "fp32" else folded_batch_norm(predictor), states, 50)
-        actual = FoldedPredictor.from_eager(predictor, layers="all" if by_kernels else ()).roll_out(states, 50)
+        actual = InferencePredictor.from_eager(predictor, convolutions="fused" if by_kernels else "eager").roll_out(
+            states, 50
+        )
     assert actual.dtype == states.dtype
     assert torch.equal(actual[:, :, :2], states)
     assert_exact(actual, eager, truth.to(device), precision)
 
 
 def test_a_rollout_by_kernels_is_the_steps_one_after_another_and_has_the_same_bits_twice(device: str) -> None:
-    folded = FoldedPredictor.from_eager(a_predictor(4).to(device), torch.bfloat16)
+    folded = InferencePredictor.from_eager(a_predictor(4).to(device), torch.bfloat16, convolutions="fused")
     states = states_of(frames=3, size=(4, 4)).to(device)
     found = folded.roll_out(states, 1)
     assert torch.equal(found, literal(folded, states, 1))
@@ -315,7 +325,7 @@ def test_a_step_is_eighteen_launches_and_nothing_else(
 
     monkeypatch.setattr(op, "launch", lambda *_: None)  # what they compute is seen elsewhere
     predictor = a_predictor(4).to(device)
-    folded = FoldedPredictor.from_eager(predictor)
+    folded = InferencePredictor.from_eager(predictor, convolutions="fused")
     states = states_of(1, 3, size).to(device)
     with torch.no_grad(), Operators() as once:
         folded.roll_out(states, 1)  # weights are folded, memory is made
@@ -342,7 +352,7 @@ def test_in_inference_mode_and_outside_the_memory_is_the_same(device: str, monke
 
     written: list[set[int]] = []
     monkeypatch.setattr(op, "launch", lambda operands, _: written[-1].add(operands.out.data_ptr()))
-    folded = FoldedPredictor.from_eager(a_predictor(4).to(device))
+    folded = InferencePredictor.from_eager(a_predictor(4).to(device), convolutions="fused")
     states, out = states_of().to(device), states_of(frames=4).to(device)
     for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
         written.append(set())
@@ -357,7 +367,7 @@ def test_an_image_of_one_channel_is_read_where_it_lies(device: str, monkeypatch:
 
     read = []
     monkeypatch.setattr(op, "launch", lambda operands, _: read.append(operands.x))
-    folded = FoldedEncoder.from_eager(an_encoder(8).to(device), torch.bfloat16)
+    folded = InferenceEncoder.from_eager(an_encoder(8).to(device), torch.bfloat16, convolutions="fused")
     video = torch.rand(2, 1, 3, 8, 8).to(device)
     with torch.no_grad():
         folded(video)
@@ -368,7 +378,7 @@ def test_an_image_of_one_channel_is_read_where_it_lies(device: str, monkeypatch:
 @pytest.mark.parametrize("context", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_rollouts_and_tails_are_those_of_single_calls(context: int, dtype: torch.dtype | None) -> None:
-    folded = FoldedPredictor.from_eager(a_predictor(context=context), dtype, layers=())
+    folded = InferencePredictor.from_eager(a_predictor(context=context), dtype, convolutions="eager")
     states = states_of(3, context + 4, (9, 7))
     expected, tails, current = states, [], states
     with torch.no_grad():
@@ -390,9 +400,9 @@ def test_rollouts_and_tails_are_those_of_single_calls(context: int, dtype: torch
 def test_a_model_rolls_out_encodes_and_unrolls_through_them() -> None:
     jepa = trained_jepa()
     folded = JEPA(
-        encoder := FoldedEncoder.from_eager(jepa.encoder, layers=()),
+        encoder := InferenceEncoder.from_eager(jepa.encoder, convolutions="eager"),
         encoder,
-        FoldedPredictor.from_eager(jepa.predictor, layers=()),
+        InferencePredictor.from_eager(jepa.predictor, convolutions="eager"),
         jepa.regularizer,
         jepa.predcost,
     )
@@ -419,7 +429,7 @@ def test_a_model_rolls_out_encodes_and_unrolls_through_them() -> None:
 
 def test_whoever_waits_for_calls_of_a_predictor_gets_them() -> None:
     jepa = trained_jepa()
-    jepa.predictor = FoldedPredictor.from_eager(jepa.predictor, layers=())
+    jepa.predictor = InferencePredictor.from_eager(jepa.predictor, convolutions="eager")
     calls: list[int] = []
     rolled_out = jepa.rollout(states=states_of(1, 2, (16, 16)), steps=3)
     jepa.predictor.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0].shape[2]))
@@ -430,11 +440,11 @@ def test_whoever_waits_for_calls_of_a_predictor_gets_them() -> None:
 # ---- as the module that was replaced ----
 
 
-def folded_pair() -> list[tuple[FoldedModule, nn.Module, Tensor]]:
+def folded_pair() -> list[tuple[InferenceNetwork, nn.Module, Tensor]]:
     encoder, predictor = an_encoder(8), a_predictor(8)
     return [
-        (FoldedEncoder.from_eager(encoder, layers=()), encoder, torch.rand(2, 1, 3, 8, 8)),
-        (FoldedPredictor.from_eager(predictor, layers=()), predictor, states_of(2, 4)),
+        (InferenceEncoder.from_eager(encoder, convolutions="eager"), encoder, torch.rand(2, 1, 3, 8, 8)),
+        (InferencePredictor.from_eager(predictor, convolutions="eager"), predictor, states_of(2, 4)),
     ]
 
 
@@ -446,13 +456,13 @@ def test_everything_is_shared_with_the_module_that_was_replaced() -> None:
             assert mine is theirs
         assert dict(folded.named_buffers()).keys() == dict(network.named_buffers()).keys()
         assert len(list(folded.parameters())) == len(list(network.parameters()))
-        assert folded.is_folded
+        assert folded.is_inference
         assert not hasattr(folded, "is_fused")
-        assert folded_batch_norm(folded) is folded
+        assert for_evaluation(folded, "encoder") is folded
         for training in (False, True):
             assert folded.train(training).source is network  # type: ignore[comparison-overlap]
             assert network.training is training
-        folded.conv1.eval() if isinstance(folded, FoldedEncoder) else folded.predictor.eval()  # type: ignore[operator]
+        folded.conv1.eval() if isinstance(folded, InferenceEncoder) else folded.predictor.eval()  # type: ignore[operator]
         _copy_modes(folded, network)
         assert network.training
 
@@ -471,7 +481,7 @@ def test_in_training_mode_or_with_gradients_the_network_runs_as_it_was() -> None
             folded.eval()
             next(m for m in folded.modules() if isinstance(m, nn.BatchNorm2d)).train()
             assert not folded.folds_now()
-        if isinstance(folded, FoldedPredictor):
+        if isinstance(folded, InferencePredictor):
             assert torch.equal(folded.train().roll_out(x, 2), literal(twin, x, 2))
             with pytest.raises(RuntimeError, match="eval mode"):
                 next(rollout_tails(folded, x, 1))
@@ -483,7 +493,7 @@ def test_in_training_mode_or_with_gradients_the_network_runs_as_it_was() -> None
 
 def test_in_training_mode_an_autocast_of_its_own_stays() -> None:
     network = an_encoder(8)
-    folded = FoldedEncoder.from_eager(network, torch.bfloat16, layers=())
+    folded = InferenceEncoder.from_eager(network, torch.bfloat16, convolutions="eager")
     video = torch.rand(1, 1, 2, 8, 8)
     assert torch.equal(folded(video), InBf16(network)(video))
 
@@ -493,9 +503,9 @@ def test_a_step_of_training_is_that_of_the_networks_that_were_replaced() -> None
     for fold in (False, True):
         jepa, decoder, head = tiny_model()
         if fold:
-            jepa.encoder = FoldedEncoder.from_eager(jepa.encoder, layers=())
+            jepa.encoder = InferenceEncoder.from_eager(jepa.encoder, convolutions="eager")
             jepa.action_encoder = jepa.encoder
-            jepa.predictor = FoldedPredictor.from_eager(jepa.predictor, layers=())
+            jepa.predictor = InferencePredictor.from_eager(jepa.predictor, convolutions="eager")
         step = TrainStep(jepa, decoder, head, build_optimizer(jepa, decoder, head, lr=1e-3), steps=2)
         losses = [step(*tiny_batch(seed=seed)).total for seed in range(2)]
         results.append([*losses, *jepa.state_dict().values()])
@@ -506,12 +516,12 @@ def test_modules_that_are_replaced_later_are_followed() -> None:
     for folded, _, x in folded_pair():
         with torch.no_grad():
             before = folded(x)
-            block = folded.layer3 if isinstance(folded, FoldedEncoder) else folded.predictor.dec1  # type: ignore[union-attr]
+            block = folded.layer3 if isinstance(folded, InferenceEncoder) else folded.predictor.dec1  # type: ignore[union-attr]
             block.conv1 = copy.deepcopy(block.conv1)  # type: ignore[union-attr]
             block.conv1.weight.mul_(2)  # type: ignore[union-attr, operator]
             assert_follows(folded, x, before)
             before = folded(x)
-            if isinstance(folded, FoldedPredictor):
+            if isinstance(folded, InferencePredictor):
                 folded.predictor = a_predictor(8, seed=3).predictor
             else:
                 folded.conv1 = copy.deepcopy(folded.conv1)
@@ -556,6 +566,93 @@ def test_results_are_memory_of_their_own_and_sizes_take_turns() -> None:
         fresh.refresh()
 
 
+# ---- what is registered later ----
+
+
+def _hook(network: nn.Module) -> Callable[[], None]:
+    conv = next(m for m in network.modules() if isinstance(m, nn.Conv2d))
+    return conv.register_forward_hook(lambda module, inputs, out: 2 * out).remove
+
+
+def _pre_hook_of_the_network(network: nn.Module) -> Callable[[], None]:
+    return network.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0], *inputs[1:])).remove
+
+
+def _hook_of_all(network: nn.Module) -> Callable[[], None]:
+    double = lambda module, inputs, out: 2 * out if isinstance(module, nn.ConvTranspose2d | nn.BatchNorm2d) else None  # noqa: E731
+    return nn.modules.module.register_module_forward_hook(double).remove
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def _parametrization(network: nn.Module) -> Callable[[], None]:
+    conv = next(m for m in network.modules() if isinstance(m, nn.Conv2d))
+    parametrize.register_parametrization(conv, "weight", Doubled())
+    return lambda: parametrize.remove_parametrizations(conv, "weight", leave_parametrized=False)  # type: ignore[return-value]
+
+
+def _forward_of_its_own(network: nn.Module) -> Callable[[], None]:
+    conv: Any = next(m for m in network.modules() if isinstance(m, nn.Conv2d))
+    conv.forward = lambda x: 2 * type(conv).forward(conv, x)
+    return lambda: delattr(conv, "forward")
+
+
+@pytest.mark.parametrize(
+    "register", [_hook, _pre_hook_of_the_network, _hook_of_all, _parametrization, _forward_of_its_own]
+)
+def test_what_is_registered_on_a_module_later_runs(register: Callable[[nn.Module], Callable[[], None]]) -> None:
+    """The network that was given runs then, and the launches again once that is gone."""
+    for folded, network, x in folded_pair():
+        rollout = GraphedRollout(folded, 2) if isinstance(folded, InferencePredictor) else None
+        with torch.no_grad():
+            before, plain = folded(x), network(x)
+            rolled_out = rollout(x) if rollout else None
+            remove = register(network)
+            expected = network(x)
+            assert not torch.allclose(expected, plain)
+            assert torch.equal(folded(x), expected)
+            if isinstance(folded, InferencePredictor) and rollout:
+                assert torch.equal(folded.roll_out(x, 2), literal(network, x, 2))
+                if register is not _pre_hook_of_the_network:  # a rollout calls its network
+                    wanted = literal(network, x[:, :, -2:], 2)
+                    torch.testing.assert_close(rollout(x), wanted, rtol=1e-5, atol=1e-6)
+            remove()
+            assert torch.equal(folded(x), before)
+            assert rollout is None or torch.equal(rollout(x), rolled_out)  # type: ignore[arg-type]
+
+
+def test_auto_takes_what_is_fastest(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastjepa.kernels.convolution.op as op
+
+    launched: list[Any] = []
+    monkeypatch.setattr(op, "launch", lambda operands, _: launched.append(operands.layer))
+    asked: list[tuple[str, list[str]]] = []
+
+    def last(key: str, candidates: Any, device: torch.device) -> str:
+        for candidate in candidates.values():
+            candidate()
+        asked.append((key, list(candidates)))
+        return list(candidates)[-1]
+
+    network, states = a_predictor(4).to(device), states_of(size=(4, 4)).to(device)
+    folded = InferencePredictor.from_eager(network)
+    with torch.no_grad():
+        expected = InferencePredictor.from_eager(network, convolutions="eager")(states)
+        monkeypatch.setattr(autotune, "fastest", lambda key, candidates, device: next(iter(candidates)))
+        assert torch.equal(folded(states), expected)
+        assert launched == []
+        monkeypatch.setattr(autotune, "fastest", last)
+        folded(states)
+        assert len(launched) == 2 * 18  # a candidate, and the call
+        assert asked == [("InferencePredictor 4 1x4x4 torch.float32", ["eager", "fused"])]
+        wide = InferencePredictor.from_eager(StateOnlyPredictor(ResUNet(2 * D, 80, D)).to(device).eval())
+        wide(states)
+        assert len(asked) == 1  # there is no choice
+
+
 # ---- weights are never stale ----
 
 
@@ -564,7 +661,7 @@ def assert_follows(folded: nn.Module, x: Tensor, before: Tensor) -> None:
     kind: Any = type(folded)
     with torch.no_grad():
         found = folded(x)
-        wanted = kind.from_eager(copy.deepcopy(folded.source), layers=())(x)
+        wanted = kind.from_eager(copy.deepcopy(folded.source), convolutions="eager")(x)
     assert torch.equal(found, wanted)
     assert not torch.equal(found, before)
 
@@ -681,19 +778,19 @@ def test_weights_are_folded_where_they_were() -> None:
     folded, network, x = folded_pair()[1]
     with torch.no_grad():
         folded(x)
-        weights = folded._folding()._weights[torch.float32].of
-        addresses = [w.weight.data_ptr() for w in weights.values()]
+        weights = folded._folded().weights[torch.float32, False].of
+        addresses = [w["weight"].data_ptr() for w in weights.values()]  # type: ignore[union-attr]
         network.predictor.conv1.weight.mul_(2)  # type: ignore[union-attr, operator]
         folded(x)
-    assert folded._folding()._weights[torch.float32].of is weights
-    assert [w.weight.data_ptr() for w in weights.values()] == addresses
+    assert folded._folded().weights[torch.float32, False].of is weights
+    assert [w["weight"].data_ptr() for w in weights.values()] == addresses  # type: ignore[union-attr]
 
 
 def test_the_statistics_of_fused_networks_are_seen(device: str) -> None:
     from fastjepa.fused.networks import FusedResNet5
 
     network = FusedResNet5.from_eager(an_encoder(4).to(device))
-    folded = FoldedEncoder.from_eager(network, layers=())
+    folded = InferenceEncoder.from_eager(network, convolutions="eager")
     x = torch.rand(1, 1, 2, 8, 8).to(device)
     with torch.no_grad():
         before = folded(x)
@@ -704,7 +801,7 @@ def test_the_statistics_of_fused_networks_are_seen(device: str) -> None:
 @EVERY_DEVICE
 def test_replays_of_training_steps_are_seen(device: str) -> None:
     step = some_step(device)
-    folded = FoldedPredictor.from_eager(step.jepa.predictor, layers=())  # type: ignore[arg-type]
+    folded = InferencePredictor.from_eager(step.jepa.predictor, convolutions="eager")  # type: ignore[arg-type]
     x, graphed = states_of(1, 3).to(device), GraphedTrainStep(step, some_clips(device))
     for _ in range(3):
         with eval_mode(folded):
@@ -718,7 +815,7 @@ def test_steps_of_training_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain ones, and those of a graph, which changes memory and counts nothing."""
     step = some_step()
     jepa: Any = step.jepa
-    folded = FoldedPredictor.from_eager(jepa.predictor, layers=()).eval()
+    folded = InferencePredictor.from_eager(jepa.predictor, convolutions="eager").eval()
     x = states_of(1, 3)
 
     def result() -> Tensor:
@@ -748,7 +845,9 @@ def test_a_recorded_rollout_of_a_folded_predictor(device: str) -> None:
     """By torch on a CPU, by kernels on a GPU."""
     jepa = trained_jepa(device)
     plain: Any = jepa.predictor.eval()
-    jepa.predictor = folded = FoldedPredictor.from_eager(plain, layers="all" if device == "cuda" else ())
+    jepa.predictor = folded = InferencePredictor.from_eager(
+        plain, convolutions="fused" if device == "cuda" else "eager"
+    )
     states = states_of(2, 4, (9, 7)).to(device)
     rollout = GraphedRollout(jepa, 3)
     with torch.no_grad():
@@ -778,9 +877,9 @@ def test_a_recorded_rollout_of_a_folded_predictor(device: str) -> None:
 
 def test_a_recorded_rollout_keeps_the_dtype_of_the_states() -> None:
     predictor = a_predictor(8)
-    folded = FoldedPredictor.from_eager(predictor, layers=())
+    folded = InferencePredictor.from_eager(predictor, convolutions="eager")
     states = states_of(2, 4)
-    in_bf16 = FoldedPredictor.from_eager(predictor, torch.bfloat16, layers=())
+    in_bf16 = InferencePredictor.from_eager(predictor, torch.bfloat16, convolutions="eager")
     for own in (folded, in_bf16):
         rollout = GraphedRollout(own, 3, autocast_dtype=torch.bfloat16 if own is folded else None)
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=own is folded):
@@ -795,17 +894,18 @@ def test_a_recorded_rollout_keeps_the_dtype_of_the_states() -> None:
             assert torch.equal(tail, wanted.float())
 
 
-def test_convolutions_of_kernels_are_served(device: str) -> None:
+def test_a_recorded_rollout_by_kernels(device: str) -> None:
     predictor = a_predictor(4).to(device)
     states = states_of(size=(4, 4)).to(device)
     rollout = GraphedRollout(predictor, 1, fold_batch_norm=True, convolutions="fused")
     assert rollout.predictor is predictor
-    assert torch.equal(rollout(states), FoldedPredictor.from_eager(predictor).roll_out(states, 1))
-    without_kernels, with_some = (FoldedPredictor.from_eager(predictor, layers=names) for names in ((), SOME))
-    for given, launches in ((without_kernels, 18), (with_some, len(SOME))):
-        served = GraphedRollout(given, 1, fold_batch_norm=True, convolutions="fused")._ours
-        assert served is not None
-        assert len(served.kernel_layers) == launches
+    assert torch.equal(
+        rollout(states), InferencePredictor.from_eager(predictor, convolutions="fused").roll_out(states, 1)
+    )
+    given = InferencePredictor.from_eager(predictor, convolutions="eager")
+    made = GraphedRollout(given, 1, fold_batch_norm=True, convolutions="fused")._inference
+    assert made is not None
+    assert made.convolutions == "fused"
 
 
 def test_convolutions_of_kernels_see_what_changes(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -826,21 +926,18 @@ def test_convolutions_of_kernels_see_what_changes(device: str, monkeypatch: pyte
             predictor.predictor = a_predictor(4, seed=5).to(device).predictor
 
 
-def test_convolutions_of_torch_are_those_of_the_folded_copy() -> None:
+def test_a_recorded_rollout_by_torch() -> None:
     predictor = a_predictor(8)
     states = states_of(2, 3)
     expected = GraphedRollout(predictor, 2, fold_batch_norm=True)(states)
-    folded = FoldedPredictor.from_eager(predictor, layers=())
-    rollout = GraphedRollout(folded, 2, fold_batch_norm=True, convolutions="eager")
-    assert torch.equal(rollout(states), expected)
+    assert torch.equal(expected, InferencePredictor.from_eager(predictor).roll_out(states[:, :, -2:], 2))
+    for asked in ("auto", "eager"):
+        given = InferencePredictor.from_eager(predictor, convolutions=asked)  # type: ignore[arg-type]
+        rollout = GraphedRollout(given, 2, fold_batch_norm=True, convolutions="eager")
+        assert torch.equal(rollout(states), expected)
     with torch.no_grad():
         predictor.predictor.head.weight.mul_(2)
-    assert torch.equal(rollout(states), expected)  # as ever: the copy follows on refresh()
-    rollout.refresh()
     assert not torch.equal(rollout(states), expected)
-    own = FoldedPredictor.from_eager(predictor, torch.bfloat16, layers=())
-    wanted = GraphedRollout(predictor, 2, autocast_dtype=torch.bfloat16)(states)
-    assert torch.equal(GraphedRollout(own, 2, convolutions="eager")(states), wanted)
 
 
 def test_a_rollout_that_cannot_have_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -849,7 +946,7 @@ def test_a_rollout_that_cannot_have_kernels_is_refused(monkeypatch: pytest.Monke
         GraphedRollout(predictor, convolutions="cudnn")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="give fold_batch_norm=True"):
         GraphedRollout(predictor, convolutions="fused")
-    with pytest.raises(ValueError, match="cannot be served: it has the published names but"):
+    with pytest.raises(ValueError, match="is not supported here: it has the published names but"):
         GraphedRollout(action_unet_jepa().predictor, fold_batch_norm=True, convolutions="fused")
     monkeypatch.setattr("fastjepa.kernels.checks.unavailable_reason", lambda _: "there are none today")
     with pytest.raises(RuntimeError, match="convolution: there are none today"):
@@ -858,7 +955,7 @@ def test_a_rollout_that_cannot_have_kernels_is_refused(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("call", [lambda r, x: r(x), lambda r, x: r.tails(x, 1)])
 def test_a_recorded_rollout_takes_what_the_predictor_takes(call: Any) -> None:
-    rollout = GraphedRollout(FoldedPredictor.from_eager(a_predictor(8), layers=()), 1)
+    rollout = GraphedRollout(InferencePredictor.from_eager(a_predictor(8), convolutions="eager"), 1)
     with pytest.raises(TypeError, match=r"states has dtype torch.bfloat16, the weights have torch.float32"):
         call(rollout, states_of(frames=3).bfloat16())
     with pytest.raises(ValueError, match="states of 4 channels"):
@@ -869,11 +966,10 @@ def test_a_recorded_rollout_takes_what_the_predictor_takes(call: Any) -> None:
 
 
 def test_launches_have_the_names_of_the_recipe() -> None:
-    encoder = FoldedEncoder.from_eager(ResNet5(1, 32, 16).eval(), layers=())
-    predictor = FoldedPredictor.from_eager(StateOnlyPredictor(ResUNet(32, 32, 16)).eval(), layers=())
+    encoder = InferenceEncoder.from_eager(ResNet5(1, 32, 16).eval(), convolutions="eager")
+    predictor = InferencePredictor.from_eager(StateOnlyPredictor(ResUNet(32, 32, 16)).eval(), convolutions="eager")
     assert list(encoder.layer_names) == list(layers_of_recipe(1))
     assert list(predictor.layer_names) == list(predictor_layers(1))
-    assert encoder.kernel_layers == predictor.kernel_layers == ()
 
 
 def test_launches_are_those_of_the_recipe(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -882,8 +978,10 @@ def test_launches_are_those_of_the_recipe(device: str, monkeypatch: pytest.Monke
 
     launched: list[Any] = []
     monkeypatch.setattr(op, "launch", lambda operands, _: launched.append(operands.layer))
-    encoder = FoldedEncoder.from_eager(ResNet5(1, 32, 16).eval().to(device), torch.bfloat16)
-    predictor = FoldedPredictor.from_eager(StateOnlyPredictor(ResUNet(32, 32, 16)).eval().to(device), torch.bfloat16)
+    encoder = InferenceEncoder.from_eager(ResNet5(1, 32, 16).eval().to(device), torch.bfloat16, "fused")
+    predictor = InferencePredictor.from_eager(
+        StateOnlyPredictor(ResUNet(32, 32, 16)).eval().to(device), torch.bfloat16, "fused"
+    )
     with torch.no_grad():
         encoder(torch.rand(3, 1, 64, 64).to(device))
         predictor(torch.rand(2, 16, 2, 64, 64).to(device))
@@ -897,7 +995,7 @@ def test_fp32_is_multiplied_in_tf32_where_torch_would(allowed: bool, monkeypatch
 
     launched: list[str] = []
     monkeypatch.setattr(op, "launch", lambda operands, _: launched.append(operands.layer.precision))
-    folded = FoldedPredictor.from_eager(a_predictor(4).cuda())
+    folded = InferencePredictor.from_eager(a_predictor(4).cuda(), convolutions="fused")
     torch.backends.cudnn.allow_tf32 = allowed  # put back by the fixture `exact_arithmetic`
     folded.roll_out(states_of().cuda(), 1)
     assert launched == ["tf32" if allowed else "fp32"] * 18
@@ -906,22 +1004,25 @@ def test_fp32_is_multiplied_in_tf32_where_torch_would(allowed: bool, monkeypatch
 def test_limits_are_those_of_the_kernels(needs_triton: None) -> None:
     from fastjepa.kernels.convolution import op, stem
 
-    assert (folded_layers.MOST_CHANNELS, folded_layers.MOST_BEFORE_HEAD) == (op.MOST_CHANNELS, op.MOST_BEFORE_HEAD)
-    assert folded_layers.MOST_OF_IMAGE == stem.MOST_CHANNELS
+    assert (inference_layers.MOST_CHANNELS, inference_layers.MOST_BEFORE_HEAD) == (
+        op.MOST_CHANNELS,
+        op.MOST_BEFORE_HEAD,
+    )
+    assert inference_layers.MOST_OF_IMAGE == stem.MOST_CHANNELS
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 10)])
 def test_no_map_lies_where_one_lies_that_is_still_read(size: tuple[int, int]) -> None:
     layers = unet_layers(a_predictor().predictor)
     names = [layer.name for layer in layers]
-    places, sizes = folded_maps._places(layers, names, *size)
+    places, sizes = run.places(layers, True, *size)
     assert len(sizes) < 8
 
     def written_and_last_read() -> Iterator[tuple[str, int, int]]:
         for name in places:
             maker = names.index(name.removesuffix(", resized"))
             readers = [i for i, layer in enumerate(layers) if name.removesuffix(", resized") in layer.read]
-            is_made_smaller = folded_maps.resized(name) in places
+            is_made_smaller = run.resized(name) in places
             yield name, maker, maker if is_made_smaller else max(readers)
 
     lives = list(written_and_last_read())
@@ -936,15 +1037,15 @@ def test_no_map_lies_where_one_lies_that_is_still_read(size: tuple[int, int]) ->
 def test_without_triton_torch_runs_everything() -> None:
     code = f"""{without("triton")}
 import torch, fastjepa, fastjepa.graphs
-from fastjepa.fused.folded_networks import FoldedEncoder, FoldedPredictor
+from fastjepa.fused.inference import InferenceEncoder, InferencePredictor
 jepa = fastjepa.build_jepa(dobs=1, henc=2, hpre=2, dstc=4, std_coeff=10.0, cov_coeff=100.0).eval()
 video = torch.rand(1, 1, 3, 9, 8)
 expected = jepa.rollout(video, 2)
 plain = jepa.encoder, jepa.predictor
-jepa.encoder = FoldedEncoder.from_eager(jepa.encoder, layers=())
-jepa.predictor = FoldedPredictor.from_eager(jepa.predictor, layers=())
+jepa.encoder = InferenceEncoder.from_eager(jepa.encoder, convolutions="eager")
+jepa.predictor = InferencePredictor.from_eager(jepa.predictor, convolutions="eager")
 torch.testing.assert_close(jepa.rollout(video, 2), expected, rtol=1e-4, atol=1e-5)
-for make in (lambda: FoldedEncoder.from_eager(plain[0]),
+for make in (lambda: InferenceEncoder.from_eager(plain[0], convolutions="fused"),
              lambda: fastjepa.graphs.GraphedRollout(plain[1], fold_batch_norm=True, convolutions="fused")):
     try:
         make()
@@ -975,28 +1076,35 @@ def _with_another(**options: Any) -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: FoldedEncoder.from_eager(nn.Linear(1, 1)), ValueError, "Linear has no bn1, conv1"),
-        (lambda: FoldedPredictor.from_eager(nn.Linear(1, 1)), ValueError, "is not one network `predictor`"),
-        (lambda: FoldedEncoder.from_eager(_without_statistics()), ValueError, "layer2.conv1 has no running statistics"),
-        (lambda: FoldedEncoder.from_eager(_with_another(groups=2)), ValueError, "layer1.conv1 is Conv2d.*one group"),
-        (lambda: FoldedEncoder.from_eager(_with_another(dilation=2)), ValueError, "no dilation"),
-        (lambda: FoldedEncoder.from_eager(_with_another(stride=3)), ValueError, "with stride 1 or 2"),
-        (lambda: FoldedEncoder.from_eager(_with_another(padding=0)), ValueError, "padding 1"),
-        (lambda: FoldedEncoder.from_eager(_with_another(padding_mode="circular")), ValueError, "not a plain Conv2d"),
-        (lambda: FoldedEncoder.from_eager(an_encoder(8), torch.float64), ValueError, "autocast_dtype is torch.float64"),
+        (lambda: InferenceEncoder.from_eager(nn.Linear(1, 1)), ValueError, "Linear has no bn1, conv1"),
+        (lambda: InferencePredictor.from_eager(nn.Linear(1, 1)), ValueError, "is not one network `predictor`"),
         (
-            lambda: FoldedEncoder.from_eager(an_encoder(8), layers=("conv1", "up9", "bott")),
+            lambda: InferenceEncoder.from_eager(_without_statistics()),
             ValueError,
-            "layers names no launch: up9, bott; there are conv1, layer1.conv1",
+            "layer2.conv1 has no running statistics",
         ),
-        (lambda: FoldedEncoder.from_eager(an_encoder(8), layers="most"), ValueError, "names no launch: most"),
+        (lambda: InferenceEncoder.from_eager(_with_another(groups=2)), ValueError, "layer1.conv1 is Conv2d.*one group"),
+        (lambda: InferenceEncoder.from_eager(_with_another(dilation=2)), ValueError, "no dilation"),
+        (lambda: InferenceEncoder.from_eager(_with_another(stride=3)), ValueError, "with stride 1 or 2"),
+        (lambda: InferenceEncoder.from_eager(_with_another(padding=0)), ValueError, "padding 1"),
+        (lambda: InferenceEncoder.from_eager(_with_another(padding_mode="circular")), ValueError, "not a plain Conv2d"),
         (
-            lambda: FoldedPredictor.from_eager(StateOnlyPredictor(ResUNet(2 * D, 80, D))),
+            lambda: InferenceEncoder.from_eager(an_encoder(8), torch.float64),
+            ValueError,
+            "autocast_dtype is torch.float64",
+        ),
+        (
+            lambda: InferenceEncoder.from_eager(an_encoder(8), convolutions="cudnn"),  # type: ignore[arg-type]
+            ValueError,
+            "convolutions must be one of auto, fused, eager; got 'cudnn'",
+        ),
+        (
+            lambda: InferencePredictor.from_eager(StateOnlyPredictor(ResUNet(2 * D, 80, D)), convolutions="fused"),
             ValueError,
             "bott.conv1 has maps of 640 channels; kernels take up to 512",
         ),
         (
-            lambda: FoldedPredictor.from_eager(action_unet_jepa().predictor, layers=()),
+            lambda: InferencePredictor.from_eager(action_unet_jepa().predictor, convolutions="eager"),
             ValueError,
             "reads 6 channels, which are not 1 states of 4",
         ),
@@ -1009,10 +1117,10 @@ def test_what_cannot_be_folded_is_refused(make: Any, error: type[Exception], mes
 
 def test_kernels_that_cannot_run_are_refused_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastjepa.kernels.checks.unavailable_reason", lambda _: "there are none today")
-    for layers in ("all", ("conv1",)):
-        with pytest.raises(RuntimeError, match="convolution: there are none today"):
-            FoldedEncoder.from_eager(an_encoder(8), layers=layers)
-    FoldedEncoder.from_eager(an_encoder(8), layers=())
+    with pytest.raises(RuntimeError, match="convolution: there are none today"):
+        InferenceEncoder.from_eager(an_encoder(8), convolutions="fused")
+    InferenceEncoder.from_eager(an_encoder(8))
+    InferenceEncoder.from_eager(an_encoder(8), convolutions="eager")
 
 
 @pytest.mark.parametrize(
@@ -1036,6 +1144,6 @@ def test_bad_arguments(call: Any, error: type[Exception], message: str) -> None:
     (encoder, _, _), (predictor, _, _) = folded_pair()
     with torch.no_grad(), pytest.raises(error, match=message):
         call(encoder, predictor)
-    pooled = FoldedEncoder.from_eager(an_encoder(8, avg_pool=True), layers=())
+    pooled = InferenceEncoder.from_eager(an_encoder(8, avg_pool=True), convolutions="eager")
     with torch.no_grad(), pytest.raises(ValueError, match="an encoder with avg_pool takes frames"):
         pooled(torch.rand(1, 1, 2, 8, 8))
