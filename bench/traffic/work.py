@@ -114,7 +114,7 @@ def rollout_step(recipe: Recipe, way: Way) -> list[Event]:
         half = torch.autocast("cpu", torch.bfloat16, enabled=way.bf16)
         with fake_tensors(beside_real_ones=True), torch.no_grad(), half:
             states = torch.empty(recipe.batch, recipe.dstc, CONTEXT + 1, recipe.pixels, recipe.pixels)
-            run, frames = predictor.ready(states, 1), predictor.in_frames(states)  # weights are folded here
+            run, frames = predictor.ready_for(states, 1), predictor.in_frames(states)  # weights are folded here
             with TrafficCounter(part_of) as counter:
                 predictor.step(run, frames[:CONTEXT], frames[CONTEXT:])
         return counter.events

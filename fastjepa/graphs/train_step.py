@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastjepa.fused.match import std_margin
-from fastjepa.graphs.cache import MAX_RECORDINGS, RecordingCache, Watch
+from fastjepa.fused.watch import Watch
+from fastjepa.graphs.cache import MAX_RECORDINGS, RecordingCache
 from fastjepa.graphs.capture import Recording
 from fastjepa.kernels.checks import check_tensor
 from fastjepa.model.step import StepLosses, TrainStep
@@ -177,8 +178,10 @@ class _RecordedStep:
     def __init__(self, owner: GraphedTrainStep, indices: Tensor) -> None:
         make_capturable(owner.optimizer)  # again: load_state_dict brings other settings with it
         self._owner = owner
-        self._modules: tuple[nn.Module, ...] = (owner.step.jepa, owner.step.image_decoder, owner.step.detection_head)
-        self._trained = [t for module in self._modules for t in (*module.parameters(), *module.buffers())]
+        self._model = nn.ModuleList((owner.step.jepa, owner.step.image_decoder, owner.step.detection_head))
+        self._trained = [*self._model.parameters(), *self._model.buffers()]
+        self._parts = [*self._model.modules()]
+        self._modes = self._modes_now()
         self.indices = indices.clone()
         dtype = torch.promote_types(next(owner.step.jepa.parameters()).dtype, torch.float32)
         self.losses = torch.empty(*indices.shape[:-1], len(StepLosses._fields), dtype=dtype, device=indices.device)
@@ -192,7 +195,11 @@ class _RecordedStep:
         self._watch: Watch | None = None
 
     def outdated(self) -> bool:
-        return self._watch is not None and self._watch.changed()
+        return self._watch is not None and (self._watch.changed() or self._modes_now() != self._modes)
+
+    def _modes_now(self) -> list[bool]:
+        """What is in train mode, and what is not frozen."""
+        return [part.training for part in self._parts] + [tensor.requires_grad for tensor in self._trained]
 
     def run(self, indices: Tensor) -> Tensor:
         self.indices.copy_(indices)
@@ -203,8 +210,10 @@ class _RecordedStep:
             parameter.grad = gradient  # a plain step in between, or another recording, left its own there
         if self._watch is None:  # only now: on a CPU, which warms nothing up, Adam has made its state just now
             owner = self._owner
-            tensors = (owner.clips.video, owner.clips.digit_maps, *owner.accumulators)
-            self._watch = Watch(self._modules, tensors, optimizer=owner.optimizer, modes=True)
+            self._watch = Watch([self._model])
+            for tensor in (owner.clips.video, owner.clips.digit_maps, *owner.accumulators):
+                self._watch.tensor(tensor)
+            _watch_optimizer(self._watch, owner.optimizer)
         return self.losses
 
     @torch.enable_grad()
@@ -221,7 +230,7 @@ class _RecordedStep:
                 accumulator.add_(losses)
         # The last run is the capture, whose gradients are where every replay writes them. Held, they keep that memory
         # from the recordings that are made after this one in the same pool.
-        self._gradients = [(p, p.grad) for module in self._modules for p in module.parameters()]
+        self._gradients = [(p, p.grad) for p in self._model.parameters()]
 
     @contextlib.contextmanager
     def _no_trace(self) -> Iterator[None]:
@@ -241,3 +250,18 @@ class _RecordedStep:
                     for value in state[parameter].values():
                         value.zero_()  # what Adam starts from
             self._owner.step.zero_grad()
+
+
+def _watch_optimizer(watch: Watch, optimizer: torch.optim.Optimizer) -> None:
+    """Its state and hyperparameters, where `load_state_dict` puts new ones."""
+    for name in ("state", "param_groups"):
+        watch.same(vars(optimizer), name)
+        watch.size(getattr(optimizer, name))
+    for state in optimizer.state.values():
+        watch.objects(state)
+    for group in optimizer.param_groups:
+        watch.size(group["params"])
+        for parameter in group["params"]:
+            watch.tensor(parameter)
+        for key in group.keys() - {"params"}:
+            (watch.same if isinstance(group[key], Tensor) else watch.equal)(group, key)
