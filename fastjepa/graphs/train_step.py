@@ -19,8 +19,6 @@ from fastjepa.model.step import StepLosses, TrainStep
 from fastjepa.moving_mnist import Clips, ClipSet
 from fastjepa.profiling import span
 
-WARMUP_RUNS_OF_SEVERAL = 2  # of several steps in one launch: the first run is as many steps already
-
 
 class GraphedTrainStep:
     """Training steps as CUDA graphs on a GPU, and the same code plainly on a CPU; the contract is that of
@@ -42,7 +40,7 @@ class GraphedTrainStep:
         clips: where batches come from, resident on the device of the parameters: a `ClipSet`.
         accumulators: float64 tensors (9,) to which every step adds its losses, in the order of `StepLosses`.
         dtype: of the video.
-        warmup_runs, pool: see `fastjepa.graphs.capture.Recording`; K steps in one launch warm up in 2 runs by default.
+        warmup_runs, pool: see `fastjepa.graphs.capture.Recording`.
         max_recordings: how many shapes are kept; the least recently used goes first.
 
     Raises:
@@ -73,8 +71,9 @@ class GraphedTrainStep:
         device = next(step.jepa.parameters()).device
         if clips.device != device:
             raise ValueError(f"clips are on {clips.device}, the parameters on {device}; move them with clips.to(...)")
-        if device.type == "cuda":
-            _check_collectives(step)
+        group: Any = step.group
+        if device.type == "cuda" and group is not None and not group.ranks.can_be_recorded:
+            raise ValueError(f"what goes over {group.ranks.backend} cannot be in a CUDA graph; NCCL's collectives can")
         for i, accumulator in enumerate(accumulators):
             check_tensor(
                 "GraphedTrainStep", f"accumulators[{i}]", accumulator, shape=(len(StepLosses._fields),),
@@ -159,19 +158,6 @@ def make_capturable(optimizer: torch.optim.Optimizer) -> torch.optim.Adam:
     return optimizer
 
 
-def _check_collectives(step: TrainStep) -> None:
-    """Raise ValueError if a graph cannot hold what its processes exchange."""
-    group: Any = step.group
-    if group is not None and not group.ranks.can_be_recorded:
-        raise ValueError(f"what goes over {group.ranks.backend} cannot be in a CUDA graph; NCCL's collectives can")
-
-
-def _own_part(step: TrainStep, batch: Tensor) -> Tensor:
-    """The clips of a batch that this process trains on."""
-    group: Any = step.group
-    return batch if group is None else group.ranks.part(batch)
-
-
 class _RecordedStep:
     """One recording, with the indices that it reads and the losses that it leaves."""
 
@@ -186,11 +172,8 @@ class _RecordedStep:
         dtype = torch.promote_types(next(owner.step.jepa.parameters()).dtype, torch.float32)
         self.losses = torch.empty(*indices.shape[:-1], len(StepLosses._fields), dtype=dtype, device=indices.device)
         self._gradients: list[tuple[nn.Parameter, Tensor | None]] = []
-        options = dict(owner._recording_options)
-        if options["warmup_runs"] is None and indices.device.type == "cuda" and indices.dim() == 2:
-            options["warmup_runs"] = WARMUP_RUNS_OF_SEVERAL
         self._recording = Recording(
-            self._body, indices.device, name="the training step", no_trace=self._no_trace, **options
+            self._body, indices.device, name="the training step", no_trace=self._no_trace, **owner._recording_options
         )
         self._watch: Watch | None = None
 
@@ -218,12 +201,12 @@ class _RecordedStep:
 
     @torch.enable_grad()
     def _body(self) -> None:
-        several = self.indices.dim() == 2
-        batches = self.indices.unbind() if several else [self.indices]
-        for batch, out in zip(batches, self.losses.unbind() if several else [self.losses], strict=True):
+        group: Any = self._owner.step.group
+        batches, all_losses = self.indices.view(-1, self.indices.shape[-1]), self.losses.view(-1, self.losses.shape[-1])
+        for batch, out in zip(batches, all_losses, strict=True):
             with span("data"):
-                own = _own_part(self._owner.step, batch)
-                video, digit_location = self._owner.clips.batch(own, self._owner.dtype)
+                part = batch if group is None else group.ranks.part(batch)  # that this process trains on
+                video, digit_location = self._owner.clips.batch(part, self._owner.dtype)
             losses = torch.stack(self._owner.step(video, digit_location, clips=len(batch)))
             out.copy_(losses)
             for accumulator in self._owner.accumulators:

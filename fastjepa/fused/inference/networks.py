@@ -69,6 +69,9 @@ class InferenceNetwork(nn.Module):
             raise ValueError(f"convolutions must be one of {', '.join(get_args(Convolutions))}; got {convolutions!r}")
         for name, child in source.named_children():  # in the order of its parameters
             self.add_module(name, child)
+        for name in ("avg_pool", "context_length", "is_rnn"):
+            if hasattr(source, name):
+                setattr(self, name, getattr(source, name))
         self._source = (source,)  # in a tuple: it is no submodule, whose parameters would count twice
         self.autocast_dtype = _own_autocast(source) if autocast_dtype is None else autocast_dtype
         self.convolutions: Convolutions = convolutions
@@ -256,10 +259,7 @@ class InferenceEncoder(InferenceNetwork):
     """`ResNet5` for inference: seven launches."""
 
     conv1: nn.Module
-
-    def __init__(self, source: nn.Module, autocast_dtype: torch.dtype | None, convolutions: Convolutions) -> None:
-        super().__init__(source, autocast_dtype, convolutions)
-        self.avg_pool: bool = getattr(source, "avg_pool", False)
+    avg_pool: bool = False
 
     def forward(self, x: Tensor) -> Tensor:
         """As `ResNet5.forward`, in the dtype of x if there is an `autocast_dtype`.
@@ -297,11 +297,8 @@ class InferencePredictor(InferenceNetwork):
     """
 
     predictor: nn.Module
-
-    def __init__(self, source: nn.Module, autocast_dtype: torch.dtype | None, convolutions: Convolutions) -> None:
-        self.context_length: int = getattr(source, "context_length", 0)
-        super().__init__(source, autocast_dtype, convolutions)
-        self.is_rnn: bool = getattr(source, "is_rnn", False)
+    context_length: int
+    is_rnn: bool = False
 
     def forward(self, states: Tensor, actions: Tensor | None = None) -> Tensor:
         """States (B, D, T, H, W) → (B, D, T - context_length + 1, H, W), in the dtype of the states if there is an
@@ -448,7 +445,7 @@ def new_maps(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
 def new_frames(count: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Memory for frames (count, B, D, H, W), channels-last, as `like` (…, B, D, H, W)."""
     B, D, H, W = like.shape[-4:]
-    return like.new_empty(count, B, H, W, D, dtype=dtype).permute(0, 1, 4, 2, 3)
+    return new_maps((count * B, D, H, W), dtype or like.dtype, like.device).unflatten(0, (count, B))
 
 
 def as_states(frames: Tensor) -> Tensor:
