@@ -159,7 +159,5 @@ def _check_convolution(name: str, conv: Any, kind: type[nn.Module], kernel_size:
 
 
 def _check_norm(name: str, norm: Any) -> None:
-    if type(norm) is not nn.BatchNorm2d:
-        raise ValueError(f"{name} is a {type(norm).__name__}, not a BatchNorm2d")
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError(f"{name} has no running statistics, and normalises by those of each batch")
