@@ -25,13 +25,19 @@ from fastjepa.config import Config, preset_config, resolve_preset
 from fastjepa.files.safe_files import CheckpointError, write_atomic
 from fastjepa.files.state_dicts import check_tensors, plain_state, strip_compile_prefix
 from fastjepa.files.tensor_files import read_tensor_file, shown
-from fastjepa.fused.match import composition_problem, hooks_problem, predcost_problem, regularizer_problem, std_margin
-from fastjepa.model.batch_norm import has_hooks
+from fastjepa.fused.match import (
+    composition_problem,
+    encoder_problem,
+    network_trial_problem,
+    predcost_problem,
+    regularizer_problem,
+    std_margin,
+)
 from fastjepa.model.jepa import JEPA, build_jepa
 from fastjepa.model.networks import DetHead, ImageDecoder
 from fastjepa.model.probes import build_probes
-from fastjepa.model.step import COMPOSITION, build_optimizer
 from fastjepa.model.step import TrainStep as PlainTrainStep
+from fastjepa.model.step import build_optimizer
 from fastjepa.storage.adam_state import plain_execution, plain_tensor, plan_adam_load
 from fastjepa.storage.checkpoint import load_modules
 from fastjepa.storage.sizes import (
@@ -64,28 +70,13 @@ class TrainStep(PlainTrainStep):
         self._tried: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str | None]] = weakref.WeakKeyDictionary()
         super().__init__(*arguments, **options)
 
-    def _problem_of(self, jepa: nn.Module) -> str | None:
-        problem = super()._problem_of(jepa)
-        if problem is None or has_hooks(jepa) or any(name in jepa.__dict__ for name in COMPOSITION):
-            return problem
-        return self._once(jepa, type(jepa), composition_problem)
-
-    def _problem_of_loss(self, name: str, loss: nn.Module) -> str | None:
-        if super()._problem_of_loss(name, loss) is None:
+    def _problem_of_class(self, name: str, part: nn.Module) -> str | None:
+        if super()._problem_of_class(name, part) is None:
             return None
-        if (hooks := hooks_problem(loss)) is not None:
-            return hooks
-        trial = regularizer_problem if name == "regularizer" else predcost_problem
-        return self._once(loss, std_margin(loss), trial)
-
-    def _problem_of_probe(self, probe: nn.Module) -> str | None:
-        problem = super()._problem_of_probe(probe)
-        return problem if problem is None or has_hooks(probe) else self._once(probe, None, _probe_problem)
-
-    def _once(self, module: nn.Module, state: Any, trial: Any) -> str | None:
-        if module not in self._tried or self._tried[module][0] != state:
-            self._tried[module] = (state, trial(module))
-        return self._tried[module][1]
+        state = (type(part), std_margin(part))
+        if part not in self._tried or self._tried[part][0] != state:
+            self._tried[part] = (state, _TRIALS[name](part))
+        return self._tried[part][1]
 
 
 class OriginalStep(PlainTrainStep):
@@ -93,8 +84,8 @@ class OriginalStep(PlainTrainStep):
     `unroll` and `encode`.
     """
 
-    def _problem_of(self, jepa: nn.Module) -> str | None:
-        return "the original's step is asked for"
+    def _problem_of_class(self, name: str, part: nn.Module) -> str | None:
+        return "the original's step is asked for" if name == "jepa" else super()._problem_of_class(name, part)
 
 
 class _Encoded(nn.Module):
@@ -123,6 +114,16 @@ def _probe_problem(probe: Any) -> str | None:
     except Exception as error:  # whatever code of the user's raises
         return f"{type(probe).__name__} cannot be called like a probe: {error}"
     return None if same else f"{type(probe).__name__} computes something else than its head's loss"
+
+
+_TRIALS: dict[str, Callable[[nn.Module], str | None]] = {
+    "jepa": composition_problem,
+    "encoder": lambda encoder: encoder_problem(encoder) or network_trial_problem(encoder, "encoder"),
+    "regularizer": regularizer_problem,
+    "predcost": predcost_problem,
+    "image_decoder": _probe_problem,
+    "detection_head": _probe_problem,
+}
 
 
 def load_eb_jepa_checkpoint(path: str | os.PathLike[str], *, std_coeff: float = 10.0, cov_coeff: float = 100.0) -> JEPA:
