@@ -69,12 +69,6 @@ class OtherUnroll(JEPA):
         return states, (losses[0] + 1, *losses[1:])
 
 
-class OtherParallel(JEPA):
-    def _unroll_parallel(self, *arguments: Any) -> Any:
-        states, loss = super()._unroll_parallel(*arguments)
-        return states, 2 * loss
-
-
 class OtherEncode(JEPA):
     @torch.no_grad()
     def encode(self, observations: Tensor) -> Tensor:
@@ -102,7 +96,6 @@ def of_class(kind: type[JEPA]) -> Callable[[Any], None]:
     ("change", "problem"),
     [
         (of_class(OtherUnroll), "OtherUnroll has its own unroll"),
-        (of_class(OtherParallel), "OtherParallel has its own _unroll_parallel"),
         (of_class(OtherEncode), "OtherEncode has its own encode"),
         (set_unroll, "JEPA has its own unroll"),
     ],

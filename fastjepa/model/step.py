@@ -23,7 +23,7 @@ from fastjepa.profiling import span
 LOSSES = ("regularizer", "predcost")
 # The parts that a step computes by another way than calling them: what they must be, and the methods stood in for.
 PUBLISHED: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
-    "jepa": (JEPA, ("unroll", "_unroll_parallel", "_unroll_autoregressive", "encode")),
+    "jepa": (JEPA, ("unroll", "encode")),
     "encoder": (ResNet5, ("forward", "_frames")),
     "regularizer": (VCLoss, ("forward",)),
     "predcost": (SquareLossSeq, ("forward",)),
