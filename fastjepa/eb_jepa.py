@@ -89,14 +89,10 @@ class OriginalStep(PlainTrainStep):
 
 
 class _Encoded(nn.Module):
-    """A JEPA that has encoded already."""
+    """A JEPA whose video is encoded already."""
 
-    def __init__(self, state: Tensor) -> None:
-        super().__init__()
-        self.state = state
-
-    def encode(self, _: Tensor) -> Tensor:
-        return self.state
+    def encode(self, state: Tensor) -> Tensor:
+        return state
 
 
 def _probe_problem(probe: Any) -> str | None:
@@ -105,7 +101,7 @@ def _probe_problem(probe: Any) -> str | None:
     generator = torch.Generator().manual_seed(0)
     state = torch.rand(2, weight.shape[1], 3, 8, 8, generator=generator).to(weight)
     stub, head = copy.copy(probe), copy.deepcopy(probe.head)
-    stub._modules = {**probe._modules, "jepa": _Encoded(state), "head": copy.deepcopy(probe.head)}
+    stub._modules = {**probe._modules, "jepa": _Encoded(), "head": copy.deepcopy(probe.head)}
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             expected = head(state)
@@ -251,11 +247,8 @@ def save_eb_jepa_checkpoint(
     """
     given = {"jepa": jepa, "image_decoder": image_decoder, "detection_head": detection_head}
     modules = {name: plain_state(module) for name, module in given.items() if module is not None}
-    if optimizer is not None:
-        _check_groups(optimizer, given)
-    write_eb_jepa_checkpoint(
-        path, modules, None if optimizer is None else optimizer.state_dict(), epoch=epoch, step=step
-    )
+    adam = None if optimizer is None else _state_of_adam(optimizer, given)
+    write_eb_jepa_checkpoint(path, modules, adam, epoch=epoch, step=step)
 
 
 def write_eb_jepa_checkpoint(
@@ -396,15 +389,14 @@ def _check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
 def _jepa_of(state: Mapping[str, Any], *, std_coeff: float, cov_coeff: float) -> JEPA:
     """The JEPA with these tensors. Raises CheckpointError if they are not those of a published Video JEPA."""
     state = {_plain_key(key): value for key, value in state.items()}
-    second = {key: value for key, value in state.items() if key.startswith(tuple(_ALIASES))}
-    tensors = {key: value for key, value in state.items() if key not in second}
+    tensors = {key: value for key, value in state.items() if not key.startswith(tuple(_ALIASES))}
     for alias, original in _ALIASES.items():
         tensors.update({alias + key: value for key, value in _below(tensors, original).items()})
     build = partial(build_jepa, **_sizes(tensors), std_coeff=std_coeff, cov_coeff=cov_coeff)
     jepa = build_filled("model_state_dict", build, tensors)
-    # What the file has under a module's second name must repeat the first; equal NaNs are the same here.
-    check_tensors("model_state_dict", {key: tensors[key] for key in second if key in tensors}, second)
-    for key, value in second.items():
+    # What the file has under a module's second name must repeat the first.
+    check_tensors("model_state_dict", {key: tensors[key] for key in state if key in tensors}, state)
+    for key, value in state.items():
         if not torch.allclose(tensors[key], value, rtol=0, atol=0, equal_nan=True):
             first = next(name + key.removeprefix(alias) for alias, name in _ALIASES.items() if key.startswith(alias))
             raise CheckpointError(f"{key} and {first} differ; in the published model they are one")
@@ -427,18 +419,16 @@ def _run_of(
     epoch, step = _count(content, "epoch", -1) + 1, _count(content, "step", 0)
     sizes = _sizes(jepa.state_dict())
     probes = build_probes(dobs=sizes["dobs"], dstc=sizes["dstc"], hdet=sizes["hpre"])
-    modules: dict[str, Any] = {"jepa": jepa, **dict(zip(_HEAD_ENTRIES, probes, strict=True))}
     entries = {name: _head_entry(content, name) for name in _HEAD_ENTRIES}
-    for name, entry in entries.items():
-        if entry is None:
-            modules[name].to(next(jepa.parameters()).dtype)
-        else:
-            modules[name] = _head(name, entry, content[entry], sizes)
+    modules: dict[str, Any] = {"jepa": jepa}
+    for (name, entry), new in zip(entries.items(), probes, strict=True):
+        dtype = next(jepa.parameters()).dtype
+        modules[name] = new.to(dtype) if entry is None else _head(name, entry, content[entry], sizes)
     for name, module in modules.items():
         _check_finite(entries.get(name) or "model_state_dict", module.state_dict())
         module.to(device)
     new_heads = tuple(name for name, entry in entries.items() if entry is None)
-    optimizer = build_optimizer(jepa, modules["image_decoder"], modules["detection_head"], 1e-3)  # the file has its own
+    optimizer = build_optimizer(**modules, lr=1e-3)  # the file has its own
     _load_adam(optimizer, content.get("optimizer_state_dict"), modules, new_heads, step)
     used = {"model_state_dict", "optimizer_state_dict", "epoch", "step", *entries.values()}
     unused = tuple(sorted(key if isinstance(key, str) else shown(key) for key in content if key not in used))
@@ -468,13 +458,11 @@ def _head(name: str, entry: str, state: Any, jepa: Mapping[str, Any]) -> nn.Modu
     tensors = {_plain_key(key): value for key, value in state.items()}
     if any(key.startswith("jepa.") for key in tensors):  # of a JEPAProbe, which has the JEPA as well
         tensors = _below(tensors, "head.")
-    build: Callable[[], nn.Module]
     with _prefixed(entry):
         if name == "image_decoder":
-            build = partial(ImageDecoder, jepa["dstc"], jepa["dobs"], decoder_sizes(tensors)["hidden"])
-        else:
-            build = partial(DetHead, jepa["dstc"], detection_head_sizes(tensors)["h_d"], 1)
-        return build_filled("it", build, tensors)
+            decoder = partial(ImageDecoder, jepa["dstc"], jepa["dobs"], decoder_sizes(tensors)["hidden"])
+            return build_filled("it", decoder, tensors)
+        return build_filled("it", partial(DetHead, jepa["dstc"], detection_head_sizes(tensors)["h_d"], 1), tensors)
 
 
 def _load_adam(
@@ -509,10 +497,11 @@ def _load_adam(
     load()
 
 
-def _check_groups(optimizer: torch.optim.Adam, modules: Mapping[str, nn.Module | None]) -> None:
-    """Raise ValueError unless the optimizer's groups have the parameters of the modules, in their order."""
+def _state_of_adam(optimizer: torch.optim.Adam, modules: Mapping[str, nn.Module | None]) -> dict[str, Any]:
+    """Raises ValueError unless the optimizer's groups have the parameters of the modules, in their order."""
     if not isinstance(optimizer, torch.optim.Adam) or len(optimizer.param_groups) != len(modules):
         raise ValueError("optimizer must be Adam with three groups: the JEPA, the image decoder, the detection head")
     for group, (name, module) in zip(optimizer.param_groups, modules.items(), strict=True):
         if module is not None and list(map(id, group["params"])) != list(map(id, module.parameters())):
             raise ValueError(f"the optimizer's group for {name} has other parameters than the {name} given")
+    return optimizer.state_dict()
