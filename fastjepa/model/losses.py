@@ -171,10 +171,8 @@ def projected_losses(
     """The unweighted losses of one parallel unroll, differentiable in everything; moves the projectors' buffers.
 
     Args:
-        vc_proj: the projector of the variance–covariance loss.
-        pred_proj: the projector of the prediction losses; the same module in a published JEPA.
-        state: z (B, D, T, H, W).
-        predictions: p¹..pᴷ, of the same shape.
+        vc_proj, pred_proj: the projectors of the two losses; one module in a published JEPA.
+        state, predictions: z and p¹..pᴷ, each (B, D, T, H, W).
         path: "eager" materialises the projections; "closed_form" needs only moments of the rows. "auto" takes the
             closed form on a CPU, where it was measured faster and smaller (bench/results), and eager elsewhere.
         group: inside its `batch`, losses and buffers are those of the whole batch. The gradients of states are exact;

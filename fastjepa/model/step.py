@@ -56,9 +56,9 @@ class StepLosses(NamedTuple):
 class TrainStep:
     """One optimisation step; usable without the trainer: `losses = step(video, digit_location)`.
 
-    Each thing is done once: one encoding serves the JEPA and both probes, the state is projected once, and BatchNorm's
-    running buffers are advanced to where the original's repeated calls leave them. Losses, gradients and buffers are
-    those of the original's step. The losses come back as tensors: nothing waits for the device.
+    One encoding serves the JEPA and both probes, each state is projected once, and BatchNorm's running buffers end
+    where the original's repeated calls leave them: losses, gradients and buffers are those of the original's step. The
+    losses come back as tensors: nothing waits for the device.
 
     A part that is not known to be the published one is called as its author wrote it, as often as the original calls
     it: the JEPA's `unroll` and `encode` (`jepa_problem` says why), its losses (`loss_problem`), its encoder, a probe's
@@ -163,12 +163,12 @@ class TrainStep:
     def losses(self, video: Tensor, digit_location: Tensor, clips: int | None = None) -> StepLosses:
         """The losses of one step, with graph. Moves BatchNorm's running buffers as one step of the original does.
 
-        Where several processes train, these are the losses of the whole batch, and a backward pass from `total` leaves
-        this process's part of the gradients: their sum over the processes is the whole.
+        In a group, these are the losses of the whole batch, and a backward pass from `total` leaves this process's part
+        of the gradients, whose sum over the processes is the whole.
 
         Raises:
-            ValueError: shapes that do not fit, fewer than 3 frames; a loss was replaced by one that `projection` does
-                not support, or that is not for statistics of several processes.
+            ValueError: shapes that do not fit, fewer than 3 frames; a part was replaced by one that `projection` or
+                `group.sync_stats` does not support.
             TypeError: a video that is not floating point; an `unroll` of the JEPA's own that returns something else.
         """
         check_batch(video, digit_location)
@@ -178,12 +178,8 @@ class TrainStep:
         group = self.group
         if group is None:  # and nothing of several processes: torch.compile takes this as one graph
             return compute(video, digit_location)
-        problem = self._problems.get("jepa") or self._problem_of_losses()
-        if group.sync_stats and problem is not None:
-            raise ValueError(
-                f"statistics of several processes are for the published model and losses ({problem}); give "
-                "sync_stats=False"
-            )
+        if group.sync_stats and (problem := self._problems.get("jepa") or self._problem_of_losses()):
+            raise ValueError(f"sync_stats=True is for the published model and losses: {problem}; use sync_stats=False")
         with group.batch(len(video), clips):
             losses = compute(video, digit_location)
             if group.sync_stats:
@@ -226,6 +222,9 @@ class TrainStep:
 
     # ---- the deduplicated step ----
 
+    def _synced_group(self) -> Group | None:
+        return self.group if self.group is not None and self.group.sync_stats else None
+
     def _deduplicated(self, video: Tensor, digit_location: Tensor) -> StepLosses:
         with self._autocast(video.device):
             with span("encode"):
@@ -236,8 +235,8 @@ class TrainStep:
             vc, vc_unweighted, std, cov, pred = of_jepa(state, predictions)
             recon = self._probe_loss("image_decoder", video, video, state)
             det = self._probe_loss("detection_head", video, digit_location, state)
-            if self.group is not None and self.group.sync_stats:
-                recon, det = self.group.mean(torch.stack((recon, det))).unbind()
+            if (group := self._synced_group()) is not None:
+                recon, det = group.mean(torch.stack((recon, det))).unbind()
         jepa = vc + pred
         return StepLosses(jepa + recon + det, jepa, vc, vc_unweighted, std, cov, pred, recon, det)
 
@@ -258,15 +257,12 @@ class TrainStep:
         """vc, unweighted, std, cov and pred of the published losses, each state projected once."""
         regularizer: Any = self.jepa.regularizer
         predcost: Any = self.jepa.predcost
-        found = None
-        if self.projection in ("auto", getattr(regularizer, "projection_path", None)):
-            step_losses = getattr(regularizer, "step_losses", lambda *_: None)
-            found = step_losses(predcost, state, predictions)
+        found, path = None, getattr(regularizer, "projection_path", None)  # of one that `accelerate` swapped in
+        if path is not None and self.projection in ("auto", path):
+            found = regularizer.step_losses(predcost, state, predictions)
         if found is None:
-            group = self.group if self.group is not None and self.group.sync_stats else None
-            found = projected_losses(
-                regularizer.proj, predcost.proj, state, predictions, path=self.projection, group=group
-            )
+            projectors, group = (regularizer.proj, predcost.proj), self._synced_group()
+            found = projected_losses(*projectors, state, predictions, path=self.projection, group=group)
         std, cov, preds = found
         vc = regularizer.std_coeff * std + regularizer.cov_coeff * cov
         return vc, std + cov, std, cov, preds.sum() / self.steps
@@ -318,9 +314,8 @@ class TrainStep:
         if type(head) is DetHead:
             with self._autocast(state.device):
                 return detection_loss(head(state), digit_location)
-        # Ours takes its sigmoid in fp32 whatever autocast says. The original's takes it of bf16 numbers: what is more
-        # than 0.998 becomes 1, where the loss of an empty cell is 100 and its gradient 0. (The head is small, and sees
-        # maps of 8×8: its precision costs nothing.)
+        # The original's takes its sigmoid of bf16 numbers: from 0.998 on it is 1, where the loss of an empty cell is 100
+        # and its gradient 0. (The head is small, and sees maps of 8×8: its precision costs nothing.)
         parameter = next(head.parameters(), None)
         dtype = torch.promote_types(state.dtype, torch.float32) if parameter is None else parameter.dtype
         with torch.autocast(state.device.type, enabled=False):
