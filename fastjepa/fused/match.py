@@ -21,6 +21,7 @@ from fastjepa.model.batch_norm import has_hooks
 from fastjepa.model.jepa import JEPA, eval_mode
 from fastjepa.model.losses import SquareLossSeq, VCLoss
 from fastjepa.model.networks import ResidualBlock, ResNet5, ResUNet, StateOnlyPredictor
+from fastjepa.model.probes import JEPAProbe
 
 BLOCKS_OF_ENCODER = ("layer1", "layer2", "layer3")
 BLOCKS_OF_UNET = ("enc1", "enc2", "enc3", "bott", "dec3", "dec2", "dec1")
@@ -171,6 +172,32 @@ def composition_problem(jepa: nn.Module) -> str | None:
         yield tuple(_composition_outcome(one) for one in (theirs, JEPA(*parts)))
 
     return _trial_problem("it has the parts of a JEPA", "a JEPA", outcomes)
+
+
+def probe_problem(probe: Any) -> str | None:
+    """Why a probe of other code does not compute the loss of its head on the states; None if it does."""
+
+    def outcomes() -> Iterator[Outcomes]:
+        generator = torch.Generator().manual_seed(0)
+        channels = next(probe.head.parameters()).shape[1]
+        state = torch.rand(2, channels, 3, 8, 8, generator=generator, dtype=torch.float64)
+        wanted = _trial_copy(probe.head)(state)
+        targets = torch.rand(wanted.shape, generator=generator, dtype=wanted.dtype)
+        theirs = copy.copy(probe)  # whose JEPA, which may be large, is not copied
+        theirs._modules = dict(probe._modules)
+        theirs.jepa, theirs.head = _Encoded(), _trial_copy(probe.head)
+        published = JEPAProbe(_Encoded(), _trial_copy(probe.head), copy.deepcopy(probe.hcost))
+        losses = {one: one(state, targets) for one in (theirs, published)}
+        yield tuple(_outcome(one, {}, {"loss": loss}, loss) for one, loss in losses.items())
+
+    return _trial_problem("it has the parts of a probe", "one", outcomes)
+
+
+class _Encoded(nn.Module):
+    """A JEPA whose video is encoded already."""
+
+    def encode(self, state: Tensor) -> Tensor:
+        return state
 
 
 def difference(fused: nn.Module, eager: nn.Module, *inputs: Tensor | None) -> float:

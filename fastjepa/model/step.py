@@ -314,8 +314,8 @@ class TrainStep:
         if type(head) is DetHead:
             with self._autocast(state.device):
                 return detection_loss(head(state), digit_location)
-        # The original's takes its sigmoid of bf16 numbers: from 0.998 on it is 1, where the loss of an empty cell is 100
-        # and its gradient 0. (The head is small, and sees maps of 8×8: its precision costs nothing.)
+        # The original's takes its sigmoid of bf16 numbers: from 0.998 on it is 1, where an empty cell costs 100 and its
+        # gradient is 0. (The head is small, and sees maps of 8×8: its precision costs nothing.)
         parameter = next(head.parameters(), None)
         dtype = torch.promote_types(state.dtype, torch.float32) if parameter is None else parameter.dtype
         with torch.autocast(state.device.type, enabled=False):
