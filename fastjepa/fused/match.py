@@ -46,19 +46,17 @@ def unet_problem(network: nn.Module) -> str | None:
 
 
 def predictor_problem(predictor: nn.Module) -> str | None:
-    """Why `predictor` has not the structure of a `StateOnlyPredictor` of a `ResUNet`, or None if it has. One that reads
-    actions has the same structure, and differs in numbers.
-    """
+    """Why `predictor` has not the structure of a `StateOnlyPredictor` of a `ResUNet`, or None if it has."""
     names = [name for name, _ in predictor.named_children()]
     if names != ["predictor"] or not isinstance(getattr(predictor, "context_length", None), int):
         return f"{type(predictor).__name__} is not one network `predictor` over `context_length` frames"
-    return _children_problem(predictor, {"predictor"}) or unet_problem(predictor.predictor)  # type: ignore[arg-type]
+    return _children_problem(predictor, {"predictor": nn.Module}) or unet_problem(predictor.predictor)  # type: ignore[arg-type]
 
 
 def block_problem(block: nn.Module) -> str | None:
     """Why `block` has not the structure of a `ResidualBlock`, or None if it has."""
     wanted = {"conv1": nn.Conv2d, "bn1": nn.BatchNorm2d, "conv2": nn.Conv2d, "bn2": nn.BatchNorm2d}
-    if problem := _children_problem(block, {*wanted, "shortcut"}) or _type_problem(block, wanted):
+    if problem := _children_problem(block, {**wanted, "shortcut": nn.Module}):
         return problem
     shortcut = block.get_submodule("shortcut")
     kinds = [type(layer) for layer in shortcut] if isinstance(shortcut, nn.Sequential) else []
@@ -68,10 +66,8 @@ def block_problem(block: nn.Module) -> str | None:
 
 def hooks_problem(module: nn.Module) -> str | None:
     """Which module in `module` has hooks, which what replaces it would not call; None if there are none."""
-    return next(
-        (f"{type(m).__name__} has hooks, which a fused pass would not call" for m in module.modules() if has_hooks(m)),
-        None,
-    )
+    hooked = next((type(m).__name__ for m in module.modules() if has_hooks(m)), None)
+    return None if hooked is None else f"{hooked} has hooks, which a fused pass would not call"
 
 
 def is_identity(module: nn.Module) -> bool:
@@ -86,23 +82,26 @@ def require(problem: str | None) -> None:
 
 
 def _network_problem(network: nn.Module, blocks: tuple[str, ...], convs: tuple[str, ...]) -> str | None:
-    problem = _children_problem(network, {"conv1", "bn1", *blocks, *convs})
-    if problem := problem or _type_problem(network, {"bn1": nn.BatchNorm2d}):
+    wanted = {**dict.fromkeys(("conv1", *blocks, *convs), nn.Module), "bn1": nn.BatchNorm2d}
+    if problem := _children_problem(network, wanted):
         return problem
-    problems = ((name, block_problem(getattr(network, name))) for name in blocks)
+    problems = ((name, block_problem(network.get_submodule(name))) for name in blocks)
     return next((f"{name}: {problem}" for name, problem in problems if problem), None)
 
 
-def _children_problem(module: nn.Module, required: set[str]) -> str | None:
-    """What a fused module, which takes only the required children over, would lack or lose."""
+def _children_problem(module: nn.Module, required: Mapping[str, type[nn.Module]]) -> str | None:
+    """What a fused module, which takes over only the required children (nn.Module: of any type), would lack or lose."""
     children = dict(module.named_children())
-    if missing := sorted(required - children.keys()):
+    if missing := sorted(required.keys() - children.keys()):
         return f"{type(module).__name__} has no {', '.join(missing)}"
     if further := [name for name in children if name not in required and not _may_be_beside(children[name])]:
         return f"{type(module).__name__} has further layers: {', '.join(further)}"
     own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     if own:
         return f"{type(module).__name__} has tensors of its own: {', '.join(name for name, _ in own)}"
+    for name, kind in required.items():
+        if kind not in (nn.Module, type(children[name])):
+            return f"{name} is a {type(children[name]).__name__}, not a {kind.__name__}"
     return hooks_problem(module)
 
 
@@ -112,12 +111,6 @@ def _may_be_beside(child: nn.Module) -> bool:
     """
     pools = type(child) is nn.AdaptiveAvgPool2d and child.output_size in (1, (1, 1))
     return type(child) is nn.ReLU or is_identity(child) or pools
-
-
-def _type_problem(module: nn.Module, kinds: Mapping[str, type[nn.Module]]) -> str | None:
-    found = {name: type(module.get_submodule(name)) for name in kinds}
-    wrong = (name for name, kind in kinds.items() if found[name] is not kind)
-    return next((f"{name} is a {found[name].__name__}, not a {kinds[name].__name__}" for name in wrong), None)
 
 
 # ---- trials ----
@@ -362,12 +355,9 @@ def _refilled(made: nn.Module, source: nn.Module) -> nn.Module:
 
 
 class Unchanged:
-    """Whether a module swapped in, and the one that it stands for, still are what they were when it was swapped: the
-    same modules of the same classes, with no hooks and no `forward` set on an object. Asking takes microseconds.
-
-    Args:
-        swapped: the new module, whose children are shared with those of `replaced`, or swapped for them.
-        replaced: the module of the published form that it stands for.
+    """Whether `swapped`, and `replaced`, the published module in whose place and around whose children it is, still are
+    what they were: the same modules of the same classes, with no hooks and no `forward` set on an object. Asking takes
+    microseconds.
     """
 
     def __init__(self, swapped: nn.Module, replaced: nn.Module) -> None:

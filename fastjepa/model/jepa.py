@@ -220,7 +220,7 @@ def parallel_unroll(
         nsteps: K ≥ 1.
 
     Returns:
-        z for whatever else it is used for, the losses say, and p¹ … pᴷ, each like z.
+        z, to be used in the losses in place of the one given, and p¹ … pᴷ, each like z.
     """
     fused = own_method(predictor, "unroll_parallel")
     if fused is not None:
@@ -283,16 +283,15 @@ def autoregressive_rollout(
     given = video if states is None else states
     if given is None or (video is not None and states is not None):
         raise ValueError("rollout takes either a video or states=..., not both and not neither")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be at least 1 clip, got {chunk}")
+    for name, count in (("steps", steps), ("chunk", chunk)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
     if given.dim() != 5:
         name, letter = ("video", "C") if states is None else ("states", "D")
         raise ValueError(f"{name} must be (B, {letter}, T, H, W), got shape {tuple(given.shape)}")
-    context, frames = predictor.context_length, given.shape[2]
-    if frames < context:
-        raise ValueError(f"a rollout starts from at least {context} frames, got {frames}")
+    frames = given.shape[2]
+    if frames < predictor.context_length:
+        raise ValueError(f"a rollout starts from at least {predictor.context_length} frames, got {frames}")
     roll_out = own_method(predictor, "roll_out") or partial(roll_out_plainly, predictor)
     out: Tensor | None = None
     first = 0

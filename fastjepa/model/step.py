@@ -21,7 +21,7 @@ from fastjepa.model.running_stats import calls_in_order
 from fastjepa.profiling import span
 
 LOSSES = ("regularizer", "predcost")
-# The parts that a step computes by another way than calling them: what they must be, and the methods stood in for.
+# The parts that a step computes in another way than by calling them: their classes and the methods that it replaces.
 PUBLISHED: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "jepa": (JEPA, ("unroll", "encode")),
     "encoder": (ResNet5, ("forward", "_frames")),
@@ -184,7 +184,7 @@ class TrainStep:
             losses = compute(video, digit_location)
             if group.sync_stats:
                 return losses
-            # What is told is the mean over all clips; what it is differentiated by is this process's part of that.
+            # The values are the means over all clips; their gradients are this process's part.
             return StepLosses(*group.mean(torch.stack(losses)).unbind())
 
     # ---- what is known to be the published model ----
@@ -332,7 +332,7 @@ def _problem_of_object(name: str, part: nn.Module) -> str | None:
     own = [method for method in PUBLISHED[name][1] if method in part.__dict__]
     if own:
         return f"{type(part).__name__} has its own {', '.join(own)}"
-    # Of a loss the projector's calls are stood in for too; the encoder is called.
+    # A loss's projector may not be called either; the encoder is called.
     called = part.modules() if name in LOSSES else () if name == "encoder" else (part,)
     return next((f"{type(module).__name__} has hooks" for module in called if has_hooks(module)), None)
 
