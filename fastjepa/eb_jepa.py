@@ -7,7 +7,6 @@ the JEPA, the image decoder and the detection head), `epoch` (the last one finis
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import io
 import os
@@ -25,13 +24,20 @@ from fastjepa.config import Config, preset_config, resolve_preset
 from fastjepa.files.safe_files import CheckpointError, write_atomic
 from fastjepa.files.state_dicts import check_tensors, plain_state, strip_compile_prefix
 from fastjepa.files.tensor_files import read_tensor_file, shown
-from fastjepa.fused.match import composition_problem, hooks_problem, predcost_problem, regularizer_problem, std_margin
-from fastjepa.model.batch_norm import has_hooks
+from fastjepa.fused.match import (
+    composition_problem,
+    encoder_problem,
+    network_trial_problem,
+    predcost_problem,
+    probe_problem,
+    regularizer_problem,
+    std_margin,
+)
 from fastjepa.model.jepa import JEPA, build_jepa
 from fastjepa.model.networks import DetHead, ImageDecoder
 from fastjepa.model.probes import build_probes
-from fastjepa.model.step import COMPOSITION, build_optimizer
 from fastjepa.model.step import TrainStep as PlainTrainStep
+from fastjepa.model.step import build_optimizer
 from fastjepa.storage.adam_state import plain_execution, plain_tensor, plan_adam_load
 from fastjepa.storage.checkpoint import load_modules
 from fastjepa.storage.sizes import (
@@ -64,28 +70,13 @@ class TrainStep(PlainTrainStep):
         self._tried: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str | None]] = weakref.WeakKeyDictionary()
         super().__init__(*arguments, **options)
 
-    def _problem_of(self, jepa: nn.Module) -> str | None:
-        problem = super()._problem_of(jepa)
-        if problem is None or has_hooks(jepa) or any(name in jepa.__dict__ for name in COMPOSITION):
-            return problem
-        return self._once(jepa, type(jepa), composition_problem)
-
-    def _problem_of_loss(self, name: str, loss: nn.Module) -> str | None:
-        if super()._problem_of_loss(name, loss) is None:
+    def _problem_of_class(self, name: str, part: nn.Module) -> str | None:
+        if super()._problem_of_class(name, part) is None:
             return None
-        if (hooks := hooks_problem(loss)) is not None:
-            return hooks
-        trial = regularizer_problem if name == "regularizer" else predcost_problem
-        return self._once(loss, std_margin(loss), trial)
-
-    def _problem_of_probe(self, probe: nn.Module) -> str | None:
-        problem = super()._problem_of_probe(probe)
-        return problem if problem is None or has_hooks(probe) else self._once(probe, None, _probe_problem)
-
-    def _once(self, module: nn.Module, state: Any, trial: Any) -> str | None:
-        if module not in self._tried or self._tried[module][0] != state:
-            self._tried[module] = (state, trial(module))
-        return self._tried[module][1]
+        state = (type(part), std_margin(part))
+        if part not in self._tried or self._tried[part][0] != state:
+            self._tried[part] = (state, _TRIALS[name](part))
+        return self._tried[part][1]
 
 
 class OriginalStep(PlainTrainStep):
@@ -93,36 +84,18 @@ class OriginalStep(PlainTrainStep):
     `unroll` and `encode`.
     """
 
-    def _problem_of(self, jepa: nn.Module) -> str | None:
-        return "the original's step is asked for"
+    def _problem_of_class(self, name: str, part: nn.Module) -> str | None:
+        return "the original's step is asked for" if name == "jepa" else super()._problem_of_class(name, part)
 
 
-class _Encoded(nn.Module):
-    """A JEPA that has encoded already."""
-
-    def __init__(self, state: Tensor) -> None:
-        super().__init__()
-        self.state = state
-
-    def encode(self, _: Tensor) -> Tensor:
-        return self.state
-
-
-def _probe_problem(probe: Any) -> str | None:
-    """Why a probe's forward is not hcost(head(state), targets); None if it is."""
-    weight = next(probe.head.parameters(), torch.zeros(1, 1))
-    generator = torch.Generator().manual_seed(0)
-    state = torch.rand(2, weight.shape[1], 3, 8, 8, generator=generator).to(weight)
-    stub, head = copy.copy(probe), copy.deepcopy(probe.head)
-    stub._modules = {**probe._modules, "jepa": _Encoded(state), "head": copy.deepcopy(probe.head)}
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            expected = head(state)
-            targets = torch.rand(expected.shape, generator=generator).to(expected)
-            same = torch.equal(stub(state, targets), probe.hcost(expected, targets))
-    except Exception as error:  # whatever code of the user's raises
-        return f"{type(probe).__name__} cannot be called like a probe: {error}"
-    return None if same else f"{type(probe).__name__} computes something else than its head's loss"
+_TRIALS: dict[str, Callable[[nn.Module], str | None]] = {
+    "jepa": composition_problem,
+    "encoder": lambda encoder: encoder_problem(encoder) or network_trial_problem(encoder, "encoder"),
+    "regularizer": regularizer_problem,
+    "predcost": predcost_problem,
+    "image_decoder": probe_problem,
+    "detection_head": probe_problem,
+}
 
 
 def load_eb_jepa_checkpoint(path: str | os.PathLike[str], *, std_coeff: float = 10.0, cov_coeff: float = 100.0) -> JEPA:
@@ -171,10 +144,8 @@ class EbJepaRun:
     @property
     def sizes(self) -> dict[str, int | str]:
         """`dobs`, `henc`, `dstc`, `hpre`, `projector` and `hdet`, as the flags of a run call them."""
-        return {
-            **_sizes(self.jepa.state_dict()),
-            "hdet": detection_head_sizes(self.detection_head.state_dict())["h_d"],
-        }
+        hdet = detection_head_sizes(self.detection_head.state_dict())["h_d"]
+        return {**_sizes(self.jepa.state_dict()), "hdet": hdet}
 
     def copy_into(self, modules: Mapping[str, nn.Module], optimizer: torch.optim.Adam) -> None:
         """Copy weights, buffers and Adam's state into other modules of the same sizes, in place. All or nothing.
@@ -250,11 +221,8 @@ def save_eb_jepa_checkpoint(
     """
     given = {"jepa": jepa, "image_decoder": image_decoder, "detection_head": detection_head}
     modules = {name: plain_state(module) for name, module in given.items() if module is not None}
-    if optimizer is not None:
-        _check_groups(optimizer, given)
-    write_eb_jepa_checkpoint(
-        path, modules, None if optimizer is None else optimizer.state_dict(), epoch=epoch, step=step
-    )
+    adam = None if optimizer is None else _state_of_adam(optimizer, given)
+    write_eb_jepa_checkpoint(path, modules, adam, epoch=epoch, step=step)
 
 
 def write_eb_jepa_checkpoint(
@@ -395,15 +363,14 @@ def _check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
 def _jepa_of(state: Mapping[str, Any], *, std_coeff: float, cov_coeff: float) -> JEPA:
     """The JEPA with these tensors. Raises CheckpointError if they are not those of a published Video JEPA."""
     state = {_plain_key(key): value for key, value in state.items()}
-    second = {key: value for key, value in state.items() if key.startswith(tuple(_ALIASES))}
-    tensors = {key: value for key, value in state.items() if key not in second}
+    tensors = {key: value for key, value in state.items() if not key.startswith(tuple(_ALIASES))}
     for alias, original in _ALIASES.items():
         tensors.update({alias + key: value for key, value in _below(tensors, original).items()})
     build = partial(build_jepa, **_sizes(tensors), std_coeff=std_coeff, cov_coeff=cov_coeff)
     jepa = build_filled("model_state_dict", build, tensors)
-    # What the file has under a module's second name must repeat the first; equal NaNs are the same here.
-    check_tensors("model_state_dict", {key: tensors[key] for key in second if key in tensors}, second)
-    for key, value in second.items():
+    # What the file has under a module's second name must repeat the first.
+    check_tensors("model_state_dict", {key: tensors[key] for key in state if key in tensors}, state)
+    for key, value in state.items():
         if not torch.allclose(tensors[key], value, rtol=0, atol=0, equal_nan=True):
             first = next(name + key.removeprefix(alias) for alias, name in _ALIASES.items() if key.startswith(alias))
             raise CheckpointError(f"{key} and {first} differ; in the published model they are one")
@@ -426,18 +393,16 @@ def _run_of(
     epoch, step = _count(content, "epoch", -1) + 1, _count(content, "step", 0)
     sizes = _sizes(jepa.state_dict())
     probes = build_probes(dobs=sizes["dobs"], dstc=sizes["dstc"], hdet=sizes["hpre"])
-    modules: dict[str, Any] = {"jepa": jepa, **dict(zip(_HEAD_ENTRIES, probes, strict=True))}
     entries = {name: _head_entry(content, name) for name in _HEAD_ENTRIES}
-    for name, entry in entries.items():
-        if entry is None:
-            modules[name].to(next(jepa.parameters()).dtype)
-        else:
-            modules[name] = _head(name, entry, content[entry], sizes)
+    modules: dict[str, Any] = {"jepa": jepa}
+    for (name, entry), new in zip(entries.items(), probes, strict=True):
+        dtype = next(jepa.parameters()).dtype
+        modules[name] = new.to(dtype) if entry is None else _head(name, entry, content[entry], sizes)
     for name, module in modules.items():
         _check_finite(entries.get(name) or "model_state_dict", module.state_dict())
         module.to(device)
     new_heads = tuple(name for name, entry in entries.items() if entry is None)
-    optimizer = build_optimizer(jepa, modules["image_decoder"], modules["detection_head"], 1e-3)  # the file has its own
+    optimizer = build_optimizer(**modules, lr=1e-3)  # the file has its own
     _load_adam(optimizer, content.get("optimizer_state_dict"), modules, new_heads, step)
     used = {"model_state_dict", "optimizer_state_dict", "epoch", "step", *entries.values()}
     unused = tuple(sorted(key if isinstance(key, str) else shown(key) for key in content if key not in used))
@@ -467,13 +432,11 @@ def _head(name: str, entry: str, state: Any, jepa: Mapping[str, Any]) -> nn.Modu
     tensors = {_plain_key(key): value for key, value in state.items()}
     if any(key.startswith("jepa.") for key in tensors):  # of a JEPAProbe, which has the JEPA as well
         tensors = _below(tensors, "head.")
-    build: Callable[[], nn.Module]
     with _prefixed(entry):
         if name == "image_decoder":
-            build = partial(ImageDecoder, jepa["dstc"], jepa["dobs"], decoder_sizes(tensors)["hidden"])
-        else:
-            build = partial(DetHead, jepa["dstc"], detection_head_sizes(tensors)["h_d"], 1)
-        return build_filled("it", build, tensors)
+            decoder = partial(ImageDecoder, jepa["dstc"], jepa["dobs"], decoder_sizes(tensors)["hidden"])
+            return build_filled("it", decoder, tensors)
+        return build_filled("it", partial(DetHead, jepa["dstc"], detection_head_sizes(tensors)["h_d"], 1), tensors)
 
 
 def _load_adam(
@@ -508,10 +471,11 @@ def _load_adam(
     load()
 
 
-def _check_groups(optimizer: torch.optim.Adam, modules: Mapping[str, nn.Module | None]) -> None:
-    """Raise ValueError unless the optimizer's groups have the parameters of the modules, in their order."""
+def _state_of_adam(optimizer: torch.optim.Adam, modules: Mapping[str, nn.Module | None]) -> dict[str, Any]:
+    """Raises ValueError unless the optimizer's groups have the parameters of the modules, in their order."""
     if not isinstance(optimizer, torch.optim.Adam) or len(optimizer.param_groups) != len(modules):
         raise ValueError("optimizer must be Adam with three groups: the JEPA, the image decoder, the detection head")
     for group, (name, module) in zip(optimizer.param_groups, modules.items(), strict=True):
         if module is not None and list(map(id, group["params"])) != list(map(id, module.parameters())):
             raise ValueError(f"the optimizer's group for {name} has other parameters than the {name} given")
+    return optimizer.state_dict()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastjepa.graphs import make_capturable
-from fastjepa.model.jepa import JEPA, eval_mode
+from fastjepa.model.jepa import JEPA, autoregressive_unroll, eval_mode
 from fastjepa.model.step import TrainStep, build_optimizer
 from fastjepa.moving_mnist import ClipSet
 from tiny import tiny_jepa, tiny_model
@@ -64,4 +64,4 @@ def some_states(device: str = "cpu", batch: int = 2, frames: int = 3, size: tupl
 def literal_rollout(jepa: JEPA, states: Tensor, steps: int) -> Tensor:
     """The eager autoregressive unroll from the last two states."""
     with eval_mode(jepa):
-        return jepa._unroll_autoregressive(states[:, :, -2:], None, steps, 2, False)[0][-1]
+        return autoregressive_unroll(jepa.predictor, states[:, :, -2:], None, steps, window=2)[0][-1]

@@ -17,7 +17,7 @@ import fastjepa
 from fastjepa.model.jepa import JEPA
 from fastjepa.model.networks import Projector
 from fastjepa.model.probes import JEPAProbe
-from fastjepa.model.step import TrainStep, build_optimizer
+from fastjepa.model.step import TrainStep
 from tiny import tiny_batch, tiny_jepa, tiny_model
 
 STEPS = 2
@@ -69,12 +69,6 @@ class OtherUnroll(JEPA):
         return states, (losses[0] + 1, *losses[1:])
 
 
-class OtherParallel(JEPA):
-    def _unroll_parallel(self, *arguments: Any) -> Any:
-        states, loss = super()._unroll_parallel(*arguments)
-        return states, 2 * loss
-
-
 class OtherEncode(JEPA):
     @torch.no_grad()
     def encode(self, observations: Tensor) -> Tensor:
@@ -102,7 +96,6 @@ def of_class(kind: type[JEPA]) -> Callable[[Any], None]:
     ("change", "problem"),
     [
         (of_class(OtherUnroll), "OtherUnroll has its own unroll"),
-        (of_class(OtherParallel), "OtherParallel has its own _unroll_parallel"),
         (of_class(OtherEncode), "OtherEncode has its own encode"),
         (set_unroll, "JEPA has its own unroll"),
     ],
@@ -280,10 +273,3 @@ def test_a_video_with_time_before_channels() -> None:
     video = torch.rand(2, 5, 1, 8, 8)
     with pytest.raises(ValueError, match=r"\(B, C, T, H, W\).* C = 1, got shape \(2, 5, 1, 8, 8\)"):
         tiny_jepa().encode(video)
-
-
-def test_an_optimizer_that_needs_a_closure() -> None:
-    model = tiny_model()
-    with pytest.raises(ValueError, match=r"LBFGS\.step needs a closure"):
-        TrainStep(*model, torch.optim.LBFGS(model[0].parameters()), steps=1)
-    TrainStep(*model, build_optimizer(*model, lr=1e-3), steps=1)

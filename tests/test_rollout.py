@@ -76,7 +76,7 @@ def test_a_rollout_leaves_the_jepa_as_it_was() -> None:
         (lambda j, v: j.rollout(), "either a video or states"),
         (lambda j, v: j.rollout(v, 1, states=v), "either a video or states"),
         (lambda j, v: j.rollout(v, 0), "steps must be at least 1, got 0"),
-        (lambda j, v: j.rollout(v, 1, chunk=0), "chunk must be at least 1 clip, got 0"),
+        (lambda j, v: j.rollout(v, 1, chunk=0), "chunk must be at least 1, got 0"),
         (lambda j, v: j.rollout(v[0], 1), r"video must be \(B, C, T, H, W\), got shape \(1, 2, 16, 16\)"),
         (lambda j, v: j.rollout(steps=1, states=v[0]), r"states must be \(B, D, T, H, W\)"),
         (lambda j, v: j.rollout(v[:, :, :1], 1), "at least 2 frames, got 1"),

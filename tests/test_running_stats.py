@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastjepa.model.running_stats import BatchStatisticsRecorder, advance_buffers, repeated_updates
+from fastjepa.model.running_stats import BatchStatistics, advance_buffers, calls_in_order
 
 
 def layer(momentum: float | None, **options: bool) -> nn.BatchNorm1d:
@@ -25,51 +25,41 @@ def assert_same_buffers(actual: nn.Module, expected: nn.Module) -> None:
 
 @pytest.mark.parametrize("momentum", [0.1, 0.9, 1.0, None])
 @pytest.mark.parametrize("earlier_calls", [0, 2])
-def test_one_call_counts_as_many(momentum: float | None, earlier_calls: int) -> None:
-    once, often = layer(momentum), layer(momentum)
-    for bn in (once, often):
+@pytest.mark.parametrize("order", [[0, 0, 0], [0, 0, 1, 0, 2], [0, 1, 2]])
+@pytest.mark.parametrize("called", [True, False])
+def test_each_called_once_counts_as_the_original_order(
+    momentum: float | None, earlier_calls: int, order: list[int], called: bool
+) -> None:
+    """z, z, p¹, z, p², as a training step makes them; by calls or by what is known of their statistics."""
+    single, original = layer(momentum), layer(momentum)
+    for bn in (single, original):
         for _ in range(earlier_calls):
             bn(rows(5))
-    with repeated_updates(once, 3):
-        once(rows(1))
-    for _ in range(3):
-        often(rows(1))
-    assert_same_buffers(once, often)
-    assert once.momentum == momentum
-
-
-@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
-def test_advanced_by_several_calls(momentum: float | None) -> None:
-    """z, z, p¹, z, p², as a training step makes them: projected once each, advanced in the original's order."""
-    single, original = layer(momentum), layer(momentum)
-    z, p1, p2 = rows(1), rows(2), rows(3)
-    before = {name: buffer.clone() for name, buffer in single.named_buffers()}
-    with BatchStatisticsRecorder(single) as recorder:
-        outputs, statistics = zip(*(recorder.call(lambda x=x: single(x)) for x in (z, p1, p2)), strict=True)
-    assert all(torch.equal(buffer, before[name]) for name, buffer in single.named_buffers())
-    assert single.momentum == momentum
-    (sz,), (s1,), (s2,) = statistics
-    advance_buffers(single, [sz, sz, s1, sz, s2])
-    expected = [original(x) for x in (z, z, p1, z, p2)]
+    inputs = [rows(1 + i) for i in range(1 + max(order))]
+    if called:
+        outputs = calls_in_order(single, order, [lambda x=x: single(x) for x in inputs])
+    else:
+        advance_buffers(single, order, [BatchStatistics(x.mean(0), x.var(0)) for x in inputs])
+    expected = [original(inputs[i]) for i in order]
     assert_same_buffers(single, original)
-    for output, index in zip(outputs, (0, 2, 4), strict=True):
-        assert torch.equal(output, expected[index])
+    assert single.momentum == momentum
+    if called:
+        for i, output in enumerate(outputs):
+            assert torch.equal(output, expected[order.index(i)])
 
 
-def test_recording_leaves_autograd_intact() -> None:
+def test_autograd_stays_intact() -> None:
     bn = layer(0.1)
     x = rows(1).requires_grad_()
-    with BatchStatisticsRecorder(bn) as recorder:
-        out, statistics = recorder.call(lambda: bn(x))
-    advance_buffers(bn, [statistics[0]] * 2)
-    out.square().sum().backward()
+    out, other = calls_in_order(bn, [0, 1, 0], [lambda: bn(x), lambda: bn(rows(2))])
+    advance_buffers(bn, [0, 0], [BatchStatistics(x.mean(0), x.var(0))])
+    (out.square() + other).sum().backward()
     assert x.grad is not None
 
 
 @pytest.mark.parametrize("bn", [layer(0.1).eval(), layer(0.1, track_running_stats=False)], ids=["eval", "untracked"])
 def test_layers_without_moving_buffers_are_left_alone(bn: nn.BatchNorm1d) -> None:
     before = {name: buffer.clone() for name, buffer in bn.named_buffers()}
-    with repeated_updates(bn, 3), BatchStatisticsRecorder(bn) as recorder:
-        _, statistics = recorder.call(lambda: bn(rows(1)))
-    assert statistics == []
+    calls_in_order(bn, [0, 0, 0], [lambda: bn(rows(1))])
+    advance_buffers(bn, [0, 0], [BatchStatistics(rows(1).mean(0), rows(1).var(0))])
     assert all(torch.equal(buffer, before[name]) for name, buffer in bn.named_buffers())

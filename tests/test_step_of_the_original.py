@@ -229,7 +229,7 @@ def test_models_that_a_step_does_not_take() -> None:
 
 def test_an_explicit_projection_that_the_losses_do_not_have() -> None:
     jepa, *rest = model(other_margin)
-    with pytest.raises(ValueError, match="projection='closed_form' cannot be served: regularizer: its std_margin"):
+    with pytest.raises(ValueError, match="projection='closed_form' is not supported: regularizer: its std_margin"):
         TrainStep(jepa, *rest, steps=1, projection="closed_form")
     assert TrainStep(jepa, *rest, steps=1, projection="eager").loss_problem is not None
 
@@ -245,7 +245,7 @@ def test_losses_that_change_later_are_looked_at_again() -> None:
     assert step.loss_problem is None
     step.projection = "closed_form"
     ours[0].predcost = StoppedCost()
-    with pytest.raises(ValueError, match="cannot be served: predcost"):
+    with pytest.raises(ValueError, match="is not supported: predcost"):
         step(*batches()[0])
 
 
@@ -307,7 +307,7 @@ def test_unusual_models_train_as_in_their_loop(change: Callable[[OriginalJEPA], 
 
 def test_an_explicit_path_that_does_not_cover_the_projectors() -> None:
     jepa, *rest = model(frozen_projector)
-    with pytest.raises(ValueError, match="'closed_form' cannot be served: the projector is in eval mode"):
+    with pytest.raises(ValueError, match="'closed_form' is not supported: the projector is in eval mode"):
         TrainStep(jepa, *rest, steps=1, projection="closed_form")(*batches()[0])
 
 

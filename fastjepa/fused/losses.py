@@ -14,15 +14,8 @@ from torch import Tensor, nn
 
 from fastjepa.kernels.checks import require_available
 from fastjepa.kernels.projected_losses import closed_form
-from fastjepa.model.losses import (
-    HiddenLayer,
-    Losses,
-    ProjectionPath,
-    closed_form_losses,
-    hidden_layer,
-    losses_from_moments,
-)
-from fastjepa.model.running_stats import advance_buffers
+from fastjepa.model.losses import HiddenLayer, Losses, ProjectionPath, closed_form_losses, hidden_layer
+from fastjepa.model.running_stats import step_order
 
 
 class _ClosedFormLoss(nn.Module):
@@ -54,15 +47,15 @@ class _ClosedFormLoss(nn.Module):
         layers = hidden_layer(self.proj)
         if not isinstance(predcost, _ClosedFormLoss) or predcost.proj is not self.proj or isinstance(layers, str):
             return None
-        return closed_form_losses(layers, state, predictions, self._op(state.device))
+        order = step_order(len(predictions), with_vc=True)
+        return closed_form_losses(layers, state, predictions, order, self._op(state.device))
 
     def _compute(self, state: Tensor, predictions: list[Tensor]) -> Losses | None:
         layers = hidden_layer(self.proj)
         if not isinstance(layers, HiddenLayer):
             return None
-        losses, calls = losses_from_moments(layers, state, predictions, self._op(state.device))
-        advance_buffers(layers.batch_norm, calls)
-        return losses
+        order = range(1 + len(predictions))
+        return closed_form_losses(layers, state, predictions, order, self._op(state.device))
 
     def _op(self, device: torch.device) -> Callable[..., Any]:
         if not self.fused:

@@ -8,8 +8,9 @@ then tried against the published one, in float64, on copies: values, gradients a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -20,16 +21,15 @@ from fastjepa.model.batch_norm import has_hooks
 from fastjepa.model.jepa import JEPA, eval_mode
 from fastjepa.model.losses import SquareLossSeq, VCLoss
 from fastjepa.model.networks import ResidualBlock, ResNet5, ResUNet, StateOnlyPredictor
+from fastjepa.model.probes import JEPAProbe
 
 BLOCKS_OF_ENCODER = ("layer1", "layer2", "layer3")
 BLOCKS_OF_UNET = ("enc1", "enc2", "enc3", "bott", "dec3", "dec2", "dec1")
 CONVS_OF_UNET = ("up3", "up2", "up1", "head")
 PUBLISHED_MARGIN = 1.0  # of the hinge on standard deviations
 TOLERANCE = 1e-4  # the room is for a module that computes in fp32 whatever it is given
+Outcomes = tuple[dict[str, Tensor], ...]  # of a module and of the published one
 SIZES = ((8, 8), (9, 10))  # pixels; of the second, upsampled maps are resized
-
-# Children that a module may have beside those it must: name → whether it is one that is understood.
-OptionalChildren = Mapping[str, Callable[[nn.Module], bool]]
 
 
 # ---- structure ----
@@ -37,49 +37,37 @@ OptionalChildren = Mapping[str, Callable[[nn.Module], bool]]
 
 def encoder_problem(network: nn.Module) -> str | None:
     """Why `network` has not the structure of a `ResNet5`, or None if it has."""
-    # An average pool that is not followed by what `avg_pool` says is found by the trial.
-    optional = {"avgpool": _is_global_pool} if getattr(network, "avg_pool", False) else {}
-    return _network_problem(network, BLOCKS_OF_ENCODER, (), optional)
+    return _network_problem(network, BLOCKS_OF_ENCODER, ())
 
 
 def unet_problem(network: nn.Module) -> str | None:
     """Why `network` has not the structure of a `ResUNet`, or None if it has."""
-    return _network_problem(network, BLOCKS_OF_UNET, CONVS_OF_UNET, {})
+    return _network_problem(network, BLOCKS_OF_UNET, CONVS_OF_UNET)
 
 
 def predictor_problem(predictor: nn.Module) -> str | None:
-    """Why `predictor` has not the structure of a `StateOnlyPredictor` of a `ResUNet`, or None if it has. One that reads
-    actions has the same structure, and differs in numbers.
-    """
+    """Why `predictor` has not the structure of a `StateOnlyPredictor` of a `ResUNet`, or None if it has."""
     names = [name for name, _ in predictor.named_children()]
     if names != ["predictor"] or not isinstance(getattr(predictor, "context_length", None), int):
         return f"{type(predictor).__name__} is not one network `predictor` over `context_length` frames"
-    return _own_problem(predictor) or hooks_problem(predictor) or unet_problem(predictor.predictor)  # type: ignore[arg-type]
+    return _children_problem(predictor, {"predictor": nn.Module}) or unet_problem(predictor.predictor)  # type: ignore[arg-type]
 
 
 def block_problem(block: nn.Module) -> str | None:
     """Why `block` has not the structure of a `ResidualBlock`, or None if it has."""
-    if problem := _children_problem(block, {"conv1", "bn1", "conv2", "bn2"}, {"shortcut": lambda _: True}):
+    wanted = {"conv1": nn.Conv2d, "bn1": nn.BatchNorm2d, "conv2": nn.Conv2d, "bn2": nn.BatchNorm2d}
+    if problem := _children_problem(block, {**wanted, "shortcut": nn.Module}):
         return problem
-    wanted = {"bn1": nn.BatchNorm2d, "bn2": nn.BatchNorm2d, "conv1": nn.Conv2d, "conv2": nn.Conv2d}
-    for name, kind in wanted.items():
-        if problem := _type_problem(block, name, kind):
-            return problem
-    shortcut = getattr(block, "shortcut", None)
-    if not isinstance(shortcut, nn.Module):
-        return "it has no `shortcut`"
+    shortcut = block.get_submodule("shortcut")
     kinds = [type(layer) for layer in shortcut] if isinstance(shortcut, nn.Sequential) else []
-    if is_identity(shortcut) or kinds == [nn.Conv2d, nn.BatchNorm2d]:
-        return None
-    return "its shortcut is not (Conv2d, BatchNorm2d)"
+    published = is_identity(shortcut) or kinds == [nn.Conv2d, nn.BatchNorm2d]
+    return None if published else "its shortcut is not (Conv2d, BatchNorm2d)"
 
 
 def hooks_problem(module: nn.Module) -> str | None:
     """Which module in `module` has hooks, which what replaces it would not call; None if there are none."""
-    return next(
-        (f"{type(m).__name__} has hooks, which a fused pass would not call" for m in module.modules() if has_hooks(m)),
-        None,
-    )
+    hooked = next((type(m).__name__ for m in module.modules() if has_hooks(m)), None)
+    return None if hooked is None else f"{hooked} has hooks, which a fused pass would not call"
 
 
 def is_identity(module: nn.Module) -> bool:
@@ -93,46 +81,36 @@ def require(problem: str | None) -> None:
         raise ValueError(f"not a network of the published form: {problem}")
 
 
-def _network_problem(
-    network: nn.Module, blocks: tuple[str, ...], convs: tuple[str, ...], optional: OptionalChildren
-) -> str | None:
-    problem = _children_problem(network, {"conv1", "bn1", *blocks, *convs}, optional)
-    if problem := problem or _type_problem(network, "bn1", nn.BatchNorm2d):
+def _network_problem(network: nn.Module, blocks: tuple[str, ...], convs: tuple[str, ...]) -> str | None:
+    wanted = {**dict.fromkeys(("conv1", *blocks, *convs), nn.Module), "bn1": nn.BatchNorm2d}
+    if problem := _children_problem(network, wanted):
         return problem
-    problems = ((name, block_problem(getattr(network, name))) for name in blocks)
+    problems = ((name, block_problem(network.get_submodule(name))) for name in blocks)
     return next((f"{name}: {problem}" for name, problem in problems if problem), None)
 
 
-def _children_problem(module: nn.Module, required: set[str], optional: OptionalChildren) -> str | None:
+def _children_problem(module: nn.Module, required: Mapping[str, type[nn.Module]]) -> str | None:
+    """What a fused module, which takes over only the required children (nn.Module: of any type), would lack or lose."""
     children = dict(module.named_children())
-    if missing := sorted(required - children.keys()):
+    if missing := sorted(required.keys() - children.keys()):
         return f"{type(module).__name__} has no {', '.join(missing)}"
-    unknown = [
-        name
-        for name, child in children.items()
-        if name not in required
-        and not (name in optional and optional[name](child))
-        # An activation may be a module, and what does nothing is in nobody's way.
-        and not (type(child) is nn.ReLU or is_identity(child))
-    ]
-    if unknown:
-        return f"{type(module).__name__} has further layers: {', '.join(unknown)}"
-    return _own_problem(module) or hooks_problem(module)
-
-
-def _own_problem(module: nn.Module) -> str | None:
-    """What a fused module, which takes only children over, would lose."""
+    if further := [name for name in children if name not in required and not _may_be_beside(children[name])]:
+        return f"{type(module).__name__} has further layers: {', '.join(further)}"
     own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    return f"{type(module).__name__} has tensors of its own: {', '.join(name for name, _ in own)}" if own else None
+    if own:
+        return f"{type(module).__name__} has tensors of its own: {', '.join(name for name, _ in own)}"
+    for name, kind in required.items():
+        if kind not in (nn.Module, type(children[name])):
+            return f"{name} is a {type(children[name]).__name__}, not a {kind.__name__}"
+    return hooks_problem(module)
 
 
-def _type_problem(module: nn.Module, name: str, kind: type[nn.Module]) -> str | None:
-    found = type(getattr(module, name))
-    return None if found is kind else f"{name} is a {found.__name__}, not a {kind.__name__}"
-
-
-def _is_global_pool(module: nn.Module) -> bool:
-    return type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1))
+def _may_be_beside(child: nn.Module) -> bool:
+    """Whether a published network may have such a layer: an activation, what does nothing, the pool of `avg_pool`.
+    A trial finds out where it is not called as there.
+    """
+    pools = type(child) is nn.AdaptiveAvgPool2d and child.output_size in (1, (1, 1))
+    return type(child) is nn.ReLU or is_identity(child) or pools
 
 
 # ---- trials ----
@@ -146,37 +124,27 @@ def network_trial_problem(module: nn.Module, name: str) -> str | None:
         name: its path in the JEPA: "encoder", "predictor" or "predictor.predictor".
     """
 
-    def found() -> str:
+    def outcomes() -> Iterator[Outcomes]:
         theirs = _trial_copy(module).requires_grad_()
         _draw_weights(theirs)
         published = _published(_trial_copy(theirs), name)
-        for training in (True, False):
-            for size in SIZES:
-                inputs = example(theirs, name, batch=2, size=size)
-                outcomes = (_network_outcome(n.train(training), inputs) for n in (theirs, published))
-                if difference := _first_difference(*outcomes):
-                    return difference
-        return ""
+        for training, size in product((True, False), SIZES):
+            inputs = example(theirs, name, batch=2, size=size)
+            yield tuple(_network_outcome(n.train(training), inputs) for n in (theirs, published))
 
-    return _trial_problem("it has the published names", "one", found)
+    return _trial_problem("it has the published names", "one", outcomes)
 
 
 def regularizer_problem(module: nn.Module) -> str | None:
     """Why a regularizer is not the published loss of its `proj`, `std_coeff` and `cov_coeff`; None if it is."""
-    if (known := _known_loss(module, VCLoss, ("proj", "std_coeff", "cov_coeff"))) is not None:
-        return known or None
     if (margin := std_margin(module)) != PUBLISHED_MARGIN:
         return f"its std_margin is {margin}, and the published one is {PUBLISHED_MARGIN:g}"
-    source: Any = module
-    return _loss_trial_problem(module, VCLoss(source.std_coeff, source.cov_coeff, source.proj), predictions=0)
+    return _loss_problem(module, lambda loss: VCLoss(loss.std_coeff, loss.cov_coeff, loss.proj), predictions=0)
 
 
 def predcost_problem(module: nn.Module) -> str | None:
     """Why a prediction cost is not the published loss of its `proj`; None if it is."""
-    if (known := _known_loss(module, SquareLossSeq, ("proj",))) is not None:
-        return known or None
-    source: Any = module
-    return _loss_trial_problem(module, SquareLossSeq(source.proj), predictions=1)
+    return _loss_problem(module, lambda loss: SquareLossSeq(loss.proj), predictions=1)
 
 
 def std_margin(regularizer: nn.Module) -> Any:
@@ -190,13 +158,39 @@ def composition_problem(jepa: nn.Module) -> str | None:
     Its `unroll` and `encode` are tried against those of `fastjepa.model.jepa.JEPA` around the same parts.
     """
 
-    def found() -> str:
+    def outcomes() -> Iterator[Outcomes]:
         theirs: Any = _trial_copy(jepa)
         source: Any = copy.deepcopy(theirs)
         parts = (source.encoder, source.action_encoder, source.predictor, source.regularizer, source.predcost)
-        return _first_difference(*(_composition_outcome(one) for one in (theirs, JEPA(*parts))))
+        yield tuple(_composition_outcome(one) for one in (theirs, JEPA(*parts)))
 
-    return _trial_problem("it has the parts of a JEPA", "a JEPA", found)
+    return _trial_problem("it has the parts of a JEPA", "a JEPA", outcomes)
+
+
+def probe_problem(probe: Any) -> str | None:
+    """Why a probe of other code does not compute the loss of its head on the states; None if it does."""
+
+    def outcomes() -> Iterator[Outcomes]:
+        generator = torch.Generator().manual_seed(0)
+        channels = next(probe.head.parameters()).shape[1]
+        state = torch.rand(2, channels, 3, 8, 8, generator=generator, dtype=torch.float64)
+        wanted = _trial_copy(probe.head)(state)
+        targets = torch.rand(wanted.shape, generator=generator, dtype=wanted.dtype)
+        theirs = copy.copy(probe)  # whose JEPA, which may be large, is not copied
+        theirs._modules = dict(probe._modules)
+        theirs.jepa, theirs.head = _Encoded(), _trial_copy(probe.head)
+        published = JEPAProbe(_Encoded(), _trial_copy(probe.head), copy.deepcopy(probe.hcost))
+        losses = {one: one(state, targets) for one in (theirs, published)}
+        yield tuple(_outcome(one, {}, {"loss": loss}, loss) for one, loss in losses.items())
+
+    return _trial_problem("it has the parts of a probe", "one", outcomes)
+
+
+class _Encoded(nn.Module):
+    """A JEPA whose video is encoded already."""
+
+    def encode(self, state: Tensor) -> Tensor:
+        return state
 
 
 def difference(fused: nn.Module, eager: nn.Module, *inputs: Tensor | None) -> float:
@@ -220,7 +214,7 @@ def example(module: nn.Module, name: str, *, batch: int, size: tuple[int, int]) 
     return (drawn, None) if name == "predictor" else (drawn,)
 
 
-def _trial_problem(has: str, published: str, first_difference: Callable[[], str]) -> str | None:
+def _trial_problem(has: str, published: str, outcomes: Callable[[], Iterator[Outcomes]]) -> str | None:
     """What a trial finds, with gradients, no autocast, and random numbers of its own, whatever the caller has."""
     try:
         with (
@@ -229,7 +223,7 @@ def _trial_problem(has: str, published: str, first_difference: Callable[[], str]
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False),
         ):
-            found = first_difference()
+            found = next((name for pair in outcomes() if (name := _first_difference(*pair))), None)
     except Exception as error:  # whatever code of the user's raises on an input that the published module takes
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return f"{has} but cannot be called like {published}: {line}"
@@ -285,32 +279,28 @@ def _composition_outcome(jepa: Any) -> dict[str, Tensor]:
     return _outcome(jepa, {}, values, losses[0])
 
 
-def _known_loss(module: nn.Module, published: type[nn.Module], attributes: tuple[str, ...]) -> str | None:
-    """What is known without a trial: "" for a published loss, or the problem; None if only a trial can tell."""
-    if (hooks := hooks_problem(module)) is not None:
-        return hooks
-    # What `accelerate` swapped in says how it projects; the loss that it replaced was tried then.
-    if type(module) is published or hasattr(module, "projection_path"):
-        return ""
-    missing = [name for name in attributes if not hasattr(module, name)]
-    return f"{type(module).__name__} has no {', '.join(missing)}" if missing else None
-
-
-def _loss_trial_problem(module: nn.Module, published: nn.Module, *, predictions: int) -> str | None:
+def _loss_problem(module: nn.Module, published: Callable[[Any], nn.Module], *, predictions: int) -> str | None:
     """Both losses on the same numbers: with their own projector, and with none, because behind a projector all standard
     deviations may lie on one side of the hinge. A stopped gradient or another order of calls shows.
     """
+    if (hooks := hooks_problem(module)) is not None:
+        return hooks
+    needed = ("proj",) if predictions else ("proj", "std_coeff", "cov_coeff")
+    if missing := [name for name in needed if not hasattr(module, name)]:
+        return f"{type(module).__name__} has no {', '.join(missing)}"
+    if type(module) is type(published(module)):
+        return None
 
-    def found() -> str:
-        losses: list[Any] = [_trial_copy(module), _trial_copy(published)]
+    def outcomes() -> Iterator[Outcomes]:
+        losses: list[Any] = [_trial_copy(module), _trial_copy(published(module))]
         linear = next((layer for layer in losses[0].proj.modules() if isinstance(layer, nn.Linear)), None)
         channels = 4 if linear is None else linear.in_features
-        first = _first_difference(*(_loss_outcome(loss, channels, predictions) for loss in losses))
+        yield tuple(_loss_outcome(loss, channels, predictions) for loss in losses)
         for loss in losses:
             loss.proj = nn.Identity()
-        return first or _first_difference(*(_loss_outcome(loss, 4, predictions) for loss in losses))
+        yield tuple(_loss_outcome(loss, 4, predictions) for loss in losses)
 
-    return _trial_problem("it has the published attributes", "the published loss", found)
+    return _trial_problem("it has the published attributes", "the published loss", outcomes)
 
 
 def _loss_outcome(loss: nn.Module, channels: int, predictions: int) -> dict[str, Tensor]:
@@ -327,17 +317,13 @@ def _loss_outcome(loss: nn.Module, channels: int, predictions: int) -> dict[str,
 def _draw_weights(module: nn.Module) -> None:
     """Weights and buffers at which every part of a network shows, and activations are large."""
     generator = torch.Generator().manual_seed(1)
-
-    def normal(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator, dtype=like.dtype)
-
     for parameter in module.parameters():
         fan_in = parameter[0].numel() if parameter.dim() > 1 else 1 / 9
-        parameter.copy_(normal(parameter) / fan_in**0.5)
+        parameter.normal_(generator=generator).div_(fan_in**0.5)
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None and layer.running_var is not None:
-            layer.running_mean.copy_(normal(layer.running_mean))
-            layer.running_var.copy_(0.5 + normal(layer.running_var).abs())
+            layer.running_mean.normal_(generator=generator)
+            layer.running_var.normal_(generator=generator).abs_().add_(0.5)
 
 
 def _network_outcome(network: nn.Module, inputs: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
@@ -349,20 +335,19 @@ def _network_outcome(network: nn.Module, inputs: tuple[Tensor | None, ...]) -> d
     return _outcome(network, {"input": x}, {"result": out}, (out * weights).sum())
 
 
-def _published(module: nn.Module, name: str) -> nn.Module:
+def _published(module: Any, name: str) -> nn.Module:
     """The published network around the convolutions and BatchNorms of `module`."""
-    source: Any = module
+    if name == "encoder":
+        return _refilled(ResNet5(1, 1, 1, avg_pool=getattr(module, "avg_pool", False)), module)
     if name == "predictor":
-        return StateOnlyPredictor(_published(source.predictor, "predictor.predictor"), source.context_length)
-    made = ResNet5(1, 1, 1, avg_pool=getattr(module, "avg_pool", False)) if name == "encoder" else ResUNet(1, 1, 1)
-    blocks, convs = (BLOCKS_OF_ENCODER, ()) if name == "encoder" else (BLOCKS_OF_UNET, CONVS_OF_UNET)
-    for child in ("conv1", "bn1", *convs):
-        setattr(made, child, getattr(source, child))
-    for child in blocks:
-        block = ResidualBlock(1, 1)
-        for part in ("conv1", "bn1", "conv2", "bn2", "shortcut"):
-            setattr(block, part, getattr(getattr(source, child), part))
-        setattr(made, child, block)
+        return StateOnlyPredictor(_refilled(ResUNet(1, 1, 1), module.predictor), module.context_length)
+    return _refilled(ResUNet(1, 1, 1), module)
+
+
+def _refilled(made: nn.Module, source: nn.Module) -> nn.Module:
+    for name, child in list(made.named_children()):
+        theirs = source.get_submodule(name)
+        setattr(made, name, _refilled(ResidualBlock(1, 1), theirs) if isinstance(child, ResidualBlock) else theirs)
     return made
 
 
@@ -370,12 +355,9 @@ def _published(module: nn.Module, name: str) -> nn.Module:
 
 
 class Unchanged:
-    """Whether a module swapped in, and the one that it stands for, still are what they were when it was swapped: the
-    same modules of the same classes, with no hooks and no `forward` set on an object. Asking takes microseconds.
-
-    Args:
-        swapped: the new module, whose children are shared with those of `replaced`, or swapped for them.
-        replaced: the module of the published form that it stands for.
+    """Whether `swapped`, and `replaced`, the published module in whose place and around whose children it is, still are
+    what they were: the same modules of the same classes, with no hooks and no `forward` set on an object. Asking takes
+    microseconds.
     """
 
     def __init__(self, swapped: nn.Module, replaced: nn.Module) -> None:

@@ -43,7 +43,6 @@ from fastjepa.model.networks import (
     ResUNet,
     StateOnlyPredictor,
     apply_convolution,
-    apply_convolution_with,
     join_context,
     join_skip,
     per_frame,
@@ -72,7 +71,7 @@ class Call:
             source: Any = conv
             weight, bias = self.parameter_of(source.weight), self.parameter_of(source.bias)
             assert weight is not None
-            out = apply_convolution_with(source, x, weight, bias)
+            out = apply_convolution(source, x, weight, bias)
         else:
             out = apply_convolution(conv, x)
         return out.contiguous(memory_format=torch.channels_last)

@@ -26,8 +26,6 @@ from fastjepa.profiling import span
 # total, vc, vc_unweighted, {"std_loss", "cov_loss"}, prediction
 UnrollLosses = tuple[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor]
 
-UNROLL_MODES = ("parallel", "autoregressive")
-
 
 class JEPA(nn.Module):
     """Joint Embedding Predictive Architecture for video (arXiv 2602.03604), with the interface of `eb_jepa`.
@@ -146,61 +144,55 @@ class JEPA(nn.Module):
             ValueError: an unknown mode, a rank other than 5, too few frames, `nsteps` < 1, or, in autoregressive mode,
                 beyond the actions.
         """
-        if unroll_mode not in UNROLL_MODES:
-            raise ValueError(f"unroll_mode must be one of {', '.join(UNROLL_MODES)}; got {unroll_mode!r}")
+        if unroll_mode not in ("parallel", "autoregressive"):
+            raise ValueError(f"unroll_mode must be one of parallel, autoregressive; got {unroll_mode!r}")
         if nsteps < 1:
             raise ValueError(f"nsteps must be at least 1, got {nsteps}")
         if observations.dim() != 5:
             raise ValueError(f"expected a video (B, C, T, H, W), got shape {tuple(observations.shape)}")
         check_channels(self.encoder, observations)
-        context_length = getattr(self.predictor, "context_length", 0)
+        parallel, frames = unroll_mode == "parallel", observations.shape[2]
+        context = getattr(self.predictor, "context_length", 0)
         window = 1 if self.single_unroll else ctxt_window_time
-        _check_frames(unroll_mode, observations.shape[2], nsteps, context_length, window, compute_loss)
+        if not parallel and window < max(context, 1):
+            raise ValueError(f"ctxt_window_time must be at least {max(context, 1)} for this predictor, got {window}")
+        needed = context + 1 if parallel else window + nsteps if compute_loss else window
+        if frames < needed:
+            raise ValueError(f"this {unroll_mode} unroll takes at least {needed} frames, got T = {frames}")
+        if actions is not None and not parallel and nsteps > actions.shape[2]:
+            raise ValueError(f"nsteps is {nsteps}, but there are only {actions.shape[2]} actions")
 
-        encoded_actions = None
-        if actions is not None:
-            if unroll_mode == "autoregressive" and nsteps > actions.shape[2]:
-                raise ValueError(f"nsteps is {nsteps}, but there are only {actions.shape[2]} actions")
-            encoded_actions = self.action_encoder(actions)
-
+        encoded_actions = None if actions is None else self.action_encoder(actions)
         state = self.encoder(observations)
-        vc = self.regularizer(state, actions) if compute_loss else None
-        if unroll_mode == "parallel":
-            states, pred_loss = self._unroll_parallel(state, encoded_actions, nsteps, compute_loss)
+        if parallel:
+            state, sequences = parallel_unroll(self.predictor, state, encoded_actions, nsteps)
+            compared = [(state, sequence) for sequence in sequences]
         else:
-            states, pred_loss = self._unroll_autoregressive(state, encoded_actions, nsteps, window, compute_loss)
-        if not return_all_steps:
-            last = states[-1]
-            if unroll_mode == "parallel":
-                last = torch.cat((state[:, :, :context_length], last), dim=2)
-            return last, _total(vc, pred_loss)
-        return states, _total(vc, pred_loss)
-
-    def _unroll_parallel(
-        self, state: Tensor, actions: Tensor | None, nsteps: int, compute_loss: bool
-    ) -> tuple[list[Tensor], Tensor]:
-        context_length = getattr(self.predictor, "context_length", 0)
-        state, sequences = parallel_unroll(self.predictor, state, actions, nsteps)
-        loss = state.new_zeros(())
+            sequences, compared = autoregressive_unroll(self.predictor, state, encoded_actions, nsteps, window)
+        losses = None
         if compute_loss:
-            for sequence in sequences:
-                loss = loss + self.predcost(state, sequence) / nsteps
-        return [sequence[:, :, context_length:] for sequence in sequences], loss
+            vc, vc_unweighted, parts = self.regularizer(state, actions)
+            pred = torch.stack([self.predcost(*pair) / nsteps for pair in compared]).sum()
+            losses = (vc + pred, vc, vc_unweighted, parts, pred)
+        if not return_all_steps:
+            return sequences[-1], losses
+        return [sequence[:, :, context:] for sequence in sequences] if parallel else sequences, losses
 
-    def _unroll_autoregressive(
-        self, state: Tensor, actions: Tensor | None, nsteps: int, window: int, compute_loss: bool
-    ) -> tuple[list[Tensor], Tensor]:
-        steps, loss = [], state.new_zeros(())
-        current = state[:, :, :window]
-        for i in range(nsteps):
-            step_actions = None if actions is None else actions[:, :, max(0, i + 1 - window) : i + 1]
-            prediction = self.predictor(current[:, :, -window:], step_actions)[:, :, -1:]
-            current = torch.cat((current, prediction), dim=2)
-            steps.append(current)
-            if compute_loss:
-                # The prediction goes first, as in the original: a projector's buffers remember the order.
-                loss = loss + self.predcost(prediction, state[:, :, window + i : window + i + 1]) / nsteps
-        return steps, loss
+
+def autoregressive_unroll(
+    predictor: nn.Module, state: Tensor, actions: Tensor | None, nsteps: int, window: int
+) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    """The sequence after each step, and what the prediction cost compares: each predicted frame and the encoded one."""
+    sequences, compared = [], []
+    current = state[:, :, :window]
+    for i in range(nsteps):
+        step_actions = None if actions is None else actions[:, :, max(0, i + 1 - window) : i + 1]
+        prediction = predictor(current[:, :, -window:], step_actions)[:, :, -1:]
+        current = torch.cat((current, prediction), dim=2)
+        sequences.append(current)
+        # The prediction goes first, as in the original: a projector's buffers remember the order.
+        compared.append((prediction, state[:, :, window + i : window + i + 1]))
+    return sequences, compared
 
 
 def check_channels(encoder: nn.Module, video: Tensor) -> None:
@@ -219,22 +211,20 @@ def parallel_unroll(
     predictor: nn.Module, state: Tensor, actions: Tensor | None, nsteps: int
 ) -> tuple[Tensor, list[Tensor]]:
     """The steps of a parallel unroll: pᵏ = cat(z[:, :, :c], predictor(pᵏ⁻¹) without its last entry), p⁰ = z, where c is
-    the predictor's `context_length` (0 if it has none).
-
-    A predictor with a method `unroll_parallel(state, nsteps)` of its own, as a fused one has, does all steps in that;
-    but not where something waits for its calls: a hook, or what is wrapped around it (torch.compile).
+    the predictor's `context_length` (0 if it has none). A fused predictor does them in its `unroll_parallel`.
 
     Args:
+        predictor: of states and encoded actions.
         state: z (B, D, T, H, W), whose first c frames every step keeps.
         actions: encoded, or None.
         nsteps: K ≥ 1.
 
     Returns:
-        z for whatever else it is used for, the losses say, and p¹ … pᴷ, each like z.
+        z, to be used in the losses in place of the one given, and p¹ … pᴷ, each like z.
     """
-    own_unroll = own_method(predictor, "unroll_parallel")
-    if own_unroll is not None:
-        unrolled: tuple[Tensor, list[Tensor]] = own_unroll(state, nsteps)
+    fused = own_method(predictor, "unroll_parallel")
+    if fused is not None:
+        unrolled: tuple[Tensor, list[Tensor]] = fused(state, nsteps)
         return unrolled
     return unroll_step_by_step(predictor, state, nsteps, actions)
 
@@ -251,25 +241,6 @@ def unroll_step_by_step(
             current = reference.sequence(state[:, :, :context_length], predictor(current, actions))
         sequences.append(current)
     return state, sequences
-
-
-def _check_frames(mode: str, frames: int, nsteps: int, context: int, window: int, compute_loss: bool) -> None:
-    if mode == "parallel":
-        if frames < context + 1:
-            raise ValueError(f"parallel unrolling takes at least {context + 1} frames, got T = {frames}")
-        return
-    if window < max(context, 1):
-        raise ValueError(f"ctxt_window_time must be at least {max(context, 1)} for this predictor, got {window}")
-    needed = window + nsteps if compute_loss else window
-    if frames < needed:
-        raise ValueError(f"this autoregressive unroll takes at least {needed} frames, got T = {frames}")
-
-
-def _total(vc: tuple[Tensor, Tensor, dict[str, Tensor]] | None, pred_loss: Tensor) -> UnrollLosses | None:
-    if vc is None:
-        return None
-    weighted, unweighted, parts = vc
-    return weighted + pred_loss, weighted, unweighted, parts, pred_loss
 
 
 def build_jepa(
@@ -304,38 +275,23 @@ def autoregressive_rollout(
     states: Tensor | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """Predict `steps` frames beyond the given ones, each from the last c states (predicted ones included).
+    """`JEPA.rollout` by `encode`, video → states, and a predictor of every next state from `context_length` = c states.
 
-    Equals `unroll(..., unroll_mode="autoregressive", ctxt_window_time=c)`; the caller sees to eval mode.
-
-    Args:
-        encode: video → states.
-        predictor: has `context_length` = c; predicts every next state. One with a method `roll_out(states, steps, out)`
-            of its own, as a folded one has, does all steps in that (see `own_method`).
-        video: (B, C, T, H, W), T ≥ c; encoded first.
-        steps: how many frames to predict, ≥ 1.
-        states: (B, D, T, H, W) instead of a video.
-        chunk: encode and predict this many clips at a time, for less memory; default: all at once.
-
-    Returns:
-        The T given states followed by the predicted ones: (B, D, T + steps, H, W).
-
-    Raises:
-        ValueError: both or none of video and states, another rank, too few frames, `steps` or `chunk` < 1.
+    Equals `unroll(..., unroll_mode="autoregressive", ctxt_window_time=c)`; the caller sees to eval mode. A predictor
+    with a method `roll_out(states, steps, out)`, as an inference network has, does all steps in that.
     """
     given = video if states is None else states
     if given is None or (video is not None and states is not None):
         raise ValueError("rollout takes either a video or states=..., not both and not neither")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be at least 1 clip, got {chunk}")
+    for name, count in (("steps", steps), ("chunk", chunk)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
     if given.dim() != 5:
         name, letter = ("video", "C") if states is None else ("states", "D")
         raise ValueError(f"{name} must be (B, {letter}, T, H, W), got shape {tuple(given.shape)}")
-    context, frames = predictor.context_length, given.shape[2]
-    if frames < context:
-        raise ValueError(f"a rollout starts from at least {context} frames, got {frames}")
+    frames = given.shape[2]
+    if frames < predictor.context_length:
+        raise ValueError(f"a rollout starts from at least {predictor.context_length} frames, got {frames}")
     roll_out = own_method(predictor, "roll_out") or partial(roll_out_plainly, predictor)
     out: Tensor | None = None
     first = 0
@@ -365,9 +321,8 @@ def roll_out_plainly(predictor: Any, states: Tensor, steps: int, out: Tensor) ->
 def parallel_tails(predictor: Any, states: Tensor, steps: int) -> Iterator[Tensor]:
     """The frames of a parallel rollout in eval mode that each step computes anew.
 
-    With frozen BatchNorm, prediction i of step k + 1 equals prediction i of step k for i < k: only the tail changes.
-    For s = 0 … steps - 1 this yields the predictions of frames s + c … T - 1 after s + 1 steps, (B, D, T - c - s, H,
-    W).
+    With frozen BatchNorm, prediction i of step k + 1 equals prediction i of step k for i < k. For s = 0 … steps - 1
+    this yields the predictions of frames s + c … T - 1 after s + 1 steps, (B, D, T - c - s, H, W).
     """
     context, current = predictor.context_length, states
     for s in range(steps):
@@ -379,10 +334,9 @@ def parallel_tails(predictor: Any, states: Tensor, steps: int) -> Iterator[Tenso
 
 
 def own_method(module: Any, name: str) -> Callable[..., Any] | None:
-    """A method of a module's class that does several calls' work at once; None if it has none, or where something
-    waits for its calls: a hook, or what is wrapped around it (torch.compile).
+    """A method of a module's class that does the work of several calls; None if it has none, or where something waits
+    for the calls: a hook, or what is wrapped around it (torch.compile), which would hand on what it is asked for.
     """
-    # Asked of the class: a wrapper hands on what it is asked for itself.
     method = getattr(type(module), name, None)
     return None if method is None or has_hooks(module) else partial(method, module)
 
@@ -390,13 +344,12 @@ def own_method(module: Any, name: str) -> Callable[..., Any] | None:
 @contextlib.contextmanager
 def eval_mode(*modules: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients inside; each module's own mode afterwards."""
-    before = [{module: module.training for module in root.modules()} for root in modules]
+    before = {module: module.training for root in modules for module in root.modules()}
     try:
         for root in modules:
             root.eval()
         with torch.no_grad():
             yield
     finally:
-        for modes in before:
-            for module, training in modes.items():
-                module.training = training
+        for module, training in before.items():
+            module.training = training

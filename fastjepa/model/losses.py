@@ -14,6 +14,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
@@ -25,7 +26,7 @@ from fastjepa.kernels.projected_losses.reference import as_rows, std_and_cov_los
 from fastjepa.kernels.shares import current_shares
 from fastjepa.model.batch_norm import has_hooks
 from fastjepa.model.networks import Projector
-from fastjepa.model.running_stats import BatchStatistics, BatchStatisticsRecorder, advance_buffers
+from fastjepa.model.running_stats import BatchStatistics, advance_buffers, calls_in_order, step_order
 
 ProjectionPath = Literal["auto", "eager", "closed_form", "fused"]
 
@@ -81,15 +82,12 @@ class SquareLossSeq(nn.Module):
 
 
 class Group(Protocol):
-    """The processes among which each batch is split, as `fastjepa.distributed.group` has them."""
+    """The processes among which each batch is split, as `fastjepa.distributed.group.BatchGroup` has them."""
 
-    sync_stats: bool
-    """Whether BatchNorm and the losses take the statistics of the whole batch; otherwise of each process's part."""
+    sync_stats: bool  # BatchNorm and the losses take the statistics of the whole batch, not of each process's part
 
     def batch(self, own: int, clips: int | None) -> AbstractContextManager[None]:
-        """Around the forward pass of `own` clips of a batch of `clips` (None: all have as many): BatchNorms take the
-        statistics that they should. Raises ValueError if those are not this process's clips.
-        """
+        """Around the forward pass of `own` of `clips` clips (None: all have as many); ValueError for other clips."""
 
     def mean(self, means: Tensor) -> Tensor:
         """Means over the whole batch from each process's, any shape, differentiable."""
@@ -150,24 +148,15 @@ def _is_its_net(projector: Any) -> bool:
     if type(projector).forward is Projector.forward or type(projector) is nn.Sequential:
         return True
     if projector not in _tried:
-        _tried[projector] = _computes_its_net(projector)
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+                copies: list[Any] = [copy.deepcopy(projector).cpu().double().train() for _ in range(2)]
+                features = next(layer.in_features for layer in copies[0].modules() if isinstance(layer, nn.Linear))
+                rows = torch.randn(8, features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+                _tried[projector] = torch.equal(copies[0](rows), copies[1].net(rows))
+        except Exception:  # whatever code of the user's raises
+            _tried[projector] = False
     return _tried[projector]
-
-
-def _computes_its_net(projector: nn.Module) -> bool:
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
-            copies: list[Any] = [copy.deepcopy(projector).cpu().double().train() for _ in range(2)]
-            features = next(layer.in_features for layer in copies[0].modules() if isinstance(layer, nn.Linear))
-            rows = torch.randn(8, features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-            return torch.equal(copies[0](rows), copies[1].net(rows))
-    except Exception:  # whatever code of the user's raises
-        return False
-
-
-def shared_layers(vc_proj: nn.Module, pred_proj: nn.Module) -> HiddenLayer | str:
-    """The layers if the closed form covers a step with these projectors as they are now; otherwise why it does not."""
-    return hidden_layer(vc_proj) if vc_proj is pred_proj else "the two losses have different projectors"
 
 
 def projected_losses(
@@ -182,10 +171,8 @@ def projected_losses(
     """The unweighted losses of one parallel unroll, differentiable in everything; moves the projectors' buffers.
 
     Args:
-        vc_proj: the projector of the variance–covariance loss.
-        pred_proj: the projector of the prediction losses; the same module in a published JEPA.
-        state: z (B, D, T, H, W).
-        predictions: p¹..pᴷ, of the same shape.
+        vc_proj, pred_proj: the projectors of the two losses; one module in a published JEPA.
+        state, predictions: z and p¹..pᴷ, each (B, D, T, H, W).
         path: "eager" materialises the projections; "closed_form" needs only moments of the rows. "auto" takes the
             closed form on a CPU, where it was measured faster and smaller (bench/results), and eager elsewhere.
         group: inside its `batch`, losses and buffers are those of the whole batch. The gradients of states are exact;
@@ -198,36 +185,23 @@ def projected_losses(
         raise ValueError(f"projection must be one of {', '.join(get_args(ProjectionPath))}; got {path!r}")
     if path == "fused":
         raise ValueError("projection='fused' takes the losses that fastjepa.accelerate(jepa) swaps in")
-    layers = shared_layers(vc_proj, pred_proj)
+    layers = hidden_layer(vc_proj) if vc_proj is pred_proj else "the two losses have different projectors"
     if path == "eager" or (path == "auto" and (state.device.type != "cpu" or isinstance(layers, str))):
         return _eager(vc_proj, pred_proj, state, predictions, group)
     if isinstance(layers, str):
-        raise ValueError(f"projection={path!r} cannot be served: {layers}; use 'eager' or 'auto'")
-    return closed_form_losses(layers, state, predictions)
+        raise ValueError(f"projection={path!r} is not supported: {layers}; use 'eager' or 'auto'")
+    return closed_form_losses(layers, state, predictions, step_order(len(predictions), with_vc=True))
 
 
 def closed_form_losses(
     layers: HiddenLayer,
     state: Tensor,
     predictions: Sequence[Tensor],
+    order: Sequence[int],
     compute: Callable[..., Any] = closed_form.projected_losses,
 ) -> Losses:
-    """The losses of a step in closed form, by `compute`; moves the projector's buffers as the original's calls do."""
-    losses, calls = losses_from_moments(layers, state, predictions, compute)
-    order = [calls[0]]  # VC(z)
-    for prediction in calls[1:]:
-        order += [calls[0], prediction]
-    advance_buffers(layers.batch_norm, order)
-    return losses
-
-
-def losses_from_moments(
-    layers: HiddenLayer,
-    state: Tensor,
-    predictions: Sequence[Tensor],
-    compute: Callable[..., Any] = closed_form.projected_losses,
-) -> tuple[Losses, list[BatchStatistics]]:
-    """The losses without materialised projections, and the batch statistics of z, p¹..pᴷ; buffers do not move.
+    """The losses without materialised projections; moves the projector's buffers as its calls in `order` would, where
+    0 is the state and k the k-th prediction.
 
     `compute` is the closed form in plain torch, which gets states in fp32 or better, or an op that upcasts itself.
     """
@@ -241,28 +215,21 @@ def losses_from_moments(
     with torch.autocast(state.device.type, enabled=False):
         found = compute(state, predictions, *parameters, norm.eps, shares=current_shares())
     calls = [BatchStatistics(*call) for call in zip(found.batch_means, found.batch_vars, strict=True)]
-    return Losses(found.std_loss, found.cov_loss, found.prediction_losses), calls
+    advance_buffers(norm, order, calls)
+    return Losses(found.std_loss, found.cov_loss, found.prediction_losses)
 
 
 def _eager(
     vc_proj: nn.Module, pred_proj: nn.Module, state: Tensor, predictions: Sequence[Tensor], group: Group | None
 ) -> Losses:
     shared = vc_proj is pred_proj
-    with BatchStatisticsRecorder(pred_proj) as recorder:
-        target, target_stats = recorder.call(lambda: project(pred_proj, state))
-        losses, prediction_stats = [], []
-        for prediction in predictions:
-            projected, statistics = recorder.call(lambda p=prediction: project(pred_proj, p))  # type: ignore[misc]
-            losses.append(F.mse_loss(projected, target))
-            prediction_stats.append(statistics)
+    order = step_order(len(predictions), with_vc=shared)
+    calls = [partial(project, pred_proj, x) for x in (state, *predictions)]
+    target, *projected = calls_in_order(pred_proj, order, calls)
     features = target if shared else project(vc_proj, state)
     std_loss, cov_loss = std_and_cov_loss(features) if group is None else group.std_and_cov_loss(features)
+    losses = [F.mse_loss(prediction, target) for prediction in projected]
     prediction_losses = torch.stack(losses) if losses else target.new_zeros(0)
     if losses and group is not None:
         prediction_losses = group.mean(prediction_losses)
-    for i, layer in enumerate(recorder.layers):
-        calls = [target_stats[i]] if shared else []  # VC(z)
-        for statistics in prediction_stats:
-            calls += [target_stats[i], statistics[i]]
-        advance_buffers(layer, calls)
     return Losses(std_loss, cov_loss, prediction_losses)

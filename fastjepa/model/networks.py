@@ -52,49 +52,33 @@ class Shortcut(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """x (N, in, H, W) → (N, out, ceil(H/stride), ceil(W/stride))."""
         conv, norm = self
-        out: Tensor = normalize(norm, apply_convolution(conv, x))
-        return out
+        return normalize(norm, apply_convolution(conv, x))
 
 
-def apply_convolution(conv: nn.Module, x: Tensor) -> Tensor:
-    """conv(x); on a CPU, where oneDNN is at fault, by taking the pixels that a stride visits and striding no more.
+def apply_convolution(conv: Any, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """conv(x), or, given a weight, the same function of it and of the bias; padding is then with zeros.
 
-    oneDNN's weight gradient of a strided 1×1 convolution writes past its workspace where input or weight is
-    channels-last and the input has fewer channels than one block (uxlfoundation/oneDNN#6035, seen with torch 2.13): the
-    heap is corrupted, or the gradient is wrong without a word. With stride 1 there is no such workspace. The products
-    and their sums are the same either way.
+    On a CPU, a strided 1×1 convolution of few channels takes the pixels that it visits, and strides no more: oneDNN's
+    weight gradient writes past its workspace where input or weight is channels-last and the input has fewer channels
+    than one block (uxlfoundation/oneDNN#6035, seen with torch 2.13): the heap is corrupted, or the gradient is wrong
+    without a word. The products and their sums are the same either way.
     """
-    if isinstance(conv, nn.Conv2d) and _is_at_fault(conv, x):
-        return _of_visited_pixels(conv, x, conv.weight, conv.bias)
-    out: Tensor = conv(x)
-    return out
-
-
-def apply_convolution_with(
-    conv: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> Tensor:
-    """`apply_convolution` with other tensors in the places of its parameters; padding is with zeros."""
+    if (
+        x.device.type == "cpu"
+        and type(conv).forward is nn.Conv2d.forward
+        and (conv.kernel_size, conv.padding, conv.groups) == ((1, 1), (0, 0), 1)
+        and conv.stride != (1, 1)
+        and conv.in_channels < _BLOCK
+    ):
+        parameters = (conv.weight, conv.bias) if weight is None else (weight, bias)
+        return F.conv2d(x[:, :, :: conv.stride[0], :: conv.stride[1]], *parameters)
+    if weight is None:
+        out: Tensor = conv(x)
+        return out
     if isinstance(conv, nn.ConvTranspose2d):
         options: Any = (conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation)
-        out: Tensor = F.conv_transpose2d(x, weight, bias, *options)
-        return out
-    if _is_at_fault(conv, x):
-        return _of_visited_pixels(conv, x, weight, bias)
+        return F.conv_transpose2d(x, weight, bias, *options)
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
-def _is_at_fault(conv: nn.Conv2d, x: Tensor) -> bool:
-    return (
-        x.device.type == "cpu"
-        and conv.kernel_size == (1, 1)
-        and conv.stride != (1, 1)
-        and (conv.padding, conv.groups) == ((0, 0), 1)
-        and conv.in_channels < _BLOCK
-    )
-
-
-def _of_visited_pixels(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.conv2d(x[:, :, :: conv.stride[0], :: conv.stride[1]], weight, bias)
 
 
 class ResidualBlock(nn.Module):
@@ -251,11 +235,6 @@ class Projector(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """rows (N, in) → (N, out)."""
-        in_features = self.net[0].in_features
-        if rows.shape[-1] != in_features:
-            raise ValueError(
-                f"the projector takes rows of {in_features} (its first size must equal dstc), got {rows.shape[-1]}"
-            )
         return self.net(rows)
 
 

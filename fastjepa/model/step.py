@@ -6,7 +6,6 @@ Shapes: video (B, C, T, H, W) in [0, 1]; digit_location (B, T, 8, 8) of 0 and 1;
 from __future__ import annotations
 
 import contextlib
-import inspect
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,13 +14,22 @@ from torch import Tensor, nn
 
 from fastjepa.model.batch_norm import has_hooks
 from fastjepa.model.jepa import JEPA, check_channels, parallel_unroll
-from fastjepa.model.losses import Group, Losses, ProjectionPath, SquareLossSeq, VCLoss, projected_losses
+from fastjepa.model.losses import Group, ProjectionPath, SquareLossSeq, VCLoss, projected_losses
 from fastjepa.model.networks import DetHead, ResNet5
 from fastjepa.model.probes import JEPAProbe, detection_loss, is_probe, probe_head, probe_parameters
-from fastjepa.model.running_stats import batch_norm_calls, repeated_updates
+from fastjepa.model.running_stats import calls_in_order
 from fastjepa.profiling import span
 
-COMPOSITION = ("unroll", "_unroll_parallel", "_unroll_autoregressive", "encode")  # methods that a step stands in for
+LOSSES = ("regularizer", "predcost")
+# The parts that a step computes in another way than by calling them: their classes and the methods that it replaces.
+PUBLISHED: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
+    "jepa": (JEPA, ("unroll", "encode")),
+    "encoder": (ResNet5, ("forward", "_frames")),
+    "regularizer": (VCLoss, ("forward",)),
+    "predcost": (SquareLossSeq, ("forward",)),
+    "image_decoder": (JEPAProbe, ("forward",)),
+    "detection_head": (JEPAProbe, ("forward",)),
+}
 
 
 class StepLosses(NamedTuple):
@@ -48,15 +56,14 @@ class StepLosses(NamedTuple):
 class TrainStep:
     """One optimisation step; usable without the trainer: `losses = step(video, digit_location)`.
 
-    Each thing is done once: one encoding serves the JEPA and both probes, the state is projected once, and BatchNorm's
-    running buffers are advanced to where the original's repeated calls leave them. Losses, gradients and buffers are
-    those of the original's step. The losses come back as tensors: nothing waits for the device.
+    One encoding serves the JEPA and both probes, each state is projected once, and BatchNorm's running buffers end
+    where the original's repeated calls leave them: losses, gradients and buffers are those of the original's step. The
+    losses come back as tensors: nothing waits for the device.
 
-    That is for what is known to be the published model. `jepa_problem` says why a JEPA is not (it has an `unroll` of
-    its own, say): then `jepa.unroll(video, None, nsteps=steps)` and, for each probe, `jepa.encode(video)` are called.
-    `loss_problem` says why its losses are not: then they are called as often as the original calls them. A probe with a
-    `forward` of its own is called as it is. All of this is looked at in each call, because it may change between two.
-    Under torch.compile, it is what the last look outside found.
+    A part that is not known to be the published one is called as its author wrote it, as often as the original calls
+    it: the JEPA's `unroll` and `encode` (`jepa_problem` says why), its losses (`loss_problem`), its encoder, a probe's
+    `forward`. All parts are looked at in each call, because they may change between two. Under torch.compile, it is
+    what the last look outside found.
 
     Args:
         jepa: a JEPA whose predictor reads states only, in train mode.
@@ -74,8 +81,7 @@ class TrainStep:
 
     Raises:
         ValueError: `steps` < 1; a part of the JEPA is missing, or its predictor is recurrent; a probe of another JEPA,
-            or with another loss; an explicit projection where a loss is not the published one; an optimizer whose step
-            needs a closure.
+            or with another loss; an explicit projection where a loss is not the published one.
     """
 
     def __init__(
@@ -92,7 +98,7 @@ class TrainStep:
     ) -> None:
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
-        for name in ("encoder", "predictor", "regularizer", "predcost"):
+        for name in ("encoder", "predictor", *LOSSES):
             if not isinstance(getattr(jepa, name, None), nn.Module):
                 raise ValueError(f"jepa has no module {name!r}; a step takes a JEPA of fastjepa or eb_jepa")
         if getattr(jepa.predictor, "is_rnn", False):
@@ -100,7 +106,6 @@ class TrainStep:
                 f"jepa.predictor is recurrent ({type(jepa.predictor).__name__}), and a step unrolls in parallel; train "
                 "such a model with a loop of your own around jepa.unroll"
             )
-        _check_optimizer(optimizer)
         self.jepa = cast(JEPA, jepa)  # or one that has its interface
         self.probes = {"image_decoder": image_decoder, "detection_head": detection_head}
         self.image_decoder = probe_head("image_decoder", image_decoder, jepa, nn.MSELoss)
@@ -110,21 +115,20 @@ class TrainStep:
         self.autocast_dtype = autocast_dtype
         self.projection = projection
         self.group = group
-        self._encoder_seen: nn.Module | None = None  # the last one that was looked at
-        self._encoder_repeats = False  # whether a call of it calls a BatchNorm more than once
+        self._problems: dict[str, str] = {}  # of the parts that are called as they are: why
         self._look()
 
     @property
     def jepa_problem(self) -> str | None:
         """Why the JEPA's own `unroll` and `encode` are called; None where it is the published composition."""
         self._look()
-        return self._jepa_problem
+        return self._problems.get("jepa")
 
     @property
     def loss_problem(self) -> str | None:
         """Why the losses of the JEPA are called as they are; None where they are the published ones."""
         self._look()
-        return self._loss_problem
+        return self._problem_of_losses()
 
     def __call__(self, video: Tensor, digit_location: Tensor, clips: int | None = None) -> StepLosses:
         """Zero the gradients, compute losses and gradients, step the optimizer; returns the losses, detached.
@@ -159,86 +163,67 @@ class TrainStep:
     def losses(self, video: Tensor, digit_location: Tensor, clips: int | None = None) -> StepLosses:
         """The losses of one step, with graph. Moves BatchNorm's running buffers as one step of the original does.
 
-        Where several processes train, these are the losses of the whole batch, and a backward pass from `total` leaves
-        this process's part of the gradients: their sum over the processes is the whole.
+        In a group, these are the losses of the whole batch, and a backward pass from `total` leaves this process's part
+        of the gradients, whose sum over the processes is the whole.
 
         Raises:
-            ValueError: shapes that do not fit, fewer than 3 frames; a loss was replaced by one that `projection` does
-                not serve, or that is not for statistics of several processes.
+            ValueError: shapes that do not fit, fewer than 3 frames; a part was replaced by one that `projection` or
+                `group.sync_stats` does not support.
             TypeError: a video that is not floating point; an `unroll` of the JEPA's own that returns something else.
         """
         check_batch(video, digit_location)
         check_channels(self.jepa.encoder, video)
         self._look()
+        compute = self._as_written if "jepa" in self._problems else self._deduplicated
         group = self.group
         if group is None:  # and nothing of several processes: torch.compile takes this as one graph
-            return self._compute(video, digit_location)
-        problem = self._jepa_problem or self._loss_problem
-        if group.sync_stats and problem is not None:
-            raise ValueError(
-                f"statistics of several processes are for the published model and losses ({problem}); give "
-                "sync_stats=False"
-            )
+            return compute(video, digit_location)
+        if group.sync_stats and (problem := self._problems.get("jepa") or self._problem_of_losses()):
+            raise ValueError(f"sync_stats=True is for the published model and losses: {problem}; use sync_stats=False")
         with group.batch(len(video), clips):
-            losses = self._compute(video, digit_location)
+            losses = compute(video, digit_location)
             if group.sync_stats:
                 return losses
-            # What is told is the mean over all clips; what it is differentiated by is this process's part of that.
+            # The values are the means over all clips; their gradients are this process's part.
             return StepLosses(*group.mean(torch.stack(losses)).unbind())
 
-    # ---- what is computed: a subclass may override these ----
-
-    def _problem_of(self, jepa: nn.Module) -> str | None:
-        """Why the deduplicated step does not compute what this JEPA does; None if it does. Asked in every call."""
-        jepa = getattr(jepa, "_orig_mod", jepa)  # of torch.compile, around a JEPA whose methods are as they were
-        if not isinstance(jepa, JEPA):
-            return f"{type(jepa).__name__} is not fastjepa's JEPA"
-        own = [m for m in COMPOSITION if getattr(type(jepa), m) is not getattr(JEPA, m) or m in jepa.__dict__]
-        if own:
-            return f"{type(jepa).__name__} has its own {', '.join(own)}"
-        return f"{type(jepa).__name__} has hooks" if has_hooks(jepa) else None
-
-    def _problem_of_loss(self, name: str, loss: nn.Module) -> str | None:
-        """Why the `regularizer` or `predcost` is not the published loss; None if it is. Asked in every call."""
-        published = VCLoss if name == "regularizer" else SquareLossSeq
-        if type(loss) is not published and not hasattr(type(loss), "projection_path"):
-            return f"{type(loss).__name__} is not {published.__name__}"
-        hooked = next((module for module in loss.modules() if has_hooks(module)), None)
-        return None if hooked is None else f"{type(hooked).__name__} has hooks"
-
-    def _problem_of_probe(self, probe: nn.Module) -> str | None:
-        """Why a probe's loss is not that of its head on the state; None if it is, or it is a head itself."""
-        if not is_probe(probe):
-            return None
-        if type(probe).forward is not JEPAProbe.forward:
-            return f"{type(probe).__name__} has its own forward"
-        return f"{type(probe).__name__} has hooks" if has_hooks(probe) else None
-
-    def _compute(self, video: Tensor, digit_location: Tensor) -> StepLosses:
-        """The losses of this process's clips, or, in a group with `sync_stats`, of the whole batch."""
-        return (
-            self._deduplicated(video, digit_location)
-            if self._jepa_problem is None
-            else self._as_written(video, digit_location)
-        )
-
-    # ---- the deduplicated step ----
+    # ---- what is known to be the published model ----
 
     def _look(self) -> None:
         """See what may have changed since the last call."""
         if torch.compiler.is_compiling():
             return
-        jepa = self.jepa
-        self._jepa_problem = self._problem_of(jepa)
-        self._loss_problem: str | None = None
-        for name in ("regularizer", "predcost"):
-            if (problem := self._problem_of_loss(name, getattr(jepa, name))) is not None:
-                self._loss_problem = f"{name}: {problem}"
-                break
-        self._own_probes = {n: probe for n, probe in self.probes.items() if self._problem_of_probe(probe) is not None}
-        problem = self._loss_problem or self._jepa_problem
+        parts = {"jepa": self.jepa, **{n: getattr(self.jepa, n) for n in ("encoder", *LOSSES)}, **self.probes}
+        self._problems = {}
+        for name, part in parts.items():
+            part = getattr(part, "_orig_mod", part)  # torch.compile computes what it is around
+            if name in self.probes and not is_probe(part):  # a head, of which nothing is asked
+                continue
+            if (problem := _problem_of_object(name, part) or self._problem_of_class(name, part)) is not None:
+                self._problems[name] = problem
+        problem = self._problem_of_losses() or self._problems.get("jepa")
         if problem is not None and self.projection in ("closed_form", "fused"):
-            raise ValueError(f"projection={self.projection!r} cannot be served: {problem}; use 'auto'")
+            raise ValueError(f"projection={self.projection!r} is not supported: {problem}; use 'auto'")
+
+    def _problem_of_class(self, name: str, part: nn.Module) -> str | None:
+        """Why a part's class is not known to compute what the published one does; None if it is. A subclass may know
+        more; asked in every call.
+        """
+        if getattr(part, "is_fused", False) or hasattr(part, "projection_path"):  # `accelerate` swapped it in
+            return None
+        published, methods = PUBLISHED[name]
+        if not isinstance(part, published):
+            return f"{type(part).__name__} is not fastjepa's {published.__name__}"
+        own = [method for method in methods if getattr(type(part), method) is not getattr(published, method)]
+        return f"{type(part).__name__} has its own {', '.join(own)}" if own else None
+
+    def _problem_of_losses(self) -> str | None:
+        return next((f"{name}: {self._problems[name]}" for name in LOSSES if name in self._problems), None)
+
+    # ---- the deduplicated step ----
+
+    def _synced_group(self) -> Group | None:
+        return self.group if self.group is not None and self.group.sync_stats else None
 
     def _deduplicated(self, video: Tensor, digit_location: Tensor) -> StepLosses:
         with self._autocast(video.device):
@@ -246,56 +231,43 @@ class TrainStep:
                 state = self._encode(video)
             state, predictions = parallel_unroll(self.jepa.predictor, state, None, self.steps)
         with span("losses"):
-            if self._loss_problem is None:
-                vc, vc_unweighted, std, cov, pred = self._published_losses(state, predictions)
-            else:
-                vc, vc_unweighted, std, cov, pred = self._losses_as_they_are(state, predictions)
+            of_jepa = self._published_losses if self._problem_of_losses() is None else self._losses_as_they_are
+            vc, vc_unweighted, std, cov, pred = of_jepa(state, predictions)
             recon = self._probe_loss("image_decoder", video, video, state)
             det = self._probe_loss("detection_head", video, digit_location, state)
-            if self.group is not None and self.group.sync_stats:
-                recon, det = self.group.mean(torch.stack((recon, det))).unbind()
+            if (group := self._synced_group()) is not None:
+                recon, det = group.mean(torch.stack((recon, det))).unbind()
         jepa = vc + pred
         return StepLosses(jepa + recon + det, jepa, vc, vc_unweighted, std, cov, pred, recon, det)
 
     def _encode(self, video: Tensor) -> Tensor:
         """The states; the encoder's buffers move as by the calls for the JEPA and for each head."""
-        encoder, calls = self.jepa.encoder, 1 + len(self.probes) - len(self._own_probes)
-        # The published network is known to call each BatchNorm once; another one is looked at, at its first step.
-        known = type(encoder) is ResNet5 or getattr(encoder, "is_fused", False)
-        if not known and encoder is not self._encoder_seen:
-            self._encoder_repeats = batch_norm_calls(encoder, video) > 1
-            self._encoder_seen = encoder
-        if known or not self._encoder_repeats:
-            with repeated_updates(encoder, calls):
-                return encoder(video)
-        state: Tensor = encoder(video)
+        encoder = self.jepa.encoder
+        calls = 1 + sum(name not in self._problems for name in self.probes)
+        if "encoder" not in self._problems:
+            (state,) = calls_in_order(encoder, [0] * calls, [lambda: encoder(video)])
+            return state
+        state = encoder(video)
         with torch.no_grad():
             for _ in range(calls - 1):
                 encoder(video)
         return state
 
-    def _published_losses(
-        self, state: Tensor, predictions: list[Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _published_losses(self, state: Tensor, predictions: list[Tensor]) -> tuple[Tensor, ...]:
         """vc, unweighted, std, cov and pred of the published losses, each state projected once."""
         regularizer: Any = self.jepa.regularizer
         predcost: Any = self.jepa.predcost
-        path = getattr(regularizer, "projection_path", None)
-        found: Losses | None = None
+        found, path = None, getattr(regularizer, "projection_path", None)  # of one that `accelerate` swapped in
         if path is not None and self.projection in ("auto", path):
             found = regularizer.step_losses(predcost, state, predictions)
         if found is None:
-            group = self.group if self.group is not None and self.group.sync_stats else None
-            found = projected_losses(
-                regularizer.proj, predcost.proj, state, predictions, path=self.projection, group=group
-            )
+            projectors, group = (regularizer.proj, predcost.proj), self._synced_group()
+            found = projected_losses(*projectors, state, predictions, path=self.projection, group=group)
         std, cov, preds = found
         vc = regularizer.std_coeff * std + regularizer.cov_coeff * cov
         return vc, std + cov, std, cov, preds.sum() / self.steps
 
-    def _losses_as_they_are(
-        self, state: Tensor, predictions: list[Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _losses_as_they_are(self, state: Tensor, predictions: list[Tensor]) -> tuple[Tensor, ...]:
         """The same of any losses, called as the original calls them, but in fp32 or better where autocast is on."""
         dtype = state.dtype if self.autocast_dtype is None else torch.promote_types(state.dtype, torch.float32)
         with torch.autocast(state.device.type, enabled=False):
@@ -324,14 +296,11 @@ class TrainStep:
 
     def _probe_loss(self, name: str, video: Tensor, targets: Tensor, state: Tensor | None) -> Tensor:
         """A probe's loss: its own, or its head's on the state, which the JEPA encodes where there is none yet."""
-        if name in self._own_probes:
-            with self._autocast(video.device):
-                loss: Tensor = self._own_probes[name](video, targets)
-            return loss
-        if state is None:
-            with self._autocast(video.device):
-                state = self.jepa.encode(video)
-        state = state.detach()
+        with self._autocast(video.device):
+            if name in self._problems:
+                loss: Tensor = self.probes[name](video, targets)
+                return loss
+            state = (self.jepa.encode(video) if state is None else state).detach()
         return self._reconstruct(state, targets) if name == "image_decoder" else self._detect(state, targets)
 
     def _reconstruct(self, state: Tensor, video: Tensor) -> Tensor:
@@ -345,9 +314,8 @@ class TrainStep:
         if type(head) is DetHead:
             with self._autocast(state.device):
                 return detection_loss(head(state), digit_location)
-        # Ours takes its sigmoid in fp32 whatever autocast says. The original's takes it of bf16 numbers: what is more
-        # than 0.998 becomes 1, where the loss of an empty cell is 100 and its gradient 0. (The head is small, and sees
-        # maps of 8×8: its precision costs nothing.)
+        # The original's takes its sigmoid of bf16 numbers: from 0.998 on it is 1, where an empty cell costs 100 and its
+        # gradient is 0. (The head is small, and sees maps of 8×8: its precision costs nothing.)
         parameter = next(head.parameters(), None)
         dtype = torch.promote_types(state.dtype, torch.float32) if parameter is None else parameter.dtype
         with torch.autocast(state.device.type, enabled=False):
@@ -357,6 +325,16 @@ class TrainStep:
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(device.type, dtype=self.autocast_dtype)
+
+
+def _problem_of_object(name: str, part: nn.Module) -> str | None:
+    """What is set on a part, not on its class, that its published class does not do."""
+    own = [method for method in PUBLISHED[name][1] if method in part.__dict__]
+    if own:
+        return f"{type(part).__name__} has its own {', '.join(own)}"
+    # A loss's projector may not be called either; the encoder is called.
+    called = part.modules() if name in LOSSES else () if name == "encoder" else (part,)
+    return next((f"{type(module).__name__} has hooks" for module in called if has_hooks(module)), None)
 
 
 def _part(parts: Any, name: str, like: Tensor) -> Tensor:
@@ -396,12 +374,3 @@ def check_batch(video: Tensor, digit_location: Tensor) -> None:
     wanted = (video.shape[0], video.shape[2], DetHead.CELLS, DetHead.CELLS)
     if tuple(digit_location.shape) != wanted:
         raise ValueError(f"digit_location must be (B, T, 8, 8) = {wanted}, got shape {tuple(digit_location.shape)}")
-
-
-def _check_optimizer(optimizer: torch.optim.Optimizer | None) -> None:
-    closure = None if optimizer is None else inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(
-            f"{type(optimizer).__name__}.step needs a closure, which computes the losses several times; a training "
-            "step computes them once: take an optimizer like torch.optim.Adam"
-        )
