@@ -269,24 +269,23 @@ def unroll_results(model: nn.Module, losses: tuple[Any, ...]) -> dict[str, Tenso
     total, weighted, unweighted, parts, prediction = losses
     told = [parts[key] for key in sorted(parts)] if isinstance(parts, Mapping) else []
     terms = [torch.as_tensor(term).detach().double().cpu() for term in (total, weighted, unweighted, prediction, *told)]
+    buffers = list(model.named_buffers())
+    named = {
+        GRADIENT: [
+            (name, torch.zeros_like(p) if p.grad is None else p.grad)
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        ],
+        "buffers of ": [(name, buffer) for name, buffer in buffers if buffer.is_floating_point()],
+        COUNTS: [(name, buffer.double()) for name, buffer in buffers if name.endswith("num_batches_tracked")],
+    }
     found: dict[str, list[Tensor]] = {"losses": [torch.stack(terms).to(total.device, total.dtype)]}
-
-    def add(kind: str, name: str, tensor: Tensor) -> None:
-        part, _, rest = name.partition(".")
-        part = "projector" if rest.startswith("proj.") else part.replace("_", " ")
-        found.setdefault(kind + part, []).append(tensor.detach().flatten())
-
-    for name, parameter in sorted(model.named_parameters()):
-        if parameter.requires_grad:
-            add(GRADIENT, name, torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-    buffers = sorted(model.named_buffers())
-    for name, buffer in buffers:
-        if buffer.is_floating_point():
-            add("buffers of ", name, buffer)
-    for name, buffer in buffers:
-        if name.endswith("num_batches_tracked"):
-            add(COUNTS, name, buffer.double())
-    return {name: torch.cat(tensors) for name, tensors in found.items()}
+    for kind, tensors in named.items():
+        for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+            part, _, rest = name.partition(".")
+            part = "projector" if rest.startswith("proj.") else part.replace("_", " ")
+            found.setdefault(kind + part, []).append(tensor.detach().flatten())
+    return {result: torch.cat(pieces) for result, pieces in found.items()}
 
 
 # ---- what a failed allocation says -----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastjepa.execution import ambient_precision, tf32_products
 from fastjepa.fused.autocast import InBf16
-from fastjepa.fused.swap import LOSSES, accelerate, check_parts, put, restore
+from fastjepa.fused.swap import NETWORKS, PARTS, accelerate, check_parts, put, restore
 from fastjepa.model.networks import DetHead
 from fastjepa.model.probes import build_probes
 from fastjepa.model.step import TrainStep
@@ -26,7 +26,6 @@ from fastjepa.policy import COUNTS, Judgement, is_out_of_memory, judge_draws, re
 
 Tensors = dict[str, Tensor]
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_NETWORKS = ("encoder", "predictor")
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,8 @@ class Verification:
 
     def __str__(self) -> str:
         wrong, unsure = sum(not row.exact for row in self.rows), sum(row.bound is None for row in self.rows)
-        verdict = "passed" if not wrong else f"NOT PASSED: {wrong} of {len(self.rows)} results"
-        if wrong:
-            verdict += (
-                " too far off" if wrong > unsure else " cannot be judged by eager; give more clips, or larger ones"
-            )
+        why = "too far off" if wrong > unsure else "cannot be judged by eager; give more clips, or larger ones"
+        verdict = f"NOT PASSED: {wrong} of {len(self.rows)} results {why}" if wrong else "passed"
         parts = self.swapped or ("nothing is swapped: this holds eager against itself",)
         width = max(len(row.result) for row in self.rows)
         lines = [
@@ -261,7 +257,7 @@ def _stop_autocast(jepa: nn.Module) -> None:
 
 def _compute_in_bf16(jepa: nn.Module) -> None:
     """In a copy: networks compute in bf16 autocast, as `accelerate` does it."""
-    for name in _NETWORKS:
+    for name in NETWORKS:
         network = jepa.get_submodule(name)
         if not _has_autocast(network):
             put(jepa, name, InBf16(network))
@@ -280,7 +276,7 @@ def _first_line(error: Exception) -> str:
 
 def _checked_weight(jepa: nn.Module) -> Tensor:
     """One of the model's weights; raises ValueError if it is not a model that can be verified."""
-    check_parts(jepa, (*_NETWORKS, *LOSSES))
+    check_parts(jepa, PARTS["train"])
     weight = next(p for p in jepa.parameters() if p.is_floating_point())
     if weight.dtype not in _DTYPES:
         raise ValueError(

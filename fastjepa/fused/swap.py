@@ -38,7 +38,8 @@ SwapPrecision = Literal["keep", "bf16"]
 Recompute = Literal["on", "off"]
 Make = Callable[..., nn.Module]  # of a network and its name: what replaces it
 
-LOSSES = ("regularizer", "predcost")
+NETWORKS, LOSSES = ("encoder", "predictor"), ("regularizer", "predcost")
+PARTS: dict[Purpose, tuple[str, ...]] = {"train": NETWORKS + LOSSES, "inference": NETWORKS}
 # What replaces a network may differ from it by this much, relative to the largest output. Each is some ten roundings of
 # the dtype (fp32: of tf32, in which a GPU may convolve), what ~40 layers may add up to.
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-2}
@@ -146,11 +147,7 @@ def accelerate(
     dtype = torch.bfloat16 if precision == "bf16" else None
     closed_form = not execution.fused and device.type == "cpu" and backend != "eager"
     parts = _plan(jepa, purpose, partial(make, dtype=dtype), reason, closed_form=closed_form)
-    problems = [
-        f"{part.name}: {part.reason}"
-        for part in parts
-        if part.new is None and (purpose == "train" or part.name not in LOSSES)
-    ]
+    problems = [f"{part.name}: {part.reason}" for part in parts if part.new is None]
     if demanded and strict and problems:
         raise ValueError("these parts cannot be swapped exactly: " + "; ".join(problems))
     _swap(jepa, [_in_bf16(part) for part in parts] if dtype else parts, execution)
@@ -184,8 +181,8 @@ def check_parts(jepa: nn.Module, names: Iterable[str]) -> None:
     """Raise ValueError if `jepa` lacks a module of these."""
     for name in names:
         if not isinstance(getattr(jepa, name, None), nn.Module):
-            hint = "; purpose='inference' of accelerate needs encoder and predictor only" if name in LOSSES else ""
-            raise ValueError(f"jepa has no module {name!r}; this takes a JEPA of fastjepa or eb_jepa{hint}")
+            hint = "; accelerate(jepa, purpose='inference') needs none" if name in LOSSES else ""
+            raise ValueError(f"jepa has no module {name!r}, as those of fastjepa and eb_jepa have{hint}")
 
 
 def put(jepa: nn.Module, name: str, new: nn.Module) -> None:
@@ -197,7 +194,7 @@ def put(jepa: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def _check_arguments(
-    jepa: nn.Module, backend: str, precision: str, purpose: str, recompute: str, execution: ExecutionConfig | None
+    jepa: nn.Module, backend: str, precision: str, purpose: Purpose, recompute: str, execution: ExecutionConfig | None
 ) -> None:
     for name, value, words in (
         ("backend", backend, Backend), ("precision", precision, SwapPrecision), ("purpose", purpose, Purpose),
@@ -209,7 +206,7 @@ def _check_arguments(
         raise ValueError("execution says which parts are swapped, and so do backend and recompute; give one of them")
     if recompute == "on" and (backend == "eager" or purpose == "inference"):
         raise ValueError(f"recompute='on' is for fused networks in training; got {backend=}, {purpose=}")
-    check_parts(jepa, ("encoder", "predictor", *(LOSSES if purpose == "train" else ())))
+    check_parts(jepa, PARTS[purpose])
     if getattr(jepa, "acceleration", None) is not None:
         raise RuntimeError("this JEPA is accelerated already; fastjepa.restore(jepa) first")
 
@@ -217,13 +214,9 @@ def _check_arguments(
 def _plan(jepa: nn.Module, purpose: Purpose, make: Make, reason: str, *, closed_form: bool) -> list[Part]:
     """What to do with each part; `reason`: why kernels replace none, "" if they are to replace all."""
     parts = []
-    for name in ("encoder", "predictor", *LOSSES):
-        module = getattr(jepa, name, None)
-        if not isinstance(module, nn.Module):
-            continue  # a model for inference needs no losses
-        if name in LOSSES and purpose == "inference":
-            parts.append(Part(name, module, None, "inference computes no losses"))
-        elif name in LOSSES and (closed_form or not reason):
+    for name in PARTS[purpose]:
+        module = jepa.get_submodule(name)
+        if name in LOSSES and (closed_form or not reason):
             parts.append(_loss(module, name, fused=not closed_form))
         elif reason:
             parts.append(Part(name, module, None, reason))
@@ -292,10 +285,9 @@ def _too_large(layers: HiddenLayer) -> str | None:
     from fastjepa.kernels.projected_losses.activations import MAX_D, MAX_HIDDEN  # only here: it needs Triton
 
     (hidden, channels), out = layers.linear1.weight.shape, layers.linear2.out_features
-    if channels > MAX_D or hidden > MAX_HIDDEN or not 2 <= out <= MAX_HIDDEN:
-        most = f"{MAX_D}-{MAX_HIDDEN}-{MAX_HIDDEN}"
-        return f"the projector is {channels}-{hidden}-{out}; kernels take up to {most}, and at least 2 outputs"
-    return None
+    if channels <= MAX_D and max(hidden, out) <= MAX_HIDDEN:
+        return None
+    return f"the projector is {channels}-{hidden}-{out}; kernels take up to {MAX_D}-{MAX_HIDDEN}-{MAX_HIDDEN}"
 
 
 def _in_bf16(part: Part) -> Part:
@@ -310,20 +302,19 @@ def _in_bf16(part: Part) -> Part:
 
 
 def _swap(jepa: Any, parts: list[Part], execution: ExecutionConfig) -> None:
-    device = next(jepa.parameters()).device
+    jepa._before_acceleration = {part.name: part.module for part in parts if part.new is not None}
     swaps = []
     for part in parts:
         if part.new is not None:
             put(jepa, part.name, part.new)
         by = None if part.new is None else type(part.new).__name__
         swaps.append(Swap(part.name, type(part.module).__name__, by, part.reason))
-    jepa.acceleration = Report(execution, str(device), tuple(swaps))
-    jepa._before_acceleration = {part.name: part.module for part in parts if part.new is not None}
     jepa._strides_before = {}
     if execution.channels_last:
         jepa._strides_before = {name: parameter.stride() for name, parameter in jepa.named_parameters()}
-        for network in (jepa.encoder, jepa.predictor):
-            network.to(memory_format=torch.channels_last)
+        for name in NETWORKS:
+            jepa.get_submodule(name).to(memory_format=torch.channels_last)
+    jepa.acceleration = Report(execution, str(next(jepa.parameters()).device), tuple(swaps))
 
 
 def _copy_modes(source: nn.Module, target: nn.Module) -> None:
