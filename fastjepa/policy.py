@@ -206,12 +206,11 @@ def _judgements(
     found = []
     for name, error in errors.items():
         beside = math.nan if eager is None else eager[name].relative
-        bound = _bound_beside(beside, error.dtype, precision, inputs)
-        found.append(Judgement(name, precision, error.relative, beside, bound))
+        found.append(Judgement(name, precision, error.relative, beside, _bound(beside, error.dtype, precision, inputs)))
     return found
 
 
-def _bound_beside(eager: float, dtype: torch.dtype, precision: str, inputs: torch.dtype | None) -> float | None:
+def _bound(eager: float, dtype: torch.dtype, precision: str, inputs: torch.dtype | None) -> float | None:
     if not math.isfinite(eager):
         return FP32_RELATIVE_LIMIT if precision == "fp32" else None
     bound = error_bound(eager, 1.0, dtype, inputs, limit=None)

@@ -106,11 +106,11 @@ def verify(
         verbose: print the result.
 
     Raises:
-        TypeError: a video or actions that are no tensor, or a video that is not floating point.
-        ValueError: a video of another rank, on another device, empty or not finite; one that the plain model cannot be
-            unrolled on, or a model that cannot be copied, with the reason; `steps` < 1; an unknown precision; a float64
-            model, which is the truth itself; dropout in train mode, whose random numbers differ between precisions; a
-            backend beside an accelerated model. Whatever `accelerate` raises.
+        TypeError: a video that is not a floating-point tensor.
+        ValueError: a video of another rank or on another device; one that the plain model cannot be unrolled on, or
+            whose losses are not finite; a model that cannot be copied, or is in float64, or has dropout in train mode,
+            whose random numbers differ between precisions; `steps` < 1; an unknown precision; a backend beside an
+            accelerated model. Whatever `accelerate` raises.
         RuntimeError: there is no memory for float64. Whatever the accelerated model raises is raised.
     """
     if precision not in ("keep", "bf16"):
@@ -120,8 +120,7 @@ def verify(
     accelerated = getattr(jepa, "acceleration", None) is not None
     if accelerated and backend != "auto":
         raise ValueError(f"this JEPA is accelerated already, and is verified as it is; backend={backend!r} has no use")
-    weight = _checked_weight(jepa)
-    _check_video(video, weight.device)
+    weight = _checked_weight(jepa, video)
     if unroll_mode == "parallel" and video.shape[2] <= (context := getattr(jepa.predictor, "context_length", 0)):
         # The original unrolls nothing then, and says nothing.
         raise ValueError(f"parallel unrolling takes at least {context + 1} frames, got T = {video.shape[2]}")
@@ -134,7 +133,10 @@ def verify(
     options = {"unroll_mode": unroll_mode, "ctxt_window_time": ctxt_window_time}
     random_state = torch.random.fork_rng(devices=[weight.device] if weight.device.type == "cuda" else [])
     with random_state, torch.enable_grad():
-        plain, ours = _copy(jepa), _copy(jepa)
+        try:
+            plain, ours = copy.deepcopy(jepa), copy.deepcopy(jepa)
+        except Exception as error:  # whatever a user's module holds: results of an earlier call, open files, ...
+            raise ValueError(f"this JEPA cannot be copied, and verify works on copies: {_first_line(error)}") from error
         if accelerated:
             restore(plain)
         truth = cache(lambda draw: _checked_truth(lambda: run(plain, "float64", draw), video))
@@ -263,36 +265,24 @@ def _compute_in_bf16(jepa: nn.Module) -> None:
             put(jepa, name, InBf16(network))
 
 
-def _copy(jepa: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(jepa)
-    except Exception as error:  # whatever a user's module holds: results of an earlier call, open files, ...
-        raise ValueError(f"this JEPA cannot be copied, and verify works on copies: {_first_line(error)}") from error
-
-
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _checked_weight(jepa: nn.Module) -> Tensor:
-    """One of the model's weights; raises ValueError if it is not a model that can be verified."""
+def _checked_weight(jepa: nn.Module, video: Tensor) -> Tensor:
+    """One of the model's weights; raises TypeError or ValueError if model or video cannot be verified."""
     check_parts(jepa, PARTS["train"])
     weight = next(p for p in jepa.parameters() if p.is_floating_point())
     if weight.dtype not in _DTYPES:
-        raise ValueError(
-            f"verify takes a model in fp32, bf16 or fp16, got {weight.dtype}; truth is computed in float64"
-        )
+        raise ValueError(f"verify takes fp32, bf16 or fp16 models, got {weight.dtype}; truth is computed in float64")
     for name, module in jepa.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             raise ValueError(f"{name} is dropout in train mode, which is random; verify with jepa.{name}.eval()")
-    return weight
-
-
-def _check_video(video: Tensor, device: torch.device) -> None:
     if not isinstance(video, Tensor) or not video.is_floating_point():
         found = video.dtype if isinstance(video, Tensor) else type(video).__name__
         raise TypeError(f"video must be a floating-point tensor in [0, 1], got {found}; divide uint8 video by 255")
     if video.dim() != 5:
         raise ValueError(f"video must be (B, C, T, H, W), got shape {tuple(video.shape)}")
-    if video.device != device:
-        raise ValueError(f"video is on {video.device}, the model on {device}; move it with video.to(...)")
+    if video.device != weight.device:
+        raise ValueError(f"video is on {video.device}, the model on {weight.device}; move it with video.to(...)")
+    return weight

@@ -12,11 +12,9 @@ from torch import nn
 
 import fastjepa
 from compare import assert_near
-from fastjepa.eb_jepa import OriginalStep
 from fastjepa.execution import ExecutionConfig
 from fastjepa.fused import auto, swap
 from fastjepa.fused.losses import ClosedFormVCLoss
-from fastjepa.model.step import TrainStep
 from original import (
     MLP,
     Encoder,
@@ -30,7 +28,7 @@ from original import (
     original_jepa,
     unrolled_loss,
 )
-from tiny import tiny_batch, tiny_jepa, tiny_model
+from tiny import tiny_batch, tiny_jepa
 
 # The contract for whole models in fp32: tensors to 1e-4 of their norm, losses to 1e-5.
 GRADIENT, LOSS = 1e-4, 1e-5
@@ -77,19 +75,6 @@ def test_an_original_jepa_accelerated_trained_and_restored(device: str, size: tu
     assert type(fast.encoder).__name__ == "Encoder"
     assert not any(module.training for module in fast.modules())
     assert names_and_objects(fast) == names
-
-
-def test_the_deduplicated_step_takes_the_fused_path(device: str) -> None:
-    (jepa, *heads), (fast, *fast_heads) = ([m.to(device) for m in tiny_model()] for _ in range(2))
-    fastjepa.accelerate(fast, backend="fused", verbose=False)
-    video, digit_location = (t.to(device) for t in tiny_batch(2, 4))
-    step = TrainStep(fast, *fast_heads, steps=2)
-    expected = OriginalStep(jepa, *heads, steps=2)(video, digit_location)
-    found = step(video, digit_location)
-    for name, value in expected._asdict().items():
-        assert getattr(found, name).item() == pytest.approx(value.item(), rel=LOSS), name
-    assert_near(gradients(fast), gradients(jepa), GRADIENT)
-    assert_near(dict(fast.named_buffers()), dict(jepa.named_buffers()), LOSS)
 
 
 def test_freezing_and_copying(device: str) -> None:
@@ -164,15 +149,6 @@ class Gained(Encoder):
         return self.gain * super()._forward(x)
 
 
-class Placed(PairPredictor):
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.place = nn.Parameter(torch.zeros(4, 1, 1, 1))
-
-    def forward(self, x: torch.Tensor, a: torch.Tensor | None) -> torch.Tensor:
-        return super().forward(x + self.place, a)
-
-
 class Nearest(UNet):
     def _up(self, up: nn.Module, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         return torch.cat([nn.functional.interpolate(up(x), size=skip.shape[-2:]), skip], 1)
@@ -220,7 +196,6 @@ def hooked(network: nn.Module, context_length: int) -> nn.Module:
         ("predictor.predictor", Nearest, "computes something else"),
         ("predictor.predictor", ZeroHead, "computes something else"),
         ("predictor", Stopped, ""),
-        ("predictor", Placed, ""),
         ("predictor", hooked, ""),
     ],
 )
@@ -383,20 +358,18 @@ def test_what_cannot_be_swapped_is_named(device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("options", "message"),
     [
-        ({"backend": "fast"}, ValueError, "backend must be one of auto, eager, fused; got 'fast'"),
-        ({"precision": "fp8"}, ValueError, "precision must be one of keep, bf16; got 'fp8'"),
-        ({"purpose": "fun"}, ValueError, "purpose must be one of train, inference; got 'fun'"),
-        ({"execution": ExecutionConfig(), "backend": "fused"}, ValueError, "so do backend and recompute; give one"),
-        ({"execution": ExecutionConfig(), "recompute": "on"}, ValueError, "so do backend and recompute; give one"),
-        ({"recompute": "maybe"}, ValueError, "recompute must be one of on, off; got 'maybe'"),
-        ({"recompute": "on", "backend": "eager"}, ValueError, "recompute='on' is for fused networks in training"),
-        ({"recompute": "on", "purpose": "inference"}, ValueError, "recompute='on' is for fused networks in training"),
+        ({"backend": "fast"}, "backend must be one of auto, eager, fused; got 'fast'"),
+        ({"precision": "fp8"}, "precision must be one of keep, bf16; got 'fp8'"),
+        ({"purpose": "fun"}, "purpose must be one of train, inference; got 'fun'"),
+        ({"execution": ExecutionConfig(), "backend": "fused"}, "so do backend and recompute; give one"),
+        ({"recompute": "maybe"}, "recompute must be one of on, off; got 'maybe'"),
+        ({"recompute": "on", "backend": "eager"}, "recompute='on' is for fused networks in training"),
     ],
 )
-def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         fastjepa.accelerate(original(), **options)
 
 
@@ -414,10 +387,9 @@ def test_bad_objects() -> None:
 @pytest.mark.usefixtures("needs_triton")
 def test_fused_where_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastjepa.kernels.launch.INTERPRET", False)
-    with pytest.raises(RuntimeError, match="fused kernels are not supported here: Triton kernels need a CUDA"):
-        fastjepa.accelerate(original(), backend="fused")
-    with pytest.raises(RuntimeError, match="fused kernels are not supported here: Triton kernels need a CUDA"):
-        fastjepa.accelerate(original(), execution=ExecutionConfig(fused=True))
+    for options in ({"backend": "fused"}, {"execution": ExecutionConfig(fused=True)}):
+        with pytest.raises(RuntimeError, match="fused kernels are not supported here: Triton kernels need a CUDA"):
+            fastjepa.accelerate(original(), **options)  # type: ignore[arg-type]
 
 
 # ---- auto, and what a run has resolved -------------------------------------------------------------------------------

@@ -222,7 +222,7 @@ def _plan(jepa: nn.Module, purpose: Purpose, make: Make, reason: str, *, closed_
             parts.append(Part(name, module, None, reason))
         else:
             part = _network(module, name, make)
-            inner = getattr(module, "predictor", None)
+            inner = getattr(module, "predictor", None) if name == "predictor" else None
             if part.new is None and purpose == "train" and isinstance(inner, nn.Module):
                 # A wrapper of another kind, as one that reads actions, stays around a fused network.
                 part = _network(inner, "predictor.predictor", make)
