@@ -80,7 +80,7 @@ def assert_exact(actual: Tensor, eager: Tensor, truth: Tensor, precision: str) -
     expected = {"result": truth}
     found, beside = (relative_errors({"result": x}, expected, {}, expected, "norm") for x in (actual, eager))
     judgement = judge(found, beside, precision)
-    assert judgement.exact, f"error {judgement.error:.2e} beyond {judgement.bound:.2e}"
+    assert judgement.exact, f"error {judgement.ours:.2e} beyond {judgement.bound:.2e}"
 
 
 def assert_as_exact_as_eager(folded: nn.Module, network: nn.Module, x: Tensor, precision: str) -> None:
