@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from fastjepa.fused import recompute as recompute_module
+from fastjepa.fused.losses import swap_losses
 from fastjepa.kernels import checks
 from fastjepa.model.jepa import build_jepa
 from fastjepa.model.losses import ProjectionPath
@@ -104,6 +105,8 @@ def count_step(
         if fused:
             jepa.encoder = FusedResNet5.from_eager(jepa.encoder, recompute=recompute)
             jepa.predictor = FusedStateOnlyPredictor.from_eager(jepa.predictor, recompute=recompute)
+        if projection == "fused":
+            swap_losses(jepa, fused=True)
         video = torch.empty(sizes.batch, sizes.dobs, sizes.frames, sizes.height, sizes.width)
         digit_location = torch.empty(sizes.batch, sizes.frames, 8, 8)
         step = TrainStep(

@@ -16,6 +16,7 @@ from fastjepa.distributed.batch_norm import global_batch_norm, global_statistics
 from fastjepa.distributed.group import BatchGroup
 from fastjepa.distributed.losses import global_std_and_cov_loss
 from fastjepa.distributed.ranks import Ranks as ProcessRanks
+from fastjepa.fused.losses import swap_losses
 from fastjepa.kernels.projected_losses import closed_form, reference
 from fastjepa.kernels.shares import Shares, current_shares
 from fastjepa.model.jepa import parallel_unroll
@@ -571,6 +572,7 @@ def test_a_fused_jepa_of_all_ranks(device: str) -> None:
         own = copy.deepcopy(jepa)
         own.encoder = FusedResNet5.from_eager(own.encoder)
         own.predictor = FusedStateOnlyPredictor.from_eager(own.predictor)
+        swap_losses(own, fused=True)
         return _run_jepa(own, split(video, counts, shares.rank), "fused", shares)
 
     found = Ranks(counts, of_rank)

@@ -19,6 +19,7 @@ from bench.traffic.counting import Event, TrafficCounter
 from bench.traffic.parts import part_of
 from fastjepa.eb_jepa import OriginalStep
 from fastjepa.fused.inference import Convolutions, InferenceEncoder, InferencePredictor
+from fastjepa.fused.losses import swap_losses
 from fastjepa.model.context import CONTEXT
 from fastjepa.model.jepa import JEPA, build_jepa
 from fastjepa.model.losses import ProjectionPath
@@ -71,6 +72,8 @@ def build_model(recipe: Recipe, way: Way) -> Model:
 
         jepa.encoder = FusedResNet5.from_eager(jepa.encoder, recompute=way.recompute)
         jepa.predictor = FusedStateOnlyPredictor.from_eager(jepa.predictor, recompute=way.recompute)
+    if way.projection == "fused":
+        swap_losses(jepa, fused=True)
     if way.own_convolutions or way.folded:
         with fake_tensors(beside_real_ones=True):  # in which kernels are let through
             convolutions: Convolutions = "fused" if way.own_convolutions else "eager"
