@@ -90,7 +90,7 @@ def load_run_and_execution(
     decoder, head = build_probes(dobs=config.dobs, dstc=config.dstc, hdet=config.hdet)
     load_modules(state, {"jepa": jepa, "image_decoder": decoder, "detection_head": head})
     jepa.to(device)
-    execution, _ = read_execution(state, path)
+    execution, _ = read_execution(state, device, path)
     if execution.fused and (reason := unavailable_reason(device)) is not None:
         logger.warning("the run was trained with fused kernels, which cannot run here (%s): eager networks", reason)
     elif execution.fused:

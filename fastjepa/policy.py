@@ -24,16 +24,17 @@ would let half a gradient pass: what does not compute in plain fp32 must be exac
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FP32_RELATIVE_LIMIT = 1e-5
 
 ErrorMeasure = Literal["largest entry", "norm"]
+Draw = Callable[[int], Mapping[str, Tensor]]
 
 # The floor lets a result pass where eager happens to be exact (one rounding error may be 0 by luck). It has two terms.
 # (1) Sums: blocked sums of up to 2^22 terms, as both sides make them, go through at most ~32 levels; each level rounds
@@ -134,16 +135,32 @@ class Error:
 
 @dataclass(frozen=True)
 class Judgement:
-    """The tensor closest to (or furthest beyond) its bound. `bound` is None if there is nothing to judge it by."""
+    """One result in one precision: the relative errors of ours and of eager, and what is allowed."""
 
-    name: str
-    error: float
+    result: str
+    precision: str
+    """fp32, tf32, bf16 or fp16."""
+    ours: float
+    eager: float
+    """NaN where eager did not run."""
     bound: float | None
+    """None where eager is itself so far off, or not finite, that nothing can be judged by it."""
 
     @property
     def exact(self) -> bool:
-        """Whether the error is within the bound."""
-        return self.bound is not None and self.error <= self.bound
+        """Whether the policy lets it pass."""
+        return self.bound is not None and self.ours <= self.bound
+
+
+def worst(judgements: Iterable[Judgement]) -> Judgement:
+    """The one closest to, or furthest beyond, its bound. What cannot be judged comes after what breaks its bound."""
+
+    def excess(one: Judgement) -> float:
+        if one.bound is None:
+            return math.nextafter(1.0, 2.0)
+        return one.ours / one.bound if one.bound else math.inf if one.ours else 0.0
+
+    return max(judgements, key=excess)
 
 
 def relative_errors(
@@ -172,49 +189,40 @@ def relative_errors(
 
 
 def judge(errors: Mapping[str, Error], eager: Mapping[str, Error] | None, precision: str) -> Judgement:
-    """Judge one variant's errors by those of eager at its precision ("fp32", "bf16", ...), or None if it did not run.
+    """The tensor closest to, or furthest beyond, its bound: one variant's errors beside those of eager at its precision
+    ("fp32", "bf16", ...), or None if it did not run.
 
     Without eager, or where eager gives NaN, fp32 is judged by 1e-5 alone, and other precisions cannot be judged. Where
     eager itself exceeds 1e-5, that limit does not apply: the problem is conditioned worse. Where eager is so far off
     that its bound would let zeros pass, nothing can be judged by it.
     """
-    judgements = [
-        Judgement(name, error.relative, bound_beside(None if eager is None else eager[name], error.dtype, precision))
-        for name, error in errors.items()
-    ]
-    return worst(judgements)
+    return worst(_judgements(errors, eager, precision, None))
 
 
-def worst(judgements: Iterable[Judgement]) -> Judgement:
-    """The one closest to, or furthest beyond, its bound. What cannot be judged comes after what breaks its bound."""
-    return max(judgements, key=_badness)
+def _judgements(
+    errors: Mapping[str, Error], eager: Mapping[str, Error] | None, precision: str, inputs: torch.dtype | None
+) -> list[Judgement]:
+    """`inputs`: the dtype of the main inputs, by default that of each result."""
+    found = []
+    for name, error in errors.items():
+        beside = math.nan if eager is None else eager[name].relative
+        found.append(Judgement(name, precision, error.relative, beside, _bound(beside, error.dtype, precision, inputs)))
+    return found
 
 
-def _badness(judgement: Judgement) -> float:
-    """How far beyond its bound: more than 1 breaks it."""
-    if judgement.bound is None:
-        return math.nextafter(1.0, 2.0)
-    return judgement.error / judgement.bound if judgement.bound else math.inf if judgement.error else 0.0
-
-
-def bound_beside(
-    eager: Error | None, dtype: torch.dtype, precision: str, inputs: torch.dtype | None = None
-) -> float | None:
-    """The largest relative error that passes beside eager's, of a result stored as `dtype`; None: it cannot be judged.
-
-    `precision` as in `judge`; `inputs`: the dtype of the main inputs, by default that of the result.
-    """
-    if eager is None or not math.isfinite(eager.relative):
+def _bound(eager: float, dtype: torch.dtype, precision: str, inputs: torch.dtype | None) -> float | None:
+    if not math.isfinite(eager):
         return FP32_RELATIVE_LIMIT if precision == "fp32" else None
-    bound = error_bound(eager.relative, 1.0, dtype, inputs, limit=None)
+    bound = error_bound(eager, 1.0, dtype, inputs, limit=None)
     if bound >= 1.0:
         return None
-    return min(bound, FP32_RELATIVE_LIMIT) if precision == "fp32" and eager.relative <= FP32_RELATIVE_LIMIT else bound
+    return min(bound, FP32_RELATIVE_LIMIT) if precision == "fp32" and eager <= FP32_RELATIVE_LIMIT else bound
 
 
 # ---- whole steps and networks, by norms ------------------------------------------------------------------------------
 
 GRADIENT = "gradient of "  # how names of results begin that jump where a ReLU switches
+COUNTS = "call counts of "
 DRAWS = 3
 JUMP = 1e-2
 _INPUTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -225,35 +233,58 @@ def norm_errors(results: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> d
     return relative_errors(results, truth, {}, truth, "norm")
 
 
-def norm_bound(eager: Error, dtype: torch.dtype, precision: str) -> float | None:
-    """The largest relative error by norm that the policy lets pass beside eager's, of a result stored as `dtype`; None
-    where eager is so far off, or not finite, that nothing can be judged by it.
+def judge_draws(truth: Draw, eager: Draw, ours: Draw, precision: str) -> list[Judgement]:
+    """Judge every result by norms, in the first draw in which all are exact, or else in the last that was needed.
+
+    `truth`, `eager` and `ours` give the results of a draw, which is counted from 0: in float64, and in `precision`.
+    A result is held against the largest error that eager has had in it so far.
     """
-    return bound_beside(eager, dtype, precision, _INPUTS.get(precision))
+    largest: dict[str, Error] = {}
+    judged: list[Judgement] = []
+    for draw in range(DRAWS):
+        expected = truth(draw)
+        for name, error in norm_errors(eager(draw), expected).items():
+            largest[name] = max(largest.get(name, error), error, key=lambda e: e.relative)
+        judged = _judgements(norm_errors(ours(draw), expected), largest, precision, _INPUTS.get(precision))
+        if all(judgement.exact for judgement in judged) or not all(map(_may_have_jumped, judged)):
+            break
+    return judged
 
 
-def judge_norms(errors: Mapping[str, Error], eager: Mapping[str, Error], precision: str) -> Judgement:
-    """The tensor closest to, or furthest beyond, its bound."""
-    return worst(
-        Judgement(name, error.relative, norm_bound(eager[name], error.dtype, precision))
-        for name, error in errors.items()
-    )
+def _may_have_jumped(judgement: Judgement) -> bool:
+    """Whether a result is within its bound, or a gradient beyond it by no more than ReLUs explain."""
+    if judgement.bound is None or judgement.exact:
+        return judgement.exact
+    return judgement.result.startswith(GRADIENT) and judgement.ours <= max(JUMP, 2 * judgement.bound)
 
 
-def may_have_jumped(errors: Mapping[str, Error], eager: Mapping[str, Error], precision: str) -> bool:
-    """Whether all that is out of bounds are gradients, by no more than ReLUs explain."""
-    for name, error in errors.items():
-        bound = norm_bound(eager[name], error.dtype, precision)
-        if bound is None:
-            return False
-        if error.relative > bound and not (name.startswith(GRADIENT) and error.relative <= max(JUMP, 2 * bound)):
-            return False
-    return True
+def unroll_results(model: nn.Module, losses: tuple[Any, ...]) -> dict[str, Tensor]:
+    """What an unroll and its backward pass leave: the losses as one tensor, and by part of the model gradients,
+    buffers, and how often BatchNorm was called.
 
-
-def largest_errors(known: Mapping[str, Error], found: Mapping[str, Error]) -> dict[str, Error]:
-    """Of each tensor the larger error of the two; `known` may lack some."""
-    return {name: max(known.get(name, error), error, key=lambda e: e.relative) for name, error in found.items()}
+    The losses' errors are then relative to the largest: of a single number, eager's error is one draw that may be 0 by
+    luck, and no measure for others.
+    """
+    total, weighted, unweighted, parts, prediction = losses
+    told = [parts[key] for key in sorted(parts)] if isinstance(parts, Mapping) else []
+    terms = [torch.as_tensor(term).detach().double().cpu() for term in (total, weighted, unweighted, prediction, *told)]
+    buffers = list(model.named_buffers())
+    named = {
+        GRADIENT: [
+            (name, torch.zeros_like(p) if p.grad is None else p.grad)
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        ],
+        "buffers of ": [(name, buffer) for name, buffer in buffers if buffer.is_floating_point()],
+        COUNTS: [(name, buffer.double()) for name, buffer in buffers if name.endswith("num_batches_tracked")],
+    }
+    found: dict[str, list[Tensor]] = {"losses": [torch.stack(terms).to(total.device, total.dtype)]}
+    for kind, tensors in named.items():
+        for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+            part, _, rest = name.partition(".")
+            part = "projector" if rest.startswith("proj.") else part.replace("_", " ")
+            found.setdefault(kind + part, []).append(tensor.detach().flatten())
+    return {result: torch.cat(pieces) for result, pieces in found.items()}
 
 
 # ---- what a failed allocation says -----------------------------------------------------------------------------------

@@ -8,72 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastjepa.execution import ambient_tf32, tf32_products
+from fastjepa.execution import ambient_precision, tf32_products
 from fastjepa.fused.autocast import InBf16
-from fastjepa.fused.swap import accelerate, restore
+from fastjepa.fused.swap import NETWORKS, PARTS, accelerate, check_parts, put, restore
 from fastjepa.model.networks import DetHead
 from fastjepa.model.probes import build_probes
 from fastjepa.model.step import TrainStep
-from fastjepa.policy import (
-    DRAWS,
-    GRADIENT,
-    Error,
-    Judgement,
-    is_out_of_memory,
-    largest_errors,
-    may_have_jumped,
-    norm_bound,
-    norm_errors,
-    relative_error,
-    worst,
-)
+from fastjepa.policy import COUNTS, Judgement, is_out_of_memory, judge_draws, relative_error, unroll_results, worst
 
 Tensors = dict[str, Tensor]
-Inputs = tuple[Tensor, ...]
-Run = Callable[[nn.Module, Inputs, str], Tensors]
-"""The results of a model (a copy, to be used up) on inputs in one arithmetic: "float64", "fp32" or the model's own."""
-
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_NETWORKS = ("encoder", "predictor")
-_COUNTS = "call counts of "
-_STEP = "loss of a TrainStep"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One result in one arithmetic: the errors of ours and of eager, ‖x − truth‖ / ‖truth‖, and what is allowed."""
-
-    result: str
-    """What it is: losses, gradients, buffers or call counts (of BatchNorm), the latter three by part of the model."""
-    precision: str
-    """fp32, tf32, bf16 or fp16."""
-    ours: float
-    eager: float
-    bound: float | None
-    """None where eager is itself so far off that nothing can be judged by it."""
-
-    @property
-    def exact(self) -> bool:
-        """Whether the policy lets it pass."""
-        return self._judgement.exact
-
-    @property
-    def _judgement(self) -> Judgement:
-        return Judgement(self.result, self.ours, self.bound)
 
 
 @dataclass(frozen=True)
 class Verification:
     """What `verify` found, as data and, printed, as a table."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[Judgement, ...]
     what: str
     """The video, the unroll and the device."""
     swapped: tuple[str, ...]
@@ -85,18 +44,14 @@ class Verification:
         return all(row.exact for row in self.rows)
 
     @property
-    def worst(self) -> Row:
+    def worst(self) -> Judgement:
         """The row closest to, or furthest beyond, its bound."""
-        found = worst(row._judgement for row in self.rows)
-        return next(row for row in self.rows if row._judgement == found)
+        return worst(self.rows)
 
     def __str__(self) -> str:
         wrong, unsure = sum(not row.exact for row in self.rows), sum(row.bound is None for row in self.rows)
-        verdict = "passed" if not wrong else f"NOT PASSED: {wrong} of {len(self.rows)} results"
-        if wrong:
-            verdict += (
-                " too far off" if wrong > unsure else " cannot be judged by eager; give more clips, or larger ones"
-            )
+        why = "too far off" if wrong > unsure else "cannot be judged by eager; give more clips, or larger ones"
+        verdict = f"NOT PASSED: {wrong} of {len(self.rows)} results {why}" if wrong else "passed"
         parts = self.swapped or ("nothing is swapped: this holds eager against itself",)
         width = max(len(row.result) for row in self.rows)
         lines = [
@@ -151,11 +106,11 @@ def verify(
         verbose: print the result.
 
     Raises:
-        TypeError: a video or actions that are no tensor, or a video that is not floating point.
-        ValueError: a video of another rank, on another device, empty or not finite; one that the plain model cannot be
-            unrolled on, or a model that cannot be copied, with the reason; `steps` < 1; an unknown precision; a float64
-            model, which is the truth itself; dropout in train mode, whose random numbers differ between precisions; a
-            backend beside an accelerated model. Whatever `accelerate` raises.
+        TypeError: a video that is not a floating-point tensor.
+        ValueError: a video of another rank or on another device; one that the plain model cannot be unrolled on, or
+            whose losses are not finite; a model that cannot be copied, or is in float64, or has dropout in train mode,
+            whose random numbers differ between precisions; `steps` < 1; an unknown precision; a backend beside an
+            accelerated model. Whatever `accelerate` raises.
         RuntimeError: there is no memory for float64. Whatever the accelerated model raises is raised.
     """
     if precision not in ("keep", "bf16"):
@@ -165,33 +120,39 @@ def verify(
     accelerated = getattr(jepa, "acceleration", None) is not None
     if accelerated and backend != "auto":
         raise ValueError(f"this JEPA is accelerated already, and is verified as it is; backend={backend!r} has no use")
-    weight = _check_model(jepa)
-    _check_video(video, weight)
+    weight = _checked_weight(jepa, video)
     if unroll_mode == "parallel" and video.shape[2] <= (context := getattr(jepa.predictor, "context_length", 0)):
         # The original unrolls nothing then, and says nothing.
         raise ValueError(f"parallel unrolling takes at least {context + 1} frames, got T = {video.shape[2]}")
-    if actions is not None and not isinstance(actions, Tensor):
-        raise TypeError(f"actions must be a tensor or None, got {type(actions).__name__}")
-    options = {"nsteps": steps, "unroll_mode": unroll_mode, "ctxt_window_time": ctxt_window_time}
-    with _random_numbers_of_its_own(weight.device), torch.enable_grad():
-        plain, ours = _copy(jepa), _copy(jepa)
+
+    def run(model: nn.Module, rule: str, draw: int) -> Tensors:
+        """Of a copy; draws are the video, and the video mirrored."""
+        drawn = video.flip(-draw) if draw else video
+        return _unroll(copy.deepcopy(model), drawn, actions, rule, nsteps=steps, **options)
+
+    options = {"unroll_mode": unroll_mode, "ctxt_window_time": ctxt_window_time}
+    random_state = torch.random.fork_rng(devices=[weight.device] if weight.device.type == "cuda" else [])
+    with random_state, torch.enable_grad():
+        try:
+            plain, ours = copy.deepcopy(jepa), copy.deepcopy(jepa)
+        except Exception as error:  # whatever a user's module holds: results of an earlier call, open files, ...
+            raise ValueError(f"this JEPA cannot be copied, and verify works on copies: {_first_line(error)}") from error
         if accelerated:
             restore(plain)
-        inputs = (video,) if actions is None else (video, actions)
-        # First of all: what is wrong with the video is found here, and told as such.
-        truth = _truth(plain, inputs, lambda model, given, rule: _unroll(model, given, rule, False, options))
+        truth = cache(lambda draw: _checked_truth(lambda: run(plain, "float64", draw), video))
+        truth(0)  # first of all: what is wrong with the video is found here, and told as such
         if not accelerated:
             accelerate(ours, backend=backend, precision=precision, verbose=False)
-        in_bf16 = precision == "bf16" or _has_autocast(ours)
-        rules = list(dict.fromkeys(("fp32", _rule(weight, in_bf16))))
-
-        def run(model: nn.Module, given: Inputs, rule: str) -> Tensors:
-            return _unroll(model, given, rule, in_bf16, options)
-
-        truths = [truth]
-        rows = [row for rule in rules for row in _rows(plain, ours, inputs, run, rule, truths)]
+        if in_bf16 := precision == "bf16" or _has_autocast(ours):
+            for model in (plain, ours):
+                _compute_in_bf16(model)
+        rows = []
+        for rule in dict.fromkeys(("fp32", _rule(weight, in_bf16))):
+            judged = judge_draws(truth, partial(run, plain, rule), partial(run, ours, rule), rule)
+            # Call counts are exact in any precision: once is enough.
+            rows += [row for row in judged if rule == "fp32" or not row.result.startswith(COUNTS)]
         if unroll_mode == "parallel" and actions is None and jepa.training:
-            rows += _of_a_step(ours, video, steps, truth["losses"], rows[0])
+            rows += _of_a_step(ours, video, steps, truth(0)["losses"], rows[0])
     report: Any = ours.acceleration
     found = Verification(
         rows=tuple(rows),
@@ -204,30 +165,11 @@ def verify(
     return found
 
 
-def _rows(plain: nn.Module, ours: nn.Module, inputs: Inputs, run: Run, rule: str, truths: list[Tensors]) -> list[Row]:
-    """The policy in one arithmetic; draws are the video, and the video mirrored. `truths` are kept between calls."""
-    eager: dict[str, Error] = {}
-    for draw in range(DRAWS):
-        drawn = (inputs[0].flip(-draw) if draw else inputs[0], *inputs[1:])
-        if len(truths) == draw:
-            truths.append(_truth(plain, drawn, run))
-        eager = largest_errors(eager, norm_errors(run(copy.deepcopy(plain), drawn, rule), truths[draw]))
-        errors = norm_errors(run(copy.deepcopy(ours), drawn, rule), truths[draw])
-        rows = [
-            Row(name, rule, error.relative, eager[name].relative, norm_bound(eager[name], error.dtype, rule))
-            for name, error in errors.items()
-            if rule == "fp32" or not name.startswith(_COUNTS)  # exact in any precision: once is enough
-        ]
-        if all(row.exact for row in rows) or not may_have_jumped(errors, eager, rule):
-            break
-    return rows
-
-
-def _truth(plain: nn.Module, inputs: Inputs, run: Run) -> Tensors:
+def _checked_truth(run: Callable[[], Tensors], video: Tensor) -> Tensors:
+    shape = tuple(video.shape)
     try:
-        found = run(copy.deepcopy(plain), inputs, "float64")
+        found = run()
     except Exception as error:  # whatever code of the user's raises
-        shape = tuple(inputs[0].shape)
         if is_out_of_memory(error):
             raise RuntimeError(
                 f"there is no memory for a video of shape {shape} in float64; give fewer clips"
@@ -236,23 +178,22 @@ def _truth(plain: nn.Module, inputs: Inputs, run: Run) -> Tensors:
             f"the plain model cannot be unrolled on a video of shape {shape}: {_first_line(error)}. (A model that "
             "reads actions needs actions=..., a recurrent one unroll_mode='autoregressive'.)"
         ) from error
-    if "losses" in found and not bool(torch.isfinite(found["losses"]).all()):
-        raise ValueError(
-            "the plain model's own losses are not finite in float64: there is nothing to hold against them"
-        )
+    if not bool(torch.isfinite(found["losses"]).all()):
+        raise ValueError("the losses of the plain model on this video are not finite in float64")
     return found
 
 
-def _of_a_step(ours: nn.Module, video: Tensor, steps: int, truth: Tensor, losses: Row) -> list[Row]:
+def _of_a_step(ours: nn.Module, video: Tensor, steps: int, truth: Tensor, losses: Judgement) -> list[Judgement]:
     """The loss of a TrainStep against the unroll's, by the bound of `losses`; nothing of a model that it does not take.
 
     A TrainStep composes the networks and losses itself, and must not do so for a model whose own unroll is another.
     """
     video = video.to(next(ours.parameters()).dtype).float()
-    model: Any = copy.deepcopy(ours).float()
+    model: Any = copy.deepcopy(ours)
     _stop_autocast(model)
+    model.float()
     try:
-        with _arithmetic(video.device, "fp32"):
+        with _plain_arithmetic(video.device):
             with torch.no_grad():
                 channels = copy.deepcopy(model).encoder(video).shape[1]
             decoder, head = build_probes(dobs=video.shape[1], dstc=channels)
@@ -262,60 +203,26 @@ def _of_a_step(ours: nn.Module, video: Tensor, steps: int, truth: Tensor, losses
     except Exception:  # whatever a model of another structure, or its TrainStep, raises
         return []
     error = relative_error(found, truth[0], float(torch.linalg.vector_norm(truth)))
-    return [Row(_STEP, "fp32", error, losses.eager, losses.bound)]
+    return [replace(losses, result="loss of a TrainStep", ours=error)]
 
 
-def _unroll(jepa: nn.Module, inputs: Inputs, rule: str, in_bf16: bool, options: Mapping[str, Any]) -> Tensors:
-    """The results of one unroll of `jepa`, forward and backward."""
-    model: Any = jepa
-    video, actions = inputs[0], inputs[1] if len(inputs) > 1 else None
+def _unroll(model: Any, video: Tensor, actions: Tensor | None, rule: str, **options: Any) -> Tensors:
+    """The results of one unroll, forward and backward, of a model that may be changed."""
     dtype = next(model.parameters()).dtype
     video = video.to(dtype)  # rounded as for the model, for all alike
-    if rule in ("fp32", "float64"):
+    if plain := rule in ("fp32", "float64"):
         dtype = torch.float64 if rule == "float64" else torch.float32
-        model = model.to(dtype)
         _stop_autocast(model)
-    elif in_bf16:
-        for name in _NETWORKS:
-            _compute_in_bf16(getattr(model, name))
-    video = video.to(dtype)
+        model.to(dtype)
     if actions is not None and actions.is_floating_point():
         actions = actions.to(dtype)
     torch.manual_seed(0)
     model.zero_grad(set_to_none=True)
-    with _arithmetic(video.device, rule):
-        _, losses = model.unroll(video, actions, compute_loss=True, **options)
+    with _plain_arithmetic(video.device) if plain else contextlib.nullcontext():
+        _, losses = model.unroll(video.to(dtype), actions, compute_loss=True, **options)
     with torch.autocast(video.device.type, enabled=False):
         losses[0].backward()
-    return _results(model, losses)
-
-
-def _results(model: nn.Module, losses: Any) -> Tensors:
-    """The losses as one tensor, and by part of the model: gradients, buffers, and how often BatchNorm was called.
-
-    The losses' errors are then relative to the largest: of a single number, eager's error is one draw that may be 0 by
-    luck, and no measure for others.
-    """
-    total, weighted, unweighted, parts, prediction = losses
-    told = [parts[key] for key in sorted(parts)] if isinstance(parts, Mapping) else []
-    terms = [torch.as_tensor(term).detach().double().cpu() for term in (total, weighted, unweighted, prediction, *told)]
-    found = {"losses": torch.stack(terms).to(total.device, total.dtype)}
-    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    gradients = [(name, torch.zeros_like(p) if p.grad is None else p.grad) for name, p in parameters]
-    buffers = list(model.named_buffers())
-    found |= _by_part(GRADIENT, gradients)
-    found |= _by_part("buffers of ", [(name, buffer) for name, buffer in buffers if buffer.is_floating_point()])
-    counts = [(name, buffer.double()) for name, buffer in buffers if name.endswith("num_batches_tracked")]
-    return found | _by_part(_COUNTS, counts)
-
-
-def _by_part(kind: str, named: list[tuple[str, Tensor]]) -> Tensors:
-    parts: dict[str, list[Tensor]] = {}
-    for name, tensor in sorted(named, key=lambda pair: pair[0]):
-        part, _, rest = name.partition(".")
-        part = "projector" if rest.startswith("proj.") else part.replace("_", " ")
-        parts.setdefault(part, []).append(tensor.detach().flatten())
-    return {kind + part: torch.cat(tensors) for part, tensors in parts.items()}
+    return unroll_results(model, losses)
 
 
 def _rule(weight: Tensor, in_bf16: bool) -> str:
@@ -325,16 +232,12 @@ def _rule(weight: Tensor, in_bf16: bool) -> str:
         return "bf16"
     if torch.is_autocast_enabled(kind):
         return _DTYPES[torch.get_autocast_dtype(kind)]
-    rule = _DTYPES[weight.dtype]
-    return "tf32" if rule == "fp32" and kind == "cuda" and any(ambient_tf32()) else rule
+    return ambient_precision(weight.device) if weight.dtype == torch.float32 else _DTYPES[weight.dtype]
 
 
 @contextlib.contextmanager
-def _arithmetic(device: torch.device, rule: str) -> Iterator[None]:
-    """Without autocast and TF32 for "fp32" and "float64"; as it is now for others."""
-    if rule not in ("fp32", "float64"):
-        yield
-        return
+def _plain_arithmetic(device: torch.device) -> Iterator[None]:
+    """Without autocast and TF32."""
     with torch.autocast(device.type, enabled=False), tf32_products(device, False):
         yield
 
@@ -346,74 +249,40 @@ def _has_autocast(jepa: nn.Module) -> bool:
 
 def _stop_autocast(jepa: nn.Module) -> None:
     """In a copy: networks compute in the precision of their weights."""
-    for module in jepa.modules():
+    for name, module in list(jepa.named_modules()):
         if isinstance(module, InBf16):
-            module.forward = _without_autocast(module)  # type: ignore[method-assign]
+            module._eager[0].training = module.training
+            put(jepa, name, module._eager[0])
         elif getattr(module, "autocast_dtype", None) is not None:
-            module.autocast_dtype = None  # type: ignore[assignment]
+            module.autocast_dtype = None
 
 
-def _without_autocast(module: InBf16) -> Callable[..., Tensor]:
-    network = module._eager[0]
-    network.training = module.training
-    return network.forward
-
-
-def _compute_in_bf16(network: nn.Module) -> None:
-    """In a copy: bf16 autocast, with results in the dtype of the input, as `accelerate` does it."""
-    forward = network.forward
-
-    def in_bf16(x: Tensor, *arguments: Any) -> Tensor:
-        with torch.autocast(x.device.type, dtype=torch.bfloat16):
-            return forward(x, *arguments).to(x.dtype)
-
-    network.forward = in_bf16
-
-
-@contextlib.contextmanager
-def _random_numbers_of_its_own(device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
-
-
-def _copy(jepa: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(jepa)
-    except Exception as error:  # whatever a user's module holds: results of an earlier call, open files, ...
-        raise ValueError(f"this JEPA cannot be copied, and verify works on copies: {_first_line(error)}") from error
+def _compute_in_bf16(jepa: nn.Module) -> None:
+    """In a copy: networks compute in bf16 autocast, as `accelerate` does it."""
+    for name in NETWORKS:
+        network = jepa.get_submodule(name)
+        if not _has_autocast(network):
+            put(jepa, name, InBf16(network))
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _check_model(jepa: nn.Module) -> Tensor:
-    """One of the model's weights; raises ValueError if it is not a model that can be verified."""
-    for name in (*_NETWORKS, "regularizer", "predcost"):
-        if not isinstance(getattr(jepa, name, None), nn.Module):
-            raise ValueError(f"jepa has no module {name!r}; verify takes a JEPA of fastjepa or eb_jepa")
-    if not callable(getattr(jepa, "unroll", None)):
-        raise ValueError(f"{type(jepa).__name__} has no unroll(...); verify takes a JEPA of fastjepa or eb_jepa")
-    weight = next((p for p in jepa.parameters() if p.is_floating_point()), None)
-    if weight is None or weight.dtype not in _DTYPES:
-        found = "no weights" if weight is None else str(weight.dtype)
-        raise ValueError(f"verify takes a model in fp32, bf16 or fp16, got {found}; float64 is what it is held against")
+def _checked_weight(jepa: nn.Module, video: Tensor) -> Tensor:
+    """One of the model's weights; raises TypeError or ValueError if model or video cannot be verified."""
+    check_parts(jepa, PARTS["train"])
+    weight = next(p for p in jepa.parameters() if p.is_floating_point())
+    if weight.dtype not in _DTYPES:
+        raise ValueError(f"verify takes fp32, bf16 or fp16 models, got {weight.dtype}; truth is computed in float64")
     for name, module in jepa.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             raise ValueError(f"{name} is dropout in train mode, which is random; verify with jepa.{name}.eval()")
-    return weight
-
-
-def _check_video(video: Tensor, weight: Tensor) -> None:
-    if not isinstance(video, Tensor):
-        raise TypeError(f"video must be a tensor (B, C, T, H, W), got {type(video).__name__}")
-    if not video.is_floating_point():
-        raise TypeError(f"video must be floating point in [0, 1], got {video.dtype}; divide uint8 video by 255")
+    if not isinstance(video, Tensor) or not video.is_floating_point():
+        found = video.dtype if isinstance(video, Tensor) else type(video).__name__
+        raise TypeError(f"video must be a floating-point tensor in [0, 1], got {found}; divide uint8 video by 255")
     if video.dim() != 5:
         raise ValueError(f"video must be (B, C, T, H, W), got shape {tuple(video.shape)}")
-    if video.numel() == 0:
-        raise ValueError(f"video has shape {tuple(video.shape)}: there is nothing in it")
     if video.device != weight.device:
         raise ValueError(f"video is on {video.device}, the model on {weight.device}; move it with video.to(...)")
-    if not bool(torch.isfinite(video).all()):
-        raise ValueError("video has values that are not finite")
+    return weight

@@ -88,7 +88,7 @@ def test_judge_takes_the_tensor_furthest_beyond_its_bound() -> None:
     half, single = torch.bfloat16, torch.float32
     eager_errors = {"loss": Error(1e-7, single), "grad": Error(1e-2, half)}
     verdict = judge({"loss": Error(9e-6, single), "grad": Error(1e-2, half)}, eager_errors, "bf16")
-    assert (verdict.name, verdict.exact) == ("loss", False)
+    assert (verdict.result, verdict.exact) == ("loss", False)
     assert judge({"grad": Error(1.9e-2, half)}, eager_errors, "bf16").exact
     assert not judge({"grad": Error(3.5e-2, half)}, eager_errors, "bf16").exact
 

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from compare import assert_as_exact_as_eager, assert_close_to_truth
 from fastjepa.kernels.projected_losses import closed_form, reference
 from fastjepa.kernels.projected_losses.chunks import SMALL, Chunking, chunking_for
-from fastjepa.policy import judge_norms, norm_errors
+from fastjepa.policy import judge, norm_errors
 from projector_cases import EPS, Case, loss_and_gradients, make_case, with_offset_and_dead_channels
 
 # Both sides add at most a few thousand float64 terms per result: 1e-12 leaves 4,000 units of rounding.
@@ -246,5 +246,5 @@ def test_gradients_of_two_groups_of_clips_far_apart_are_as_exact_as_eager(
     closed = loss_and_gradients(closed_form.projected_losses, case)
     errors, eager_errors = (norm_errors(results, truth) for results in (closed, eager))
     gradients = {name: error for name, error in errors.items() if name.startswith("gradient") and name != BIAS1}
-    judgement = judge_norms(gradients, eager_errors, "fp32")
+    judgement = judge(gradients, eager_errors, "fp32")
     assert judgement.exact, judgement

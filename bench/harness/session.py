@@ -295,7 +295,7 @@ class Session:
             return "unjudged", self._without_truth, {}
         eager_errors = self._eager.get(variant.precision)
         verdict = judge(errors, eager_errors[phase] if eager_errors else None, variant.precision)
-        fields: dict[str, object] = {"error": verdict.error, "error_bound": verdict.bound, "error_of": verdict.name}
+        fields: dict[str, object] = {"error": verdict.ours, "error_bound": verdict.bound, "error_of": verdict.result}
         fields["error_measure"] = self.case.measure
         if verdict.bound is None:
             eager_name = self.case.eager.get(variant.precision, "") or f"eager {variant.precision}"
@@ -306,7 +306,7 @@ class Session:
             )
             return "unjudged", f"{eager_name} {why}", fields
         if not verdict.exact:
-            return "inexact", f"{verdict.name}: error {verdict.error:.2e} exceeds {verdict.bound:.2e}", fields
+            return "inexact", f"{verdict.result}: error {verdict.ours:.2e} exceeds {verdict.bound:.2e}", fields
         return "exact", "", fields
 
     def _baseline(self, variant: Variant, phase: str, median: float) -> tuple[float | None, bool]:

@@ -107,14 +107,14 @@ def training_step(recipe: Recipe, way: Way) -> list[Event]:
 def rollout_step(recipe: Recipe, way: Way) -> list[Event]:
     """One step of a rollout: a window of states in, the next state out, in eval mode.
 
-    With our own convolutions a step reads bf16 states where they lie, and writes the next behind them.
+    An inference network reads states where they lie, and writes the next behind them.
     """
     predictor: Any = build_model(recipe, way)[0].predictor.eval()
-    if way.own_convolutions:
+    if way.own_convolutions or way.folded:
         half = torch.autocast("cpu", torch.bfloat16, enabled=way.bf16)
         with fake_tensors(beside_real_ones=True), torch.no_grad(), half:
             states = torch.empty(recipe.batch, recipe.dstc, CONTEXT + 1, recipe.pixels, recipe.pixels)
-            run, frames = predictor.ready(states, 1), predictor.in_frames(states)  # weights are folded here
+            run, frames = predictor.ready_for(states, 1), predictor.in_frames(states)  # weights are folded here
             with TrafficCounter(part_of) as counter:
                 predictor.step(run, frames[:CONTEXT], frames[CONTEXT:])
         return counter.events

@@ -8,8 +8,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
+import copy
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,13 +21,12 @@ from fastjepa.environment import device_name, machine_key
 from fastjepa.execution import ExecutionConfig, RunPrecision, tf32_products
 from fastjepa.files.safe_files import CheckpointError
 from fastjepa.kernels.checks import unavailable_reason
-from fastjepa.model.jepa import JEPA, build_jepa
-from fastjepa.policy import DRAWS, GRADIENT, Error, judge_norms, largest_errors, may_have_jumped, norm_errors
+from fastjepa.model.jepa import JEPA, build_jepa, eval_mode
+from fastjepa.policy import judge_draws, unroll_results, worst
 from fastjepa.storage.sizes import encoder_sizes, predictor_sizes, projector_sizes
 
 Backend = Literal["auto", "eager", "fused"]
 Switch = Literal["auto", "on", "off"]
-Tensors = dict[str, Tensor]
 
 LEAST_CAPABILITY = (8, 0)  # of a GPU: the oldest for which kernels are compiled and audited
 BATCH, FRAMES, SIDE, STEPS = 4, 5, 32, 2  # of the self-check
@@ -68,18 +67,9 @@ def resolve_execution(
     no_graph: str = "",
     cache_dir: Path | None = None,
 ) -> tuple[ExecutionConfig, str]:
-    """How a training run is computed, and why not otherwise, in at most a few lines.
-
-    Args:
-        device: where it runs.
-        precision: resolved already.
-        widths: of the model; None: it is not of the published form, and nothing can be checked.
-        backend, cuda_graph, recompute: the flags.
-        no_graph: why this run cannot be captured as CUDA graphs; "" if it can.
-        cache_dir: of the self-check's file; default: the user's.
-
-    Raises:
-        ValueError: a flag asks for what is not supported here; the message names it and says why.
+    """How a training run is computed by the flags `backend`, `cuda_graph` and `recompute`, and why not otherwise, in at
+    most a few lines. `widths` and `cache_dir` as in `auto_problem`; `no_graph`: why the run cannot be captured as CUDA
+    graphs. Raises ValueError, naming the flag, where one asks for what is not supported here.
     """
     reason = "--backend eager" if backend == "eager" else None
     if backend == "fused" and (unavailable := unavailable_reason(device)) is not None:
@@ -88,9 +78,8 @@ def resolve_execution(
         reason = auto_problem(device, precision, widths, cache_dir=cache_dir)
     if recompute and reason is not None:
         raise ValueError(f"--recompute on needs fused networks, which this run does not have: {reason}")
-    no_graph = (
-        "" if device.type == "cuda" and not no_graph else no_graph or f"graphs need a CUDA device, this is {device}"
-    )
+    if device.type != "cuda" and not no_graph:
+        no_graph = f"graphs need a CUDA device, this is {device}"
     if cuda_graph == "on" and no_graph:
         raise ValueError(f"--cuda_graph on is not supported here: {no_graph}; use auto or off")
     fused = reason is None
@@ -109,7 +98,11 @@ def resolve_execution(
 def auto_problem(
     device: torch.device, precision: RunPrecision, widths: Widths | None, *, cache_dir: Path | None = None
 ) -> str | None:
-    """Why `auto` uses no fused kernels on this device; None if it does. Runs the self-check, if it has not run yet."""
+    """Why `auto` uses no fused kernels on this device; None if it does. Runs the self-check, if it has not run yet.
+
+    `widths`: None if the model is not of the published form; `cache_dir`: of the self-check's file, by default the
+    user's.
+    """
     if device.type != "cuda":
         return f"auto uses them on CUDA devices, this is {device}"
     if (unavailable := unavailable_reason(device)) is not None:
@@ -133,76 +126,41 @@ def fused_problem(device: torch.device, precision: RunPrecision, widths: Widths)
     fp32 in any case, where a wrong formula shows, and in the run's precision.
     """
     for arithmetic in dict.fromkeys(("fp32", precision)):
-        for results in (_step, _rollout):
-            if (problem := _problem(results, device, arithmetic, widths)) is not None:
-                return problem
+        truth, eager, ours = (
+            partial(_results, widths, device, rule, fused)
+            for rule, fused in (("float64", False), (arithmetic, False), (arithmetic, True))
+        )
+        found = worst(judge_draws(truth, eager, ours, arithmetic))
+        if not found.exact:
+            allowed = "eager is no measure of it" if found.bound is None else f"allowed are {found.bound:.1e}"
+            return f"{found.result} is off by {found.ours:.1e} of its norm in {arithmetic}; {allowed}"
     return None
 
 
-Results = Callable[[Widths, int, torch.device, str, bool], Tensors]
-
-
-def _problem(results: Results, device: torch.device, arithmetic: str, widths: Widths) -> str | None:
-    eager: dict[str, Error] = {}
-    for draw in range(DRAWS):
-        truth = results(widths, draw, device, "float64", False)
-        eager = largest_errors(eager, norm_errors(results(widths, draw, device, arithmetic, False), truth))
-        errors = norm_errors(results(widths, draw, device, arithmetic, True), truth)
-        found = judge_norms(errors, eager, arithmetic)
-        if found.exact:
-            return None
-        if not may_have_jumped(errors, eager, arithmetic):
-            break
-    allowed = "eager is no measure of it" if found.bound is None else f"allowed are {found.bound:.1e}"
-    return f"{found.name} is off by {found.error:.1e} of its norm in {arithmetic}; {allowed}"
-
-
-def _step(widths: Widths, draw: int, device: torch.device, arithmetic: str, fused: bool) -> Tensors:
-    """Losses, and by part of the model gradients and buffers, of one unroll with losses."""
-    jepa, video = _model_and_video(widths, draw, device, arithmetic)
-    if fused:
-        _swap(jepa, "train")
-    with tf32_products(device, arithmetic == "tf32"), torch.enable_grad():
-        with _autocast(device, arithmetic):
-            _, losses = jepa.unroll(video, None, nsteps=STEPS)
-        assert losses is not None
-        losses[0].backward()
-    total, _, _, parts, prediction = losses
-    found = {"losses": torch.stack([total, parts["std_loss"], parts["cov_loss"], prediction]).detach()}
-    source: Any = jepa
-    modules: dict[str, nn.Module] = {
-        "encoder": source.encoder, "predictor": source.predictor, "projector": source.predcost.proj
-    }  # fmt: skip
-    for name, module in modules.items():
-        gradients = [p.grad.flatten() for _, p in sorted(module.named_parameters()) if p.grad is not None]
-        found[GRADIENT + name] = torch.cat(gradients)
-        buffers = [b.flatten() for _, b in sorted(module.named_buffers()) if b.is_floating_point()]
-        if buffers:  # a projector of one layer has none
-            found[f"buffers of the {name}"] = torch.cat(buffers)
-    return found
-
-
-@torch.no_grad()
-def _rollout(widths: Widths, draw: int, device: torch.device, arithmetic: str, fused: bool) -> Tensors:
-    """The states of a video and the predicted ones; of "fused" by inference networks."""
-    jepa, video = _model_and_video(widths, draw, device, arithmetic)
-    jepa.eval()
-    if fused:
-        _swap(jepa, "inference")
-    with tf32_products(device, arithmetic == "tf32"), _autocast(device, arithmetic):
-        states = jepa.rollout(video[:, :, :2], steps=STEPS)
-    return {"encoded states": states[:, :, :2].to(video.dtype), "predicted states": states[:, :, 2:].to(video.dtype)}
-
-
-def _swap(jepa: JEPA, purpose: Literal["train", "inference"]) -> None:
+def _results(widths: Widths, device: torch.device, arithmetic: str, fused: bool, draw: int) -> dict[str, Tensor]:
+    """What a training step leaves, and the states of a rollout: "fused" by fused and by inference networks."""
     from fastjepa.fused.swap import accelerate  # which asks this module what auto takes
 
-    accelerate(jepa, backend="fused", purpose=purpose, strict=False, verbose=False)
-
-
-def _model_and_video(widths: Widths, draw: int, device: torch.device, arithmetic: str) -> tuple[JEPA, Tensor]:
-    """The same numbers for every dtype: drawn on the CPU, BatchNorm's buffers too, which folding must not ignore."""
     dtype = torch.float64 if arithmetic == "float64" else torch.float32
+    trained, video = _model_and_video(widths, draw)
+    trained, video = trained.to(device, dtype), video.to(device, dtype)
+    rolled = copy.deepcopy(trained)
+    if fused:
+        accelerate(trained, backend="fused", strict=False, verbose=False)
+        accelerate(rolled, backend="fused", purpose="inference", strict=False, verbose=False)
+    with tf32_products(device, arithmetic == "tf32"), torch.enable_grad():
+        with torch.autocast(device.type, torch.bfloat16, enabled=arithmetic == "bf16"):
+            _, losses = trained.unroll(video, None, nsteps=STEPS)
+            with eval_mode(rolled):
+                states = rolled.rollout(video[:, :, :2], steps=STEPS).to(dtype)
+        assert losses is not None
+        losses[0].backward()
+    states_by_kind = {"encoded states": states[:, :, :2], "predicted states": states[:, :, 2:]}
+    return unroll_results(trained, losses) | states_by_kind
+
+
+def _model_and_video(widths: Widths, draw: int) -> tuple[JEPA, Tensor]:
+    """On the CPU, so that every dtype gets the same numbers; BatchNorm's statistics are drawn for the rollout."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED + draw)
         jepa = build_jepa(**widths._asdict(), std_coeff=10.0, cov_coeff=100.0)
@@ -210,9 +168,4 @@ def _model_and_video(widths: Widths, draw: int, device: torch.device, arithmetic
             if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None and layer.running_var is not None:
                 layer.running_mean.normal_(std=0.1)
                 layer.running_var.uniform_(0.5, 1.5)
-        video = torch.rand(BATCH, widths.dobs, FRAMES, SIDE, SIDE)
-    return jepa.to(device, dtype), video.to(device, dtype)
-
-
-def _autocast(device: torch.device, arithmetic: str) -> contextlib.AbstractContextManager[object]:
-    return torch.autocast(device.type, torch.bfloat16, enabled=arithmetic == "bf16")
+        return jepa, torch.rand(BATCH, widths.dobs, FRAMES, SIDE, SIDE)

@@ -3,87 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sized
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable, Hashable
+from typing import Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
 
 MAX_RECORDINGS = 16
-
-
-class Watch:
-    """Where everything lies that a recording reads, to notice that a replay would read something else.
-
-    Args:
-        modules: their parameters, buffers and submodules.
-        tensors: further tensors, which must keep their memory.
-        optimizer: its state and hyperparameters.
-        modes: whether train or eval mode, and which parameters are frozen, makes a difference.
-    """
-
-    def __init__(
-        self,
-        modules: Iterable[nn.Module],
-        tensors: Iterable[Tensor] = (),
-        *,
-        optimizer: torch.optim.Optimizer | None = None,
-        modes: bool,
-    ) -> None:
-        self._sizes: list[tuple[Sized, int]] = []
-        self._same: list[tuple[Mapping[Any, Any], Any, object]] = []
-        self._equal: list[tuple[Mapping[Any, Any], Any, object]] = []
-        self._memory: dict[int, tuple[Tensor, int, bool]] = {}
-        self._modes: list[tuple[nn.Module, bool]] = []
-        self._check_frozen = modes
-        for module in {part: None for root in modules for part in root.modules()}:
-            for mapping in (module._parameters, module._buffers, module._modules):
-                self._objects(mapping)
-            if modes:
-                self._modes.append((module, module.training))
-        for tensor in tensors:
-            self._tensor(tensor)
-        if optimizer is not None:
-            self._optimizer(optimizer)
-
-    def changed(self) -> bool:
-        """Whether anything was replaced, moved, added or removed. Costs some 0.1 µs for each tensor."""
-        return (
-            any(len(container) != size for container, size in self._sizes)
-            or any(mapping.get(key) is not value for mapping, key, value in self._same)
-            or any(mapping.get(key) != value for mapping, key, value in self._equal)
-            or any(tensor.data_ptr() != address for tensor, address, _ in self._memory.values())
-            or any(module.training != mode for module, mode in self._modes)
-            or (self._check_frozen and any(t.requires_grad != wanted for t, _, wanted in self._memory.values()))
-        )
-
-    def _objects(self, mapping: Mapping[Any, Any]) -> None:
-        self._sizes.append((mapping, len(mapping)))
-        for key, value in mapping.items():
-            self._same.append((mapping, key, value))
-            if isinstance(value, Tensor):
-                self._tensor(value)
-
-    def _tensor(self, tensor: Tensor) -> None:
-        self._memory[id(tensor)] = (tensor, tensor.data_ptr(), tensor.requires_grad)
-
-    def _optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        for name in ("state", "param_groups"):  # load_state_dict puts new ones there
-            container = getattr(optimizer, name)
-            self._same.append((vars(optimizer), name, container))
-            self._sizes.append((container, len(container)))
-        for state in optimizer.state.values():
-            self._objects(state)
-        for group in optimizer.param_groups:
-            self._sizes.append((group["params"], len(group["params"])))
-            for parameter in group["params"]:
-                self._tensor(parameter)
-            for key, value in group.items():
-                if isinstance(value, Tensor):
-                    self._same.append((group, key, value))
-                    self._tensor(value)
-                elif key != "params":
-                    self._equal.append((group, key, value))
 
 
 class Recorded(Protocol):

@@ -1,27 +1,24 @@
-"""Rollouts in one launch: every step writes its prediction where the next step reads it.
+"""Rollouts in one launch: what `JEPA.rollout` and an evaluation compute step by step, recorded.
 
-Shapes: states (B, D, T, H, W); context c, the number of states that predict the next one (2 as published). *Frames* are
-states one after another, (T, B, D, H, W), each in the layout that the network computes in.
+Shapes: states (B, D, T, H, W); context c, the number of states that predict the next one (2 as published).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fastjepa.fused.inference import Convolutions, InferencePredictor, for_evaluation
-from fastjepa.fused.inference.networks import as_states, inference_problem, new_frames
-from fastjepa.graphs.cache import MAX_RECORDINGS, RecordingCache, Watch
+from fastjepa.fused.inference.networks import inference_problem
+from fastjepa.fused.watch import Watch
+from fastjepa.graphs.cache import MAX_RECORDINGS, RecordingCache
 from fastjepa.graphs.capture import Recording
 from fastjepa.kernels.checks import FLOAT_DTYPES, check_tensor
-from fastjepa.model.jepa import eval_mode
-from fastjepa.profiling import span
-
-_NewFrames = Callable[[int], Tensor]
+from fastjepa.model.jepa import eval_mode, own_method, parallel_tails, roll_out_plainly
 
 
 class GraphedRollout:
@@ -145,260 +142,103 @@ class GraphedRollout:
     def refresh(self) -> None:
         """Fold the weights of now. Needed only after changes that torch does not see, as of `InferencePredictor`."""
         self._follow_jepa()
-        if self._inference is not None:
-            self._inference.refresh()
+        if isinstance(self._runs, InferencePredictor):
+            self._runs.refresh()
 
     def _follow_jepa(self) -> None:
         """Take over the JEPA's predictor if it was swapped, as `accelerate` and `restore` do, or its network was."""
         predictor = self._predictor if self._jepa is None else self._jepa.predictor
-        replaced = predictor is not self._predictor
-        if self._inference is not None and self._inference is not predictor:  # made here, from the network of then
-            replaced |= self._inference.predictor is not self._plain().predictor
-        if replaced:
+        runs_plainly = self._runs is self._predictor
+        if predictor is not self._predictor or not (runs_plainly or predictor.predictor is self._runs.predictor):
             self._take(predictor)
             self._cache.clear()
 
     def _take(self, predictor: Any) -> None:
         """Prepare what runs in the place of this predictor."""
-        self._predictor = predictor
-        self._inference: InferencePredictor | None = None
-        asked, is_inference = self._convolutions, isinstance(predictor, InferencePredictor)
-        if is_inference and asked in ("auto", predictor.convolutions):
-            self._inference = predictor
+        self._predictor = self._runs = predictor
+        asked = self._convolutions
+        if not self._fold_batch_norm:
+            return
+        if isinstance(predictor, InferencePredictor):
+            if asked not in ("auto", predictor.convolutions):
+                self._runs = InferencePredictor.from_eager(predictor.source, predictor.autocast_dtype, asked)
         elif asked == "fused":
-            plain = self._plain()
-            if (problem := inference_problem(plain, "predictor")) is not None:
+            if (problem := inference_problem(predictor, "predictor")) is not None:
                 raise ValueError(f"convolutions='fused' is not supported here: {problem}")
-            self._inference = InferencePredictor.from_eager(
-                plain, predictor.autocast_dtype if is_inference else None, asked
-            )
-        elif self._fold_batch_norm:
-            folded = for_evaluation(self._plain(), "predictor")
-            if isinstance(folded, InferencePredictor):
-                self._inference = folded
-                if is_inference:
-                    folded.autocast_dtype = predictor.autocast_dtype
-
-    def _plain(self) -> Any:
-        """The predictor, or the one that it stands for."""
-        return self._predictor.source if isinstance(self._predictor, InferencePredictor) else self._predictor
+            self._runs = InferencePredictor.from_eager(predictor, None, asked)
+        else:
+            self._runs = for_evaluation(predictor, "predictor")
 
     def _check_states(self, states: Tensor, least: int) -> int:
-        weight = next(self._predictor.parameters())
-        context = self._predictor.context_length
+        device = next(self._predictor.parameters()).device
         dtypes = (*FLOAT_DTYPES, torch.float64)
-        check_tensor("GraphedRollout", "states", states, shape=(None,) * 5, dtypes=dtypes)
-        if states.device != weight.device:
-            raise ValueError(f"GraphedRollout: states is on {states.device}, the predictor on {weight.device}")
+        check_tensor("GraphedRollout", "states", states, shape=(None,) * 5, dtypes=dtypes, device=device)
         if states.shape[2] < least:
             raise ValueError(f"this rollout takes at least {least} frames, got {states.shape[2]}")
         if states.numel() == 0:
             raise ValueError(f"states is empty: {tuple(states.shape)}")
-        return int(context)
+        return int(self._predictor.context_length)
 
     def _recorded(self, kind: Literal["rollout", "tails"], states: Tensor, steps: int) -> _Recorded:
-        inference = self._inference if self._inference is not None and self._inference.problem() is None else None
-
-        def make() -> _Recorded:
-            own = self._predictor.autocast_dtype if isinstance(self._predictor, InferencePredictor) else None
-            work: _Work = _Plain(self._plain()) if inference is None else _Inference(inference)
-            recorded = _RecordedRollout if kind == "rollout" else _RecordedTails
-            return recorded(work, states, steps, own or self.autocast_dtype, self._recording_options)
-
-        signature = (kind, tuple(states.shape), states.dtype, steps, inference is None)
-        return self._cache.get(signature, states.device, make)
-
-
-class _Plain:
-    """What predicts: a network that runs as it is."""
-
-    def __init__(self, predictor: Any) -> None:
-        self.module, self.network = predictor, predictor.predictor
-        self.context: int = predictor.context_length
-        self._channels_last = _is_channels_last(self.network)
-
-    def prepare(self, states: Tensor, count: int) -> torch.dtype:
-        """Get ready to predict up to `count` frames of these states at once. Returns the dtype of frames."""
-        return states.dtype
-
-    def update(self) -> None:
-        """Before a replay."""
-
-    def new_frames(self, count: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Memory for frames, laid out as the network computes."""
-        return new_frames(count, like, dtype) if self._channels_last else like.new_empty(count, *like.shape[1:])
-
-    def new_results(self, count: int, like: Tensor) -> Tensor:
-        """Memory in which frames of one clip lie together: who reads them frame by frame copies nothing."""
-        B, *shape = like.shape[1:]
-        return self.new_frames(B, like.new_empty(0, count, *shape), like.dtype).transpose(0, 1)
-
-    def step(self, frames: Tensor, out: Tensor) -> None:
-        """Frames (c + n - 1, B, D, H, W) → the n that follow each c of them, into `out` (n, B, D, H, W)."""
-        windows = torch.cat([frames[first : first + len(out)] for first in range(self.context)], 2).flatten(0, 1)
-        # As a video of one frame: the form that the original's networks accept too.
-        out.copy_(self.network(windows.unsqueeze(2)).squeeze(2).unflatten(0, out.shape[:2]))
-
-
-class _Inference:
-    """What predicts: an inference network, whose frames are read and written where they lie."""
-
-    def __init__(self, predictor: InferencePredictor) -> None:
-        self.module, self.network = predictor, predictor.predictor
-        self.context = predictor.context_length
-
-    def prepare(self, states: Tensor, count: int) -> torch.dtype:
-        self.module.check_states(states)
-        self._run = self.module.ready_for(states, count)
-        return self.module.compute_dtype()
-
-    def update(self) -> None:
-        self.module.update()
-
-    def new_frames(self, count: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-        return new_frames(count, like, dtype)
-
-    def new_results(self, count: int, like: Tensor) -> Tensor:
-        return new_frames(count, like)
-
-    def step(self, frames: Tensor, out: Tensor) -> None:
-        self.module.step(self._run, frames, out)
-
-
-_Work = _Plain | _Inference
+        runs = self._runs
+        problem = runs.problem() if isinstance(runs, InferencePredictor) else None  # then another network runs
+        make = partial(_Recorded, kind, runs, states, steps, self.autocast_dtype, self._recording_options)
+        return self._cache.get((kind, tuple(states.shape), states.dtype, steps, problem), states.device, make)
 
 
 class _Recorded:
-    """One recording: its frames, its results, and how they are filled.
-
-    Args:
-        work: what predicts.
-        states: (B, D, T, H, W) of the first call.
-        steps: of the rollout.
-        autocast_dtype: around it.
-        options: of `Recording`.
-    """
-
-    results: list[Tensor]  # views of static memory
+    """One recording of a predictor, with the states that it reads and the results that it leaves."""
 
     def __init__(
-        self, work: _Work, states: Tensor, steps: int, autocast_dtype: torch.dtype | None, options: dict[str, Any]
+        self,
+        kind: Literal["rollout", "tails"],
+        predictor: Any,
+        states: Tensor,
+        steps: int,
+        autocast_dtype: torch.dtype | None,
+        options: dict[str, Any],
     ) -> None:
-        self.work, self.context, self.steps = work, work.context, steps
-        self._autocast_dtype = autocast_dtype
-        given = states.permute(2, 0, 1, 3, 4)
-        # Static memory is written in whatever mode the calls are.
+        self._kind, self._predictor, self._steps, self._autocast_dtype = kind, predictor, steps, autocast_dtype
+        B, D, T, H, W = states.shape
+        # Static memory is written in whatever mode the calls are. Recorded on real states: on garbage, a warm-up could
+        # take other paths through library code, or trap on NaN.
         with torch.inference_mode(False), torch.no_grad(), self._autocast(states.device.type):
-            dtype = work.prepare(states, self.most(len(given)))
-            self.same_dtype = dtype == states.dtype
-            self.allocate(
-                len(given),
-                lambda count: work.new_frames(count, given, dtype),
-                lambda count: work.new_results(count, given),
-            )
-        # Recorded on real states: on garbage, a warm-up could take other paths through library code, or trap on NaN.
-        self.fill(states)
-        self.recording = Recording(self._body, states.device, name="the rollout", **options)
-        self.watch = Watch([work.module], modes=False)  # the recording is in eval mode whatever the predictor is in
+            self._states = states.clone()
+            self.results = [states.new_empty(B, D, T + steps, H, W)] if kind == "rollout" else []
+            if isinstance(predictor, InferencePredictor) and predictor.problem() is None:
+                # Held: the recording reads and writes what belongs to it.
+                self._run = predictor.ready_for(states, 1 if kind == "rollout" else T - predictor.context_length)
+        self._recording = Recording(self._body, states.device, name="the rollout", **options)
+        self._watch = Watch([predictor])
 
     def outdated(self) -> bool:
-        return self.watch.changed()
+        return self._watch.changed()
 
     @torch.no_grad()
     def run(self, states: Tensor) -> list[Tensor]:
-        self.work.update()
-        self.fill(states)
-        self.recording.replay()
+        if isinstance(self._predictor, InferencePredictor):
+            self._predictor.update()
+        self._states.copy_(states)
+        self._recording.replay()
         return self.results
 
-    @torch.no_grad()
     def _body(self) -> None:
-        with eval_mode(self.work.network), self._autocast(self.results[0].device.type):
-            self.predict()
+        predictor, states, steps = self._predictor, self._states, self._steps
+        with eval_mode(predictor), self._autocast(states.device.type):
+            if self._kind == "rollout":
+                roll_out = own_method(predictor, "roll_out") or partial(roll_out_plainly, predictor)
+                roll_out(states, steps, self.results[0])
+                return
+            tails = own_method(predictor, "tails") or partial(parallel_tails, predictor)
+            for s, tail in enumerate(tails(states, steps)):
+                if len(self.results) <= s:  # in the first run, which is never the capture
+                    with torch.inference_mode(False):
+                        self.results.append(torch.empty_like(tail, dtype=states.dtype))
+                self.results[s].copy_(tail)
 
     def _autocast(self, device_type: str) -> AbstractContextManager[Any]:
         own = self._autocast_dtype
         return nullcontext() if own is None else torch.autocast(device_type, dtype=own)
-
-    def most(self, given: int) -> int:
-        """Frames that are predicted at once, at most."""
-        raise NotImplementedError
-
-    def allocate(self, given: int, new_frames: _NewFrames, new_results: _NewFrames) -> None:
-        """Make frames, and results in the dtype of the states: the same where that is the frames'."""
-        raise NotImplementedError
-
-    def fill(self, states: Tensor) -> None:
-        """Write given states to where they are read."""
-        raise NotImplementedError
-
-    def predict(self) -> None:
-        """The work that is recorded."""
-        raise NotImplementedError
-
-
-class _RecordedRollout(_Recorded):
-    """Autoregressive: frame k + c is predicted from the frames k … k + c - 1 before it."""
-
-    def most(self, given: int) -> int:
-        return 1
-
-    def allocate(self, given: int, new_frames: _NewFrames, new_results: _NewFrames) -> None:
-        count = self.context + self.steps
-        self.sequence = new_frames(count)
-        self.result = self.sequence if self.same_dtype else new_results(count)
-        self.results = [as_states(self.result)]
-
-    def fill(self, states: Tensor) -> None:
-        as_states(self.sequence[: self.context]).copy_(states)
-        if not self.same_dtype:
-            as_states(self.result[: self.context]).copy_(states)
-
-    def predict(self) -> None:
-        c = self.context
-        for step in range(self.steps):
-            with span(f"rollout step {step + 1}"):
-                self.work.step(self.sequence[step : step + c], self.sequence[step + c : step + c + 1])
-        if not self.same_dtype:
-            self.result[c:] = self.sequence[c:]
-
-
-class _RecordedTails(_Recorded):
-    """Incremental: step s reads frames s … T - 2, of which the last ones were predicted by the step before, and
-    predicts frames s + c … T - 1, all at once.
-    """
-
-    def most(self, given: int) -> int:
-        return given - self.context
-
-    def allocate(self, given: int, new_frames: _NewFrames, new_results: _NewFrames) -> None:
-        self.current = [new_frames(given - s) for s in range(self.steps + 1)]  # frames s … T - 1
-        self.made = [current[self.context - 1 :] for current in self.current[1:]]
-        self.apart = not self.same_dtype or isinstance(self.work, _Plain)
-        self.tails = [new_results(len(made)) for made in self.made] if self.apart else self.made
-        self.results = [as_states(tail) for tail in self.tails]
-
-    def fill(self, states: Tensor) -> None:
-        as_states(self.current[0]).copy_(states)
-
-    def predict(self) -> None:
-        final = self.context - 1  # frames that a step does not predict anew
-        for s, (current, made) in enumerate(zip(self.current, self.made, strict=False)):
-            with span(f"rollout step {s + 1}"):
-                self.current[s + 1][:final] = current[1 : 1 + final]
-                self.work.step(current[:-1], made)
-            if self.apart:
-                self.tails[s].copy_(made)
-
-
-def _is_channels_last(network: nn.Module) -> bool:
-    """Whether the network computes channels-last: it is fused, or its convolutions' weights lie so in memory."""
-    if any(getattr(module, "is_fused", False) for module in network.modules()):
-        return True
-    weights = [module.weight for module in network.modules() if isinstance(module, nn.Conv2d)]
-    return any(
-        weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous() for weight in weights
-    )
 
 
 def _check_steps(steps: int) -> None:

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from fastjepa.fused.match import std_margin
-from fastjepa.graphs.cache import MAX_RECORDINGS, RecordingCache, Watch
+from fastjepa.fused.watch import Watch
+from fastjepa.graphs.cache import MAX_RECORDINGS, RecordingCache
 from fastjepa.graphs.capture import Recording
 from fastjepa.kernels.checks import check_tensor
 from fastjepa.model.step import StepLosses, TrainStep
 from fastjepa.moving_mnist import Clips, ClipSet
 from fastjepa.profiling import span
-
-WARMUP_RUNS_OF_SEVERAL = 2  # of several steps in one launch: the first run is as many steps already
 
 
 class GraphedTrainStep:
@@ -41,7 +40,7 @@ class GraphedTrainStep:
         clips: where batches come from, resident on the device of the parameters: a `ClipSet`.
         accumulators: float64 tensors (9,) to which every step adds its losses, in the order of `StepLosses`.
         dtype: of the video.
-        warmup_runs, pool: see `fastjepa.graphs.capture.Recording`; K steps in one launch warm up in 2 runs by default.
+        warmup_runs, pool: see `fastjepa.graphs.capture.Recording`.
         max_recordings: how many shapes are kept; the least recently used goes first.
 
     Raises:
@@ -72,8 +71,9 @@ class GraphedTrainStep:
         device = next(step.jepa.parameters()).device
         if clips.device != device:
             raise ValueError(f"clips are on {clips.device}, the parameters on {device}; move them with clips.to(...)")
-        if device.type == "cuda":
-            _check_collectives(step)
+        group: Any = step.group
+        if device.type == "cuda" and group is not None and not group.ranks.can_be_recorded:
+            raise ValueError(f"what goes over {group.ranks.backend} cannot be in a CUDA graph; NCCL's collectives can")
         for i, accumulator in enumerate(accumulators):
             check_tensor(
                 "GraphedTrainStep", f"accumulators[{i}]", accumulator, shape=(len(StepLosses._fields),),
@@ -158,41 +158,31 @@ def make_capturable(optimizer: torch.optim.Optimizer) -> torch.optim.Adam:
     return optimizer
 
 
-def _check_collectives(step: TrainStep) -> None:
-    """Raise ValueError if a graph cannot hold what its processes exchange."""
-    group: Any = step.group
-    if group is not None and not group.ranks.can_be_recorded:
-        raise ValueError(f"what goes over {group.ranks.backend} cannot be in a CUDA graph; NCCL's collectives can")
-
-
-def _own_part(step: TrainStep, batch: Tensor) -> Tensor:
-    """The clips of a batch that this process trains on."""
-    group: Any = step.group
-    return batch if group is None else group.ranks.part(batch)
-
-
 class _RecordedStep:
     """One recording, with the indices that it reads and the losses that it leaves."""
 
     def __init__(self, owner: GraphedTrainStep, indices: Tensor) -> None:
         make_capturable(owner.optimizer)  # again: load_state_dict brings other settings with it
         self._owner = owner
-        self._modules: tuple[nn.Module, ...] = (owner.step.jepa, owner.step.image_decoder, owner.step.detection_head)
-        self._trained = [t for module in self._modules for t in (*module.parameters(), *module.buffers())]
+        self._model = nn.ModuleList((owner.step.jepa, owner.step.image_decoder, owner.step.detection_head))
+        self._trained = [*self._model.parameters(), *self._model.buffers()]
+        self._parts = [*self._model.modules()]
+        self._modes = self._modes_now()
         self.indices = indices.clone()
         dtype = torch.promote_types(next(owner.step.jepa.parameters()).dtype, torch.float32)
         self.losses = torch.empty(*indices.shape[:-1], len(StepLosses._fields), dtype=dtype, device=indices.device)
         self._gradients: list[tuple[nn.Parameter, Tensor | None]] = []
-        options = dict(owner._recording_options)
-        if options["warmup_runs"] is None and indices.device.type == "cuda" and indices.dim() == 2:
-            options["warmup_runs"] = WARMUP_RUNS_OF_SEVERAL
         self._recording = Recording(
-            self._body, indices.device, name="the training step", no_trace=self._no_trace, **options
+            self._body, indices.device, name="the training step", no_trace=self._no_trace, **owner._recording_options
         )
         self._watch: Watch | None = None
 
     def outdated(self) -> bool:
-        return self._watch is not None and self._watch.changed()
+        return self._watch is not None and (self._watch.changed() or self._modes_now() != self._modes)
+
+    def _modes_now(self) -> list[bool]:
+        """What is in train mode, and what is not frozen."""
+        return [part.training for part in self._parts] + [tensor.requires_grad for tensor in self._trained]
 
     def run(self, indices: Tensor) -> Tensor:
         self.indices.copy_(indices)
@@ -203,25 +193,27 @@ class _RecordedStep:
             parameter.grad = gradient  # a plain step in between, or another recording, left its own there
         if self._watch is None:  # only now: on a CPU, which warms nothing up, Adam has made its state just now
             owner = self._owner
-            tensors = (owner.clips.video, owner.clips.digit_maps, *owner.accumulators)
-            self._watch = Watch(self._modules, tensors, optimizer=owner.optimizer, modes=True)
+            self._watch = Watch([self._model])
+            for tensor in (owner.clips.video, owner.clips.digit_maps, *owner.accumulators):
+                self._watch.tensor(tensor)
+            _watch_optimizer(self._watch, owner.optimizer)
         return self.losses
 
     @torch.enable_grad()
     def _body(self) -> None:
-        several = self.indices.dim() == 2
-        batches = self.indices.unbind() if several else [self.indices]
-        for batch, out in zip(batches, self.losses.unbind() if several else [self.losses], strict=True):
+        group: Any = self._owner.step.group
+        batches, all_losses = self.indices.view(-1, self.indices.shape[-1]), self.losses.view(-1, self.losses.shape[-1])
+        for batch, out in zip(batches, all_losses, strict=True):
             with span("data"):
-                own = _own_part(self._owner.step, batch)
-                video, digit_location = self._owner.clips.batch(own, self._owner.dtype)
+                part = batch if group is None else group.ranks.part(batch)  # that this process trains on
+                video, digit_location = self._owner.clips.batch(part, self._owner.dtype)
             losses = torch.stack(self._owner.step(video, digit_location, clips=len(batch)))
             out.copy_(losses)
             for accumulator in self._owner.accumulators:
                 accumulator.add_(losses)
         # The last run is the capture, whose gradients are where every replay writes them. Held, they keep that memory
         # from the recordings that are made after this one in the same pool.
-        self._gradients = [(p, p.grad) for module in self._modules for p in module.parameters()]
+        self._gradients = [(p, p.grad) for p in self._model.parameters()]
 
     @contextlib.contextmanager
     def _no_trace(self) -> Iterator[None]:
@@ -241,3 +233,18 @@ class _RecordedStep:
                     for value in state[parameter].values():
                         value.zero_()  # what Adam starts from
             self._owner.step.zero_grad()
+
+
+def _watch_optimizer(watch: Watch, optimizer: torch.optim.Optimizer) -> None:
+    """Its state and hyperparameters, where `load_state_dict` puts new ones."""
+    for name in ("state", "param_groups"):
+        watch.same(vars(optimizer), name)
+        watch.size(getattr(optimizer, name))
+    for state in optimizer.state.values():
+        watch.objects(state)
+    for group in optimizer.param_groups:
+        watch.size(group["params"])
+        for parameter in group["params"]:
+            watch.tensor(parameter)
+        for key in group.keys() - {"params"}:
+            (watch.same if isinstance(group[key], Tensor) else watch.equal)(group, key)

@@ -48,7 +48,7 @@ def resumed_execution(
         CheckpointError: what the checkpoint says of it is damaged.
         ValueError: what the run began with, or a flag, is not supported here; the message says why.
     """
-    began, told = read_execution(state, path)
+    began, told = read_execution(state, device, path)
     if began.precision != config.precision:
         raise CheckpointError(f"{path} was computed in {began.precision!r}, not {config.precision!r}")
     if config.recompute == "on" and not began.fused:
@@ -74,7 +74,7 @@ def first_decides(ranks: Ranks, work: Callable[[], tuple[ExecutionConfig, str]])
     return execution, notes
 
 
-def read_execution(state: Mapping[str, Any], path: Path) -> tuple[ExecutionConfig, str]:
+def read_execution(state: Mapping[str, Any], device: torch.device, path: Path) -> tuple[ExecutionConfig, str]:
     """How the run of a checkpoint computes, and what is to be said of that; `autotune` takes over its choices.
 
     Raises:
@@ -84,21 +84,24 @@ def read_execution(state: Mapping[str, Any], path: Path) -> tuple[ExecutionConfi
         autotune.use(state.get("autotuned", {}))
         if "execution" in state:
             return ExecutionConfig.from_json(state["execution"]), ""
-        return _of_earlier_version(state)
+        return _of_earlier_version(state, device)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: what it says of how the run computes is damaged: {error}") from error
 
 
-def _of_earlier_version(state: Mapping[str, Any]) -> tuple[ExecutionConfig, str]:
+def _of_earlier_version(state: Mapping[str, Any], device: torch.device) -> tuple[ExecutionConfig, str]:
     """From a table that named blocks and losses apart; a run of before that was eager."""
     before = {"precision": state.get("config", {}).get("precision"), "batch_norm": False, "losses": "eager"}
     old = state.get("resolved", before)
     fused = old["batch_norm"] and old["losses"] == "fused"
     values = {name: old.get(name, False) for name in ("cuda_graph", "recompute", "channels_last")}
     found = {"precision": old["precision"], "fused": fused, **values, "recompute": fused and values["recompute"]}
-    partly = not fused and (old["batch_norm"] or old["losses"] == "fused")
-    told = "the run began with a part of the fused kernels; it goes on eagerly, with the same numbers to rounding"
-    return ExecutionConfig.from_json(found), told if partly else ""
+    told = ""
+    if not fused and (old["batch_norm"] or old["losses"] == "fused"):
+        told = "the run began with a part of the fused kernels; it goes on eagerly, with the same numbers to rounding"
+    elif old["losses"] == "eager" and device.type == "cpu":
+        told = "the run began with eager losses; a CPU goes on in closed form, with the same numbers to rounding"
+    return ExecutionConfig.from_json(found), told
 
 
 def no_graph_reason(config: Config, ranks: Ranks, device: torch.device) -> str:

@@ -108,6 +108,7 @@ class Trainer:
         return self._run_folder.path
 
     def _release(self) -> None:
+        autotune.decide_by(None)
         if self._run_folder is not None:
             self._run_folder.release()
 

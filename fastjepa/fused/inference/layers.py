@@ -1,6 +1,6 @@
 """The launches of an inference network: which convolution reads which maps, and what is done with its sums.
 
-A map has the name of the launch that makes it; what the network is given is `INPUT`. A launch is named by the
+A map has the name of the launch that makes it; the network is given the maps `INPUTS`. A launch is named by the
 convolution that it ends with, as in `kernels/convolution/recipe.py`.
 """
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from fastjepa.fused.match import BLOCKS_OF_ENCODER, is_identity
 
-INPUT = "input"
+INPUTS = ("input", "second input")
 # Limits of the kernels (`kernels/convolution/op.py` and `stem.py`, which need Triton): channels of a map, those before
 # and after a head within a launch, and those of an image that is read as it lies.
 MOST_CHANNELS, MOST_BEFORE_HEAD, MOST_OF_IMAGE = 512, 128, 4
@@ -72,18 +72,13 @@ class Layer:
 
 
 def encoder_layers(source: Any) -> tuple[Layer, ...]:
-    """Of an encoder without `recognition.encoder_problem`. Raises ValueError: it cannot be folded."""
-    layers = [_layer("conv1", source.conv1, source.bn1, (INPUT,))]
-    for name in BLOCKS_OF_ENCODER:
-        layers += _block(name, getattr(source, name), (layers[-1].name,))
-    return tuple(layers)
+    """Of an encoder without `match.encoder_problem`. Raises ValueError: BatchNorm cannot be folded."""
+    return tuple(_chain(source, INPUTS[:1], BLOCKS_OF_ENCODER))
 
 
-def unet_layers(source: Any) -> tuple[Layer, ...]:
-    """Of a network without `recognition.unet_problem`. Raises ValueError: it cannot be folded."""
-    layers = [_layer("conv1", source.conv1, source.bn1, (INPUT,))]
-    for name in ("enc1", "enc2", "enc3", "bott"):
-        layers += _block(name, getattr(source, name), (layers[-1].name,))
+def unet_layers(source: Any, inputs: int = 1) -> tuple[Layer, ...]:
+    """Of a network without `match.unet_problem`, on so many maps. Raises ValueError: BatchNorm cannot be folded."""
+    layers = _chain(source, INPUTS[:inputs], ("enc1", "enc2", "enc3", "bott"))
     for up, before, block, skip in LEVELS:
         conv, across = getattr(source, up), f"{skip}.conv2"
         _check_convolution(up, conv, nn.ConvTranspose2d, 2, (2,))
@@ -98,9 +93,15 @@ def unet_layers(source: Any) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
-def kernels_problem(layers: Sequence[Layer], input_channels: int) -> str | None:
-    """Why kernels do not take these launches, given the channels of one source of the input; None if they do."""
-    channels = {INPUT: input_channels} | {layer.name: layer.out_channels for layer in layers}
+def inputs_of(layers: Sequence[Layer]) -> dict[str, int]:
+    """The maps that the network is given: name → channels."""
+    names = layers[0].sources
+    return dict.fromkeys(names, layers[0].conv.in_channels // len(names))
+
+
+def channels_problem(layers: Sequence[Layer]) -> str | None:
+    """Why kernels do not take maps of so many channels; None if they do."""
+    channels = inputs_of(layers) | {layer.name: layer.out_channels for layer in layers}
     for layer in layers:
         most = max(layer.conv.out_channels, *(channels[name] for name in layer.read))
         if most > MOST_CHANNELS:
@@ -109,11 +110,19 @@ def kernels_problem(layers: Sequence[Layer], input_channels: int) -> str | None:
 
 
 def sizes_of(layers: Sequence[Layer], height: int, width: int) -> dict[str, tuple[int, int]]:
-    """Height and width of every map, and of the input, which has these."""
-    sizes = {INPUT: (height, width)}
+    """Height and width of every map, given those of the inputs."""
+    sizes = dict.fromkeys(INPUTS, (height, width))
     for layer in layers:
         sizes[layer.name] = layer.size(*sizes[layer.sources[0]]) if layer.like is None else sizes[layer.like]
     return sizes
+
+
+def _chain(source: Any, inputs: tuple[str, ...], blocks: tuple[str, ...]) -> list[Layer]:
+    """The first convolution, and blocks one after another."""
+    layers = [_layer("conv1", source.conv1, source.bn1, inputs)]
+    for name in blocks:
+        layers += _block(name, getattr(source, name), (layers[-1].name,))
+    return layers
 
 
 def _block(name: str, block: Any, sources: tuple[str, ...]) -> list[Layer]:
@@ -150,7 +159,5 @@ def _check_convolution(name: str, conv: Any, kind: type[nn.Module], kernel_size:
 
 
 def _check_norm(name: str, norm: Any) -> None:
-    if type(norm) is not nn.BatchNorm2d:
-        raise ValueError(f"{name} is a {type(norm).__name__}, not a BatchNorm2d")
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError(f"{name} has no running statistics, and normalises by those of each batch")

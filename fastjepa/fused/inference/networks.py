@@ -10,59 +10,47 @@ import functools
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from fastjepa import autotune
 from fastjepa.fused.autocast import InBf16
-from fastjepa.fused.inference.layers import MOST_OF_IMAGE, Layer, encoder_layers, kernels_problem, sizes_of, unet_layers
+from fastjepa.fused.inference.layers import (
+    MOST_OF_IMAGE,
+    Layer,
+    channels_problem,
+    encoder_layers,
+    inputs_of,
+    sizes_of,
+    unet_layers,
+)
 from fastjepa.fused.inference.run import Run
 from fastjepa.fused.inference.weights import Weights
-from fastjepa.fused.match import encoder_problem, network_trial_problem, predictor_problem, require
+from fastjepa.fused.match import Unchanged, encoder_problem, network_trial_problem, predictor_problem, require
 from fastjepa.kernels import checks
 from fastjepa.model.jepa import parallel_tails, roll_out_plainly
 from fastjepa.model.networks import ResNet5, ResUNet, StateOnlyPredictor, per_frame, pooled, require_frames
 from fastjepa.profiling import span
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Convolutions = Literal["auto", "fused", "eager"]
 
 MOST_RUNS = 4  # sizes of frames whose buffers are kept
 
 
+@dataclass
 class _Folded:
-    """What was made of the modules of now: launches, weights, runs; or the problem that forbids it."""
+    """What was made of the modules of a network: launches, and weights and memory for them."""
 
-    def __init__(self, network: InferenceNetwork) -> None:
-        source = network.source
-        modules = [*network.modules(), *source.modules()]
-        self._children = [(module._modules, dict(module._modules)) for module in modules]
-        inner = [vars(module) for module in {*source.modules()}]
-        self._hooks = [hooks for one in inner for hooks in (one["_forward_hooks"], one["_forward_pre_hooks"])]
-        self._attributes = inner
-        self.layers: tuple[Layer, ...] = ()
-        self.weights: dict[tuple[torch.dtype, bool], Weights] = {}
-        self.runs: OrderedDict[Any, Run] = OrderedDict()
-        try:
-            self.problem = network.structure_problem(source)
-            if self.problem is None:
-                self.layers = network.describe()
-        except ValueError as error:
-            self.problem = str(error)
-
-    def replaced(self) -> bool:
-        """Whether modules were replaced, or reparametrised, which does so too."""
-        return any(children != before for children, before in self._children)
-
-    def hooked(self) -> bool:
-        """Whether somebody waits for the call of a module that launches do not call."""
-        return (
-            any(self._hooks)
-            or any("forward" in attributes for attributes in self._attributes)
-            or bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
-        )
+    layers: tuple[Layer, ...]
+    unchanged: Unchanged
+    weights: dict[Any, Weights] = field(default_factory=dict)
+    runs: OrderedDict[Any, Run] = field(default_factory=OrderedDict)
 
 
 class InferenceNetwork(nn.Module):
@@ -71,10 +59,7 @@ class InferenceNetwork(nn.Module):
     Attributes:
         autocast_dtype: the dtype in which it computes; None: that of the autocast around a call, or of the weights.
         convolutions: "fused" (Triton kernels), "eager" (torch's), or "auto": the faster for each shape.
-        layer_names: its launches, in order.
     """
-
-    is_inference = True  # for whoever asks what a network is
 
     def __init__(self, source: nn.Module, autocast_dtype: torch.dtype | None, convolutions: Convolutions) -> None:
         super().__init__()
@@ -84,16 +69,38 @@ class InferenceNetwork(nn.Module):
             raise ValueError(f"convolutions must be one of {', '.join(get_args(Convolutions))}; got {convolutions!r}")
         for name, child in source.named_children():  # in the order of its parameters
             self.add_module(name, child)
+        for name in ("avg_pool", "context_length", "is_rnn"):
+            if hasattr(source, name):
+                setattr(self, name, getattr(source, name))
         self._source = (source,)  # in a tuple: it is no submodule, whose parameters would count twice
         self.autocast_dtype = _own_autocast(source) if autocast_dtype is None else autocast_dtype
         self.convolutions: Convolutions = convolutions
         self.training = source.training
         self._kept: _Folded | None = None
-        folded = self._folded()
-        require(folded.problem)
-        self.layer_names = tuple(layer.name for layer in folded.layers)
-        if convolutions == "fused" and (problem := self.kernels_problem()) is not None:
-            raise RuntimeError(f"convolution: {problem}") if "maps of" not in problem else ValueError(problem)
+        if problem := self.problem() or (convolutions == "fused" and channels_problem(self._folded.layers)):
+            raise ValueError(problem)
+        if convolutions == "fused" and (problem := self._kernels_problem()) is not None:
+            raise RuntimeError(problem)
+
+    @classmethod
+    def from_eager(
+        cls, network: nn.Module, autocast_dtype: torch.dtype | None = None, convolutions: Convolutions = "auto"
+    ) -> Self:
+        """Share everything with `network`.
+
+        Args:
+            network: of the published structure: plain, fused, or `eb_jepa`'s. A predictor reads `context_length` states
+                and makes one.
+            autocast_dtype: torch.bfloat16 or torch.float16: compute in it, and return the dtype of the input; None:
+                that of the network, if it has one of its own, else as autocast says in each call.
+            convolutions: "fused" (Triton kernels), "eager" (torch's), or "auto": the faster for each shape.
+
+        Raises:
+            ValueError: not of the published structure, or it cannot be folded; "fused" with more channels than kernels
+                take; another `autocast_dtype` or `convolutions`.
+            RuntimeError: "fused" where kernels cannot run.
+        """
+        return cls(network, autocast_dtype, convolutions)
 
     @property
     def source(self) -> nn.Module:
@@ -109,53 +116,30 @@ class InferenceNetwork(nn.Module):
         """Whether a call would run folded now: in eval mode, without gradients, and without a `problem`."""
         if torch.is_grad_enabled() or self.training or self.problem() is not None:
             return False
-        norms = (m for layer in self._folded().layers for m in (layer.norm, layer.shortcut_norm) if m is not None)
-        return not any(norm.training for norm in norms)
+        return not any(module.training for layer in self._folded.layers for module in layer.modules)
 
     def problem(self) -> str | None:
         """Why the source must run, whatever the mode: hooks, or modules that cannot be folded; None if it need not."""
-        folded = self._folded(follow=True)
-        return "a module has hooks, or a forward of its own" if folded.hooked() else folded.problem
-
-    def kernels_problem(self) -> str | None:
-        """Why kernels cannot run its convolutions on the device of its weights; None if they can."""
-        first, folded = self._first.conv, self._folded()
-        if (problem := checks.unavailable_reason(first.weight.device)) is not None:
-            return problem
-        from fastjepa.kernels.convolution.op import architecture  # only here: it needs Triton
-
+        if self._kept is not None and self._kept.unchanged.eager(self.forward) is None:
+            return None
+        source = self.source
         try:
-            architecture(first.weight.device)
-        except RuntimeError as error:
+            self._kept = _Folded(self._describe(source), Unchanged(self, source))
+        except ValueError as error:
             return str(error)
-        return kernels_problem(folded.layers, first.in_channels // self._sources)
+        return None
 
     def update(self) -> None:
-        """Fold again what has changed, into the memory that recordings of `run` read."""
-        for weights in self._folded().weights.values():
+        """Fold again what has changed, into the memory that recordings read."""
+        for weights in () if self._kept is None else self._kept.weights.values():
             weights.update()
 
     def refresh(self) -> None:
         """Fold the weights of now. Needed only after changes that torch does not see: through `.data`, or by a CUDA
         graph that is not of `fastjepa.graphs`.
         """
-        for weights in self._folded().weights.values():
+        for weights in () if self._kept is None else self._kept.weights.values():
             weights.fill()
-
-    def compute_dtype(self) -> torch.dtype:
-        """In which a call would compute now. As in autocast, float64 stays float64."""
-        weight = self._first.conv.weight
-        if weight.dtype == torch.float64:
-            return torch.float64
-        if self.autocast_dtype is not None:
-            return self.autocast_dtype
-        kind = weight.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-
-    def ready(self, frames: int, size: tuple[int, int]) -> Run:
-        """To run up to so many frames of that size, with the weights and settings of now."""
-        fused = self.convolutions == "fused" or (self.convolutions == "auto" and self._fused_is_faster(frames, size))
-        return self._run(frames, size, fused)
 
     def extra_repr(self) -> str:
         """What it replaces, and how."""
@@ -166,71 +150,86 @@ class InferenceNetwork(nn.Module):
         """Without what can be made again: for copies and pickles."""
         return {**self.__dict__, "_kept": None}
 
-    def structure_problem(self, source: nn.Module) -> str | None:
-        """Why this is no network of the published structure."""
-        raise NotImplementedError
-
-    def describe(self) -> tuple[Layer, ...]:
-        """Its launches."""
+    def _describe(self, source: Any) -> tuple[Layer, ...]:
+        """The launches for `source`. Raises ValueError: it has not the published structure, or cannot be folded."""
         raise NotImplementedError
 
     @property
-    def _sources(self) -> int:
-        """How many maps its first launch reads."""
-        return 1
-
-    @property
-    def _first(self) -> Layer:
-        return self._folded().layers[0]
-
-    def _folded(self, *, follow: bool = False) -> _Folded:
-        """Made again if modules were replaced; `follow`: look for that, as each call does once."""
-        if self._kept is None or (follow and self._kept.replaced()):
-            self._kept = _Folded(self)
+    def _folded(self) -> _Folded:
+        if self._kept is None:
+            require(self.problem())
+        assert self._kept is not None
         return self._kept
 
-    def _run(self, frames: int, size: tuple[int, int], fused: bool) -> Run:
-        folded, dtype, device = self._folded(), self.compute_dtype(), self._first.conv.weight.device
-        weights = folded.weights.get((dtype, fused))
-        if weights is None or weights.device != device:
-            folded.weights[dtype, fused] = weights = Weights(folded.layers, fused, dtype, device)
-        else:
-            weights.update()
-        key = (size, dtype, device, fused)
-        run = folded.runs.pop(key, None)
-        if run is None or run.frames < frames or run.weights is not weights.of:
+    @property
+    def _weight(self) -> Tensor:
+        """That of the first convolution, for dtype and device."""
+        weight: Tensor = self._folded.layers[0].conv.weight
+        return weight
+
+    def _compute_dtype(self) -> torch.dtype:
+        """In which a call would compute now. As in autocast, float64 stays float64."""
+        weight = self._weight
+        if weight.dtype == torch.float64:
+            return torch.float64
+        if self.autocast_dtype is not None:
+            return self.autocast_dtype
+        kind = weight.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+    def _kernels_problem(self) -> str | None:
+        """Why kernels cannot run its convolutions on the device of its weights; None if they can."""
+        device = self._weight.device
+        try:
+            checks.require_available("convolution", device)
+            from fastjepa.kernels.convolution.op import architecture  # only here: it needs Triton
+
+            architecture(device)
+        except RuntimeError as error:
+            return str(error)
+        return channels_problem(self._folded.layers)
+
+    def _ready(self, frames: int, size: tuple[int, int], fused: bool | None = None) -> Run:
+        """To run up to so many frames of that size, with the weights and settings of now."""
+        if fused is None:
+            fused = self.convolutions == "fused" or (
+                self.convolutions == "auto" and self._fused_is_faster(frames, size)
+            )
+        folded, dtype, device = self._folded, self._compute_dtype(), self._weight.device
+        key = (dtype, device, fused)
+        if key not in folded.weights:
+            folded.weights[key] = Weights(folded.layers, fused, dtype, device)
+        folded.weights[key].update()
+        run = folded.runs.pop((size, key), None)
+        if run is None or run.frames < frames:
             run = None  # let go of it before more is made
             while len(folded.runs) >= MOST_RUNS:
                 folded.runs.popitem(last=False)
-            run = Run(folded.layers, weights.of, fused, frames, size, dtype, device)
-        folded.runs[key] = run
+            run = Run(folded.layers, folded.weights[key].of, fused, frames, size, dtype, device)
+        folded.runs[size, key] = run
         return run
 
     def _fused_is_faster(self, frames: int, size: tuple[int, int]) -> bool:
-        conv, dtype = self._first.conv, self.compute_dtype()
-        device = conv.weight.device
-        if dtype == torch.float64 or self.kernels_problem() is not None:
+        dtype, device, layers = self._compute_dtype(), self._weight.device, self._folded.layers
+        if dtype == torch.float64 or self._kernels_problem() is not None:
             return False
 
         @functools.cache
-        def example() -> tuple[tuple[Tensor, ...], Tensor]:
-            shape = (frames, conv.in_channels // self._sources, *size)
-            x = torch.zeros(shape, dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
-            return (x,) * self._sources, self._new_out(frames, size)
+        def example() -> tuple[list[Tensor], Tensor]:
+            inputs = [new_maps((frames, n, *size), dtype, device).zero_() for n in inputs_of(layers).values()]
+            return inputs, self._new_out(frames, size)
 
         def candidate(fused: bool) -> object:
-            return self._run(frames, size, fused)(*example())
+            return self._ready(frames, size, fused)(*example())
 
-        key = f"{type(self).__name__} {conv.out_channels} {frames}x{size[0]}x{size[1]} {dtype}"
+        key = f"{type(self).__name__} {layers[0].conv.out_channels} {frames}x{size[0]}x{size[1]} {dtype}"
         ways = {"eager": functools.partial(candidate, False), "fused": functools.partial(candidate, True)}
         return autotune.fastest(key, ways, device) == "fused"
 
     def _new_out(self, frames: int, size: tuple[int, int]) -> Tensor:
         """Memory for the last map."""
-        last = self._folded().layers[-1]
-        shape = (frames, last.out_channels, *sizes_of(self._folded().layers, *size)[last.name])
-        device = self._first.conv.weight.device
-        return torch.empty(shape, dtype=self.compute_dtype(), device=device, memory_format=torch.channels_last)
+        last, sizes = self._folded.layers[-1], sizes_of(self._folded.layers, *size)
+        return new_maps((frames, last.out_channels, *sizes[last.name]), self._compute_dtype(), self._weight.device)
 
     def _run_source(self, x: Tensor, *arguments: Any) -> Tensor:
         """What was replaced, in the precision of this one."""
@@ -242,44 +241,25 @@ class InferenceNetwork(nn.Module):
     def _in_dtype_of(self, x: Tensor, out: Tensor) -> Tensor:
         return out if self.autocast_dtype is None else out.to(x.dtype)
 
-    def _check_input(self, name: str, x: Tensor) -> None:
-        weight = self._first.conv.weight
+    def _check(self, x: Tensor, channels: int) -> None:
+        """Raise ValueError or TypeError for an input that a call would not take now."""
+        weight = self._weight
+        if x.shape[1] != channels:
+            raise ValueError(f"{type(self).__name__} takes {channels} channels, got shape {tuple(x.shape)}")
         if x.device != weight.device:
-            raise ValueError(f"{name} is on {x.device}, the weights are on {weight.device}")
-        if not x.is_floating_point():
-            raise TypeError(f"expected a floating point tensor, got {x.dtype}; scale uint8 video to [0, 1] first")
+            raise ValueError(f"the input is on {x.device}, the weights are on {weight.device}")
         cast = self.autocast_dtype is not None or torch.is_autocast_enabled(x.device.type)
-        if x.dtype != weight.dtype and (torch.float64 in (x.dtype, weight.dtype) or not cast):
-            raise TypeError(f"{name} has dtype {x.dtype}, the weights have {weight.dtype}; autocast does not cast it")
+        if x.dtype != weight.dtype and not (cast and {x.dtype, weight.dtype} <= {*checks.FLOAT_DTYPES}):
+            raise TypeError(
+                f"the input has dtype {x.dtype}, the weights have {weight.dtype}; autocast does not cast it"
+            )
 
 
 class InferenceEncoder(InferenceNetwork):
-    """`ResNet5` for inference."""
+    """`ResNet5` for inference: seven launches."""
 
     conv1: nn.Module
-
-    def __init__(self, source: nn.Module, autocast_dtype: torch.dtype | None, convolutions: Convolutions) -> None:
-        super().__init__(source, autocast_dtype, convolutions)
-        self.avg_pool: bool = getattr(source, "avg_pool", False)
-
-    @classmethod
-    def from_eager(
-        cls, network: nn.Module, autocast_dtype: torch.dtype | None = None, convolutions: Convolutions = "auto"
-    ) -> InferenceEncoder:
-        """Share everything with `network`.
-
-        Args:
-            network: of the published structure: plain, fused, or `eb_jepa`'s.
-            autocast_dtype: torch.bfloat16 or torch.float16: compute in it, and return the dtype of the input; None:
-                that of the network, if it has one of its own, else as autocast says in each call.
-            convolutions: "fused" (Triton kernels), "eager" (torch's), or "auto": the faster for each shape.
-
-        Raises:
-            ValueError: not of the published structure, or it cannot be folded; "fused" with more channels than kernels
-                take; another `autocast_dtype` or `convolutions`.
-            RuntimeError: "fused" where kernels cannot run.
-        """
-        return cls(network, autocast_dtype, convolutions)
+    avg_pool: bool = False
 
     def forward(self, x: Tensor) -> Tensor:
         """As `ResNet5.forward`, in the dtype of x if there is an `autocast_dtype`.
@@ -292,25 +272,17 @@ class InferenceEncoder(InferenceNetwork):
             return self._run_source(x)
         if self.avg_pool:
             require_frames(x)
-        self._check_input("the video", x)
         return self._in_dtype_of(x, per_frame(self._frames, x))
 
-    def structure_problem(self, source: nn.Module) -> str | None:
-        """As of `recognition.encoder_problem`."""
-        return encoder_problem(source)
-
-    def describe(self) -> tuple[Layer, ...]:
-        """Seven launches."""
-        return encoder_layers(self)
+    def _describe(self, source: Any) -> tuple[Layer, ...]:
+        require(encoder_problem(source))
+        return encoder_layers(source)
 
     def _frames(self, x: Tensor) -> Tensor:
-        channels, size, dtype = x.shape[1], (x.shape[2], x.shape[3]), self.compute_dtype()
-        if channels != self._first.conv.in_channels:
-            raise ValueError(
-                f"the encoder takes images of {self._first.conv.in_channels} channels, got {tuple(x.shape)}"
-            )
-        run = self.ready(len(x), size)
-        if not (run.fused and channels <= MOST_OF_IMAGE and x.dtype in (torch.float32, dtype)):  # else read in place
+        self._check(x, *inputs_of(self._folded.layers).values())
+        size, dtype = (x.shape[2], x.shape[3]), self._compute_dtype()
+        run = self._ready(len(x), size)
+        if not (run.fused and x.shape[1] <= MOST_OF_IMAGE and x.dtype in (torch.float32, dtype)):  # else read in place
             x = x.to(dtype).contiguous(memory_format=torch.channels_last)
         out = self._new_out(len(x), size)
         run((x,), out)
@@ -318,27 +290,15 @@ class InferenceEncoder(InferenceNetwork):
 
 
 class InferencePredictor(InferenceNetwork):
-    """`StateOnlyPredictor` over a `ResUNet` for inference.
+    """`StateOnlyPredictor` over a `ResUNet` for inference: eighteen launches.
 
     *Frames* are states one after another, (T, B, D, H, W), each channels-last: those that a step reads beside each
     other are slices, and so are those that it makes. A context of 3 and more frames is joined by a copy in each step.
     """
 
     predictor: nn.Module
-
-    def __init__(self, source: nn.Module, autocast_dtype: torch.dtype | None, convolutions: Convolutions) -> None:
-        self.context_length: int = getattr(source, "context_length", 0)
-        super().__init__(source, autocast_dtype, convolutions)
-        self.is_rnn: bool = getattr(source, "is_rnn", False)
-
-    @classmethod
-    def from_eager(
-        cls, predictor: nn.Module, autocast_dtype: torch.dtype | None = None, convolutions: Convolutions = "auto"
-    ) -> InferencePredictor:
-        """Share everything with `predictor`: arguments and errors as of `InferenceEncoder.from_eager`. The network
-        reads `context_length` states and makes one: ValueError for one that also reads actions.
-        """
-        return cls(predictor, autocast_dtype, convolutions)
+    context_length: int
+    is_rnn: bool = False
 
     def forward(self, states: Tensor, actions: Tensor | None = None) -> Tensor:
         """States (B, D, T, H, W) → (B, D, T - context_length + 1, H, W), in the dtype of the states if there is an
@@ -350,7 +310,7 @@ class InferencePredictor(InferenceNetwork):
         """
         if not self.folds_now():
             return self._run_source(states, actions)
-        self.check_states(states)
+        self._check_states(states)
         frames = self.in_frames(states)
         out = new_frames(len(frames) - self.context_length + 1, frames)
         self.step(self.ready_for(states, len(out)), frames, out)
@@ -377,9 +337,9 @@ class InferencePredictor(InferenceNetwork):
             out = states.new_empty(B, D, T + steps, H, W)
         if not self.folds_now():
             return roll_out_plainly(self, states, steps, out)
-        self.check_states(states)
+        self._check_states(states)
         c = self.context_length
-        frames = new_frames(c + steps, states.permute(2, 0, 1, 3, 4), self.compute_dtype())
+        frames = new_frames(c + steps, states.permute(2, 0, 1, 3, 4), self._compute_dtype())
         as_states(frames[:c]).copy_(states[:, :, -c:])
         run = self.ready_for(states, 1)
         for step in range(steps):
@@ -407,7 +367,7 @@ class InferencePredictor(InferenceNetwork):
         if not self.folds_now():
             yield from parallel_tails(self, states, steps)
             return
-        self.check_states(states)
+        self._check_states(states)
         c = self.context_length
         current = self.in_frames(states)
         run = self.ready_for(states, len(current) - c)
@@ -421,43 +381,36 @@ class InferencePredictor(InferenceNetwork):
 
     def ready_for(self, states: Tensor, count: int) -> Run:
         """To predict up to `count` frames at once of states (B, D, T, H, W)."""
-        return self.ready(len(states) * count, (states.shape[3], states.shape[4]))
+        return self._ready(len(states) * count, (states.shape[3], states.shape[4]))
 
     def in_frames(self, states: Tensor) -> Tensor:
         """States (B, D, T, H, W) → frames, in the dtype in which is computed."""
-        return states.permute(2, 0, 3, 4, 1).to(self.compute_dtype()).contiguous().permute(0, 1, 4, 2, 3)
+        return states.permute(2, 0, 3, 4, 1).to(self._compute_dtype()).contiguous().permute(0, 1, 4, 2, 3)
 
     def step(self, run: Run, frames: Tensor, out: Tensor) -> None:
         """Frames (c + n - 1, B, D, H, W) → the n that follow each c of them, into `out` (n, B, D, H, W)."""
         slices = [frames[first : first + len(out)].flatten(0, 1) for first in range(self.context_length)]
-        run(tuple(slices) if len(slices) == self._sources else (torch.cat(slices, 1),), out.flatten(0, 1))
+        run(slices if self.context_length == self._inputs else [torch.cat(slices, 1)], out.flatten(0, 1))
 
-    def check_states(self, states: Tensor) -> None:
-        """Raise ValueError or TypeError for states that a call would not take now."""
+    def _check_states(self, states: Tensor) -> None:
         _check_rank(states)
         if states.shape[2] < self.context_length:
             raise ValueError(f"predicting takes at least {self.context_length} frames, got {states.shape[2]}")
-        made = self._folded().layers[-1].out_channels
-        if states.shape[1] != made:
-            raise ValueError(f"the predictor takes states of {made} channels, got shape {tuple(states.shape)}")
-        self._check_input("states", states)
+        self._check(states, self._folded.layers[-1].out_channels)
 
-    def structure_problem(self, source: nn.Module) -> str | None:
-        """As of `recognition.predictor_problem`, or that it reads more than states."""
-        if (problem := predictor_problem(source)) is not None:
-            return problem
-        network: Any = self.predictor
+    def _describe(self, source: Any) -> tuple[Layer, ...]:
+        require(predictor_problem(source))
+        network = source.predictor
         read, made = network.conv1.in_channels, network.head.out_channels
-        if read != self.context_length * made:
-            return f"the predictor reads {read} channels, which are not {self.context_length} states of {made}"
-        return None
-
-    def describe(self) -> tuple[Layer, ...]:
-        """Eighteen launches."""
-        return unet_layers(self.predictor)
+        if read != self.context_length * made:  # as one does that also reads actions
+            raise ValueError(
+                f"the predictor reads {read} channels, which are not {self.context_length} states of {made}"
+            )
+        return unet_layers(network, self._inputs)
 
     @property
-    def _sources(self) -> int:
+    def _inputs(self) -> int:
+        """How many maps its first launch reads."""
         return self.context_length if self.context_length <= 2 else 1
 
 
@@ -475,7 +428,7 @@ def inference_problem(module: Any, name: Literal["encoder", "predictor"]) -> str
 
 def for_evaluation(module: nn.Module, name: Literal["encoder", "predictor"]) -> nn.Module:
     """The inference network of a plain one, by torch's convolutions; any other network, and a fused one, as it is."""
-    if any(getattr(child, "is_fused", False) or getattr(child, "is_inference", False) for child in module.modules()):
+    if any(getattr(child, "is_fused", False) or isinstance(child, InferenceNetwork) for child in module.modules()):
         return module
     kind: Any = InferenceEncoder if name == "encoder" else InferencePredictor
     try:
@@ -484,10 +437,15 @@ def for_evaluation(module: nn.Module, name: Literal["encoder", "predictor"]) -> 
         return module
 
 
+def new_maps(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for maps (N, C, H, W), channels-last."""
+    return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+
+
 def new_frames(count: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Memory for frames (count, B, D, H, W), channels-last, as `like` (…, B, D, H, W)."""
     B, D, H, W = like.shape[-4:]
-    return like.new_empty(count, B, H, W, D, dtype=dtype).permute(0, 1, 4, 2, 3)
+    return new_maps((count * B, D, H, W), dtype or like.dtype, like.device).unflatten(0, (count, B))
 
 
 def as_states(frames: Tensor) -> Tensor:

@@ -5,18 +5,15 @@ Of some twenty maps at most four or five are needed at a time, and each lies whe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastjepa.fused.inference.layers import INPUT, Layer, sizes_of
+from fastjepa.fused.inference.layers import Layer, sizes_of
 from fastjepa.fused.inference.weights import LayerWeights
-
-Sources = tuple[Tensor, ...]
-_MOST_COUNTS = 64  # numbers of frames for which views are kept
 
 
 class Place(NamedTuple):
@@ -54,11 +51,10 @@ class Run:
         with torch.inference_mode(False):  # memory that is made in inference mode could not be written to outside
             self._buffers = [torch.empty(frames * count, dtype=dtype, device=device) for count in elements]
         self._views: dict[int, dict[str, Tensor]] = {}
-        last_read = {name: i for i, layer in enumerate(layers) for name in layer.read}
-        self._done = [[name for name, last in last_read.items() if last == i] for i in range(len(layers))]
+        self._done = [[name for name, last in last_reads(layers).items() if last == i] for i in range(len(layers))]
 
     @torch.no_grad()
-    def __call__(self, sources: Sources, out: Tensor) -> None:
+    def __call__(self, sources: Sequence[Tensor], out: Tensor) -> None:
         """Run it on one or two maps (N, C, H, W), into `out` (N, D, H′, W′); all channels-last, in one dtype."""
         if torch.is_autocast_enabled(out.device.type):  # everything has its dtype
             with torch.autocast(out.device.type, enabled=False):
@@ -66,33 +62,29 @@ class Run:
         else:
             self._run(sources, out)
 
-    def _run(self, sources: Sources, out: Tensor) -> None:
-        views, maps = self._views_of(len(out)), {INPUT: sources}
+    def _run(self, sources: Sequence[Tensor], out: Tensor) -> None:
+        views, maps = self._views_of(len(out)), dict(zip(self._layers[0].sources, sources, strict=True))
         tf32 = out.device.type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-        joined: dict[tuple[str, ...], Tensor] = {}
-        for i, layer in enumerate(self._layers):
-            weights, is_last = self.weights[layer.name], i == len(self._layers) - 1
+        for layer, done in zip(self._layers, self._done, strict=True):
+            weights = self.weights[layer.name]
             if self.fused:
-                made = out if is_last else views[layer.name]
+                made = out if layer is self._layers[-1] else views[layer.name]
                 _by_kernel(layer, weights, maps, made, tf32)
             else:
-                made = _by_torch(layer, weights, maps, joined)
-                if is_last:
-                    out.copy_(made)
-            if layer.like is not None and made.shape[-2:] != maps[layer.like][0].shape[-2:]:
+                made = _by_torch(layer, weights, maps)
+            if layer.like is not None and made.shape[-2:] != maps[layer.like].shape[-2:]:
                 target = views[resized(layer.name)]
                 torch.ops.aten.upsample_bilinear2d.out(made, list(target.shape[-2:]), False, None, None, out=target)
                 made = target
-            maps[layer.name] = (made,)
-            for name in self._done[i]:  # what torch has made is let go of
-                del maps[name]
-            joined = {names: tensor for names, tensor in joined.items() if not set(names) & set(self._done[i])}
+            maps[layer.name] = made
+            for name in done:  # what torch has made is let go of
+                maps.pop(name, None)
+        if not self.fused:
+            out.copy_(made)
 
     def _views_of(self, frames: int) -> dict[str, Tensor]:
         """The maps (frames, C, H, W), channels-last, by name."""
         if frames not in self._views:
-            if len(self._views) >= _MOST_COUNTS:
-                self._views.clear()
             with torch.inference_mode(False):
                 self._views[frames] = {
                     name: self._buffers[slot][: frames * C * H * W].view(frames, H, W, C).permute(0, 3, 1, 2)
@@ -106,10 +98,23 @@ def resized(name: str) -> str:
     return f"{name}, resized"
 
 
+def joined(names: Sequence[str]) -> str:
+    """What maps are called that are side by side in the channels of one."""
+    return " + ".join(names)
+
+
+def last_reads(layers: Sequence[Layer]) -> dict[str, int]:
+    """The number of the last launch that reads each map, or what is joined of them."""
+    return {
+        name: i
+        for i, layer in enumerate(layers)
+        for name in (*layer.read, joined(layer.sources), joined(layer.shortcut))
+    }
+
+
 def places(layers: Sequence[Layer], fused: bool, height: int, width: int) -> tuple[dict[str, Place], list[int]]:
     """Where each map lies, and the elements of each buffer for one frame; of torch's maps only what is resized."""
-    last_read = {name: i for i, layer in enumerate(layers) for name in layer.read}
-    sizes = sizes_of(layers, height, width)
+    last_read, sizes = last_reads(layers), sizes_of(layers, height, width)
     found: dict[str, Place] = {}
     elements: list[int] = []
     busy_until: list[int] = []  # the last launch that reads what lies there
@@ -131,10 +136,10 @@ def places(layers: Sequence[Layer], fused: bool, height: int, width: int) -> tup
     return found, elements
 
 
-def _by_kernel(layer: Layer, weights: LayerWeights, maps: dict[str, Sources], out: Tensor, tf32: bool) -> None:
+def _by_kernel(layer: Layer, weights: LayerWeights, maps: Mapping[str, Tensor], out: Tensor, tf32: bool) -> None:
     from fastjepa.kernels.convolution import fused  # only here: it needs Triton
 
-    sources, weight, bias = _of(layer.sources, maps), weights["weight"], weights["bias"]
+    sources, weight, bias = [maps[name] for name in layer.sources], weights["weight"], weights["bias"]
     assert weight is not None
     if layer.is_transposed:
         fused.transposed_convolution(sources[0], weight, bias, tf32=tf32, out=out)
@@ -142,23 +147,20 @@ def _by_kernel(layer: Layer, weights: LayerWeights, maps: dict[str, Sources], ou
     head: Any = None if weights["head"] is None else (weights["head"], weights["head_bias"])
     fused.convolution(
         sources, weight, bias, kernel_size=layer.conv.kernel_size[0], stride=layer.conv.stride[0],
-        shortcut=_of(layer.shortcut, maps),
+        shortcut=[maps[name] for name in layer.shortcut],
         shortcut_stride=1 if layer.shortcut_conv is None else layer.shortcut_conv.stride[0],
-        residual=None if layer.residual is None else maps[layer.residual][0], relu=layer.relu, head=head, tf32=tf32,
+        residual=None if layer.residual is None else maps[layer.residual], relu=layer.relu, head=head, tf32=tf32,
         out=out,
     )  # fmt: skip
 
 
-def _by_torch(
-    layer: Layer, weights: LayerWeights, maps: dict[str, Sources], joined: dict[tuple[str, ...], Tensor]
-) -> Tensor:
-    """The same launch by torch's convolutions. `joined`: what was put side by side in this run already."""
+def _by_torch(layer: Layer, weights: LayerWeights, maps: dict[str, Tensor]) -> Tensor:
+    """The same launch by torch's convolutions, which joins maps for itself and for later ones."""
 
-    def read(names: tuple[str, ...]) -> Tensor:
-        if names not in joined:
-            tensors = _of(names, maps)
-            joined[names] = tensors[0] if len(tensors) == 1 else torch.cat(tensors, 1)
-        return joined[names]
+    def read(names: Sequence[str]) -> Tensor:
+        if joined(names) not in maps:
+            maps[joined(names)] = torch.cat([maps[name] for name in names], 1)
+        return maps[joined(names)]
 
     weight, shortcut, head = weights["weight"], weights["shortcut"], weights["head"]
     assert weight is not None
@@ -169,13 +171,9 @@ def _by_torch(
     if shortcut is not None:
         out += F.conv2d(read(layer.shortcut), shortcut, None, layer.shortcut_conv.stride)
     if layer.residual is not None:
-        out += maps[layer.residual][0]
+        out += maps[layer.residual]
     if layer.relu:
         out.relu_()
     if head is not None:
         out = F.conv2d(out, head, weights["head_bias"])
     return out.contiguous(memory_format=torch.channels_last)
-
-
-def _of(names: tuple[str, ...], maps: dict[str, Sources]) -> Sources:
-    return tuple(tensor for name in names for tensor in maps[name])

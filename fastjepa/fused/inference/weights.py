@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastjepa.fused.inference.layers import Layer
+from fastjepa.fused.watch import Watch
 from fastjepa.kernels.convolution.weights import pack, pack_head, pack_transposed
 
 LayerWeights = dict[str, Tensor | None]  # weight, bias, shortcut, head, head_bias: what one launch reads
@@ -44,17 +45,16 @@ class Weights:
         """Fold the parameters and buffers of now."""
         # Memory that is made in inference mode could not be filled again outside.
         with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
-            stamp = Stamp(module for layer in self._layers for module in layer.modules)
+            stamp = Stamp([module for layer in self._layers for module in layer.modules])
             for layer in self._layers:
                 kept = self.of[layer.name]
                 for key, fresh in (_packed if self._fused else _plain)(layer).items():
+                    if fresh is not None and kept.get(key) is None:
+                        kept[key] = self._allocate(fresh, is_bias=key.endswith("bias"))
                     if fresh is None:
                         kept[key] = None
-                        continue
-                    target = kept.get(key)
-                    if target is None:
-                        kept[key] = target = self._allocate(fresh, is_bias=key.endswith("bias"))
-                    target.copy_(fresh)
+                    else:
+                        kept[key].copy_(fresh)  # type: ignore[union-attr]
         self._stamp = stamp  # only now: what was interrupted is not done
 
     def _allocate(self, source: Tensor, *, is_bias: bool) -> Tensor:
@@ -96,8 +96,8 @@ def _packed(layer: Layer) -> LayerWeights:
     return {**plain, "weight": packed, "shortcut": None, "head": None if head is None else pack_head(head)}
 
 
-class Stamp:
-    """Which tensors some modules hold now, where they lie, and how often they were changed in place.
+class Stamp(Watch):
+    """What some convolutions and BatchNorms hold now, and how often it was changed in place.
 
     torch counts changes in place, but for three kinds, which are looked at here: its BatchNorm moves the running
     statistics without a count, and counts `num_batches_tracked`; fused optimizers do not count, so that steps of
@@ -105,42 +105,21 @@ class Stamp:
     writing through `.data`, or by a CUDA graph (`GraphedTrainStep` counts its own).
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._tensors: list[tuple[Mapping[str, Any], str, Tensor, int, int]] = []
-        self._absent: list[tuple[Mapping[str, Any], str]] = []
-        self._eps: list[tuple[nn.BatchNorm2d, float]] = []
-        self._changed = False
-        for module in modules:
-            for mapping in (module._parameters, module._buffers):
-                for key, tensor in mapping.items():
-                    if tensor is None:
-                        self._absent.append((mapping, key))
-                    elif tensor.is_inference():
-                        self._changed = True
-                    else:
-                        self._tensors.append((mapping, key, tensor, tensor.data_ptr(), tensor._version))
-            if isinstance(module, nn.BatchNorm2d):
-                self._eps.append((module, module.eps))
-                self._changed |= module.num_batches_tracked is None  # then nothing of its statistics is counted
-        self._ids = {id(tensor) for _, _, tensor, _, _ in self._tensors}
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__(modules)
+        norms = [module for module in modules if isinstance(module, nn.BatchNorm2d)]
+        for norm in norms:
+            self.equal(vars(norm), "eps")
+        tensors = [tensor for tensor, _ in self.memory.values()]
+        self.unknown = any(tensor.is_inference() for tensor in tensors)  # whether something has changed
+        self.unknown |= any(norm.num_batches_tracked is None for norm in norms)
+        self._versions = [] if self.unknown else [(tensor, tensor._version) for tensor in tensors]
         _listen_to_optimizers()
         _STAMPS.add(self)
 
     def changed(self) -> bool:
         """Whether anything was replaced, moved or changed, or nobody could tell. Costs some 0.2 µs for each tensor."""
-        return (
-            self._changed
-            or any(
-                mapping.get(key) is not tensor or tensor.data_ptr() != address or tensor._version != version
-                for mapping, key, tensor, address, version in self._tensors
-            )
-            or any(mapping.get(key) is not None for mapping, key in self._absent)
-            or any(module.eps != eps for module, eps in self._eps)
-        )
-
-    def stepped(self, tensors: set[int]) -> None:
-        """An optimizer has made a step on the tensors with these ids."""
-        self._changed |= not self._ids.isdisjoint(tensors)
+        return self.unknown or any(tensor._version != v for tensor, v in self._versions) or super().changed()
 
 
 _STAMPS: weakref.WeakSet[Stamp] = weakref.WeakSet()
@@ -154,6 +133,6 @@ def _listen_to_optimizers() -> None:
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     if torch.compiler.is_compiling():  # what is compiled copies into parameters, and counts that
         return
-    tensors = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for stamp in tuple(_STAMPS):
-        stamp.stepped(tensors)
+        stamp.unknown |= not stamp.memory.keys().isdisjoint(stepped)
