@@ -513,13 +513,16 @@ RESULT, GRADIENT = 1e-5, 1e-4
 STEPS = 1
 
 
-def _run_jepa(jepa: nn.Module, video: Tensor, path: Any, shares: Shares | None) -> dict[str, Tensor]:
+def _run_jepa(jepa: Any, video: Tensor, path: Any, shares: Shares | None) -> dict[str, Tensor]:
     """A training step without probes: states, losses, gradients and buffers."""
     projector = jepa.regularizer.proj
     video = video.detach().clone().requires_grad_()
     with global_statistics(shares):
         state, predictions = parallel_unroll(jepa.predictor, jepa.encoder(video), None, STEPS)
-        losses = projected_losses(projector, projector, state, predictions, path=path, group=_group(shares))
+        if path == "fused":
+            losses = jepa.regularizer.step_losses(jepa.predcost, state, predictions)
+        else:
+            losses = projected_losses(projector, projector, state, predictions, path=path, group=_group(shares))
     # The losses' gradients of a state are small beside what this adds, which is a sum over the rows.
     outs = torch.cat([state, *predictions], 1)
     (losses.std_loss + 30 * losses.cov_loss + losses.prediction_losses.sum() + 1e-3 * (outs**2).sum()).backward()
@@ -563,6 +566,7 @@ def test_a_jepa_of_all_ranks_in_float64(counts: tuple[int, ...], path: str) -> N
 
 
 def test_a_fused_jepa_of_all_ranks(device: str) -> None:
+    from fastjepa.fused.losses import swap_losses
     from fastjepa.fused.networks import FusedResNet5, FusedStateOnlyPredictor  # only here: it needs Triton
 
     counts = (0, 2, 1)
