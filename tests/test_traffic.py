@@ -249,8 +249,8 @@ def test_a_rollout_step_of_our_convolutions_is_a_launch_for_each(
     assert step.operator_bytes == step.kernel_bytes <= most_bytes
     assert step.kernel_bytes == sum(layer.bytes_moved for layer in predictor_layers(clips).values())
     eager = totals.by_part(work.rollout_step(recipe, work.FOLDED))[totals.ALL]
-    assert 3 * step.kernels < eager.kernels
-    assert 1.9 * step.kernel_bytes < eager.kernel_bytes
+    assert 2 * step.kernels < eager.kernels
+    assert 1.6 * step.kernel_bytes < eager.kernel_bytes
 
 
 def test_an_evaluation_with_our_convolutions_copies_little(interpreted: None) -> None:
@@ -258,7 +258,7 @@ def test_an_evaluation_with_our_convolutions_copies_little(interpreted: None) ->
     assert ACTIVATIONS not in own
     assert 7 + 7 * 18 == own[CONVOLUTIONS].operators == own[CONVOLUTIONS].kernels  # encode, and seven steps
     assert 10 * own[LAYOUT].kernel_bytes < eager[LAYOUT].kernel_bytes
-    assert 2 * own[totals.ALL].kernel_bytes < eager[totals.ALL].kernel_bytes
+    assert 1.9 * own[totals.ALL].kernel_bytes < eager[totals.ALL].kernel_bytes
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Any, interpreted: None) -> None:
