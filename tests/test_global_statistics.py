@@ -566,7 +566,6 @@ def test_a_jepa_of_all_ranks_in_float64(counts: tuple[int, ...], path: str) -> N
 
 
 def test_a_fused_jepa_of_all_ranks(device: str) -> None:
-    from fastjepa.fused.losses import swap_losses
     from fastjepa.fused.networks import FusedResNet5, FusedStateOnlyPredictor  # only here: it needs Triton
 
     counts = (0, 2, 1)
