@@ -37,6 +37,7 @@ _PLACES: tuple[tuple[str, str | None, str], ...] = (
     ("model/losses.py", None, LOSSES),
     ("model/projected_losses.py", None, LOSSES),
     ("model/running_stats.py", "advance_buffers", BUFFERS),
+    ("model/running_stats.py", "_count", BUFFERS),
     ("moving_mnist/clips.py", None, LAYOUT),
     ("optim/optimizer.py", None, OPTIMIZER),
 )

@@ -50,9 +50,7 @@ def calls_in_order(
     finally:
         for layer, momentum in zip(layers, before, strict=True):
             layer.momentum = momentum
-    counts = [layer.num_batches_tracked for layer in layers if layer.num_batches_tracked is not None]
-    if counts:
-        torch._foreach_add_(counts, len(order) - len(calls))
+    _count(layers, len(order) - len(calls))
     return results
 
 
@@ -70,6 +68,12 @@ def advance_buffers(layer: _BatchNorm, order: Sequence[int], calls: Sequence[Bat
         torch._foreach_lerp_(buffers, [s.to(b.dtype) for s, b in zip(call, buffers, strict=True)], momentum)
     if layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(len(order))
+
+
+def _count(layers: Sequence[_BatchNorm], calls: int) -> None:
+    counts = [layer.num_batches_tracked for layer in layers if layer.num_batches_tracked is not None]
+    if counts:
+        torch._foreach_add_(counts, calls)
 
 
 def _moves(layer: _BatchNorm) -> bool:
