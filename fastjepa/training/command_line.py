@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -217,8 +219,24 @@ def train_as_one_of(launch: Launch, argv: Sequence[str] | None, prog: str) -> in
     """`main` of one of several processes. The first speaks for all; all have the same flags, and end together."""
     argv = sys.argv[1:] if argv is None else list(argv)
     ranks = Ranks(launch, refusals=(*ALWAYS_REFUSED, *REFUSALS))
-    with heard_if(ranks.is_first), refusals(LostRanksError), ranks.joined():
+    with ended_at_once(), heard_if(ranks.is_first), refusals(LostRanksError), ranks.joined():
         run = ranks.from_first(lambda: find_saved_run(argv, prog, restartable=launch.restartable))
         config = parse_alike(ranks, lambda: parse_config(argv, prog, launch=launch, run=run))
         script = f"-m {prog}" if prog.startswith("fastjepa") else prog.removeprefix("python ")
         return run_from_command_line(config, f"{launch.command} {script}", ranks=ranks)
+
+
+@contextlib.contextmanager
+def ended_at_once() -> Iterator[None]:
+    """A SystemExit inside ends the process here, with its status. The threads of process groups, which an error leaves
+    running, may abort the process while the interpreter takes itself apart.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        if not isinstance(error.code, int):  # a message, which the interpreter prints
+            raise
+        with contextlib.suppress(OSError):  # nobody reads any more
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(error.code)
