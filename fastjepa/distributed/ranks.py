@@ -112,6 +112,11 @@ class Ranks:
             with contextlib.suppress(RuntimeError):  # the store has ended, and so has everyone
                 self._store.set(f"ends {self.rank}", "")
                 self._store.wait([f"ends {rank}" for rank in range(self.size)], PARTING)
+                # The store may be the first one's: it stays until the others have had this answer.
+                if self.is_first:
+                    self._store.wait([f"knows {rank}" for rank in range(1, self.size)], PARTING)
+                else:
+                    self._store.set(f"knows {self.rank}", "")
 
     def open(self, device: torch.device, timeout: timedelta) -> None:
         """Make the ways of training: for words, and for tensors on `device`. `timeout` is how long one waits for
